@@ -1,0 +1,8 @@
+"""What a run logs and writes beside its loss."""
+
+from rotopo.callbacks.orthogonality import Orthogonality
+from rotopo.callbacks.pair_metrics import Displacement, ImplicitRewards
+from rotopo.callbacks.responses import ResponseWriter
+from rotopo.callbacks.speed import Speed
+
+__all__ = ["Displacement", "ImplicitRewards", "Orthogonality", "ResponseWriter", "Speed"]

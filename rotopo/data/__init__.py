@@ -1,0 +1,1 @@
+"""From a source of preference pairs to batches of tokens."""

@@ -1,0 +1,230 @@
+"""Which pairs go through the model together: batches by length, steps of exactly G pairs.
+
+The token budget, the accumulation and the number of ranks change memory and speed, never the
+numbers: an optimiser step is G pairs chosen by the seed and the epoch alone, and only then cut
+into accumulation × ranks micro-batches of near-equal size.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from rotopo.data.batch import Layout, line_shape
+from rotopo.errors import InputError
+
+# Tokens of the prompt, and of each response.
+PairLength = tuple[int, Sequence[int]]
+
+
+class StepSampler(Sampler[list[int]]):
+    """Micro-batches of one rank, ``accumulation`` of them for each optimiser step.
+
+    Every epoch is a fresh permutation of the pairs cut into steps of ``pairs_per_step``; the
+    remainder of fewer than that sits the epoch out (another one each time).
+
+    Args:
+        lengths: lengths of each pair, see :data:`PairLength`.
+        pairs_per_step: G, the pairs of one optimiser step over all ranks.
+        accumulation: micro-batches of one rank per step.
+        world_size: number of ranks.
+        rank: this rank.
+        seed: seed of the permutations.
+        token_budget: tokens of one micro-batch at most, padding included; None for no limit.
+        layout: the batch layout, which decides what a pair costs.
+
+    Raises:
+        InputError: fewer pairs than one step takes, fewer pairs in a step than micro-batches, or
+            a micro-batch over the token budget (raised when the epoch begins, with the
+            accumulation that would fit).
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[PairLength],
+        pairs_per_step: int,
+        accumulation: int,
+        world_size: int,
+        rank: int,
+        seed: int,
+        token_budget: int | None,
+        layout: Layout,
+    ) -> None:
+        self.shapes = [line_shape(prompt, responses, layout) for prompt, responses in lengths]
+        if len(self.shapes) < pairs_per_step:
+            raise InputError(
+                f"data.pairs_per_step is {pairs_per_step}, but the training split holds only "
+                f"{len(self.shapes)} pairs: lower it or add pairs."
+            )
+        if pairs_per_step < accumulation * world_size:
+            raise InputError(
+                f"data.pairs_per_step is {pairs_per_step}: too few to give each of "
+                f"{accumulation} (trainer.accumulate_grad_batches) × {world_size} (ranks) "
+                "micro-batches a pair."
+            )
+        self.pairs_per_step = pairs_per_step
+        self.accumulation = accumulation
+        self.world_size = world_size
+        self.rank = rank
+        self.seed = seed
+        self.token_budget = token_budget
+        self.epoch = 0
+        self.skip = 0  # micro-batches that the next epoch leaves out, see StatefulLoader
+
+    @property
+    def sampler(self) -> "StepSampler":
+        """Where Lightning looks for ``set_epoch``."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of an epoch."""
+        return len(self.shapes) // self.pairs_per_step
+
+    def __len__(self) -> int:
+        return self.steps * self.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.shapes), generator=generator).tolist()
+        skip, self.skip = self.skip, 0
+        G = self.pairs_per_step
+        for step in range(skip // self.accumulation, self.steps):
+            parts = self._split(order[step * G : (step + 1) * G])
+            start = skip % self.accumulation if step == skip // self.accumulation else 0
+            for turn in range(start, self.accumulation):
+                yield parts[turn * self.world_size + self.rank]
+
+    def _split(self, pairs: list[int]) -> list[list[int]]:
+        """Cut one step into micro-batches whose padded sizes are near-equal, largest first."""
+        n_parts = self.accumulation * self.world_size
+        pairs = sorted(pairs, key=lambda i: (self.shapes[i][1], i), reverse=True)
+        low = max(lines * tokens for lines, tokens in (self.shapes[i] for i in pairs))
+        high = len(pairs) * low
+        while low < high:  # the smallest bound under which contiguous parts suffice
+            middle = (low + high) // 2
+            if len(_cut(pairs, self.shapes, middle)) <= n_parts:
+                high = middle
+            else:
+                low = middle + 1
+        if self.token_budget is not None and low > self.token_budget:
+            fitting = len(_cut(pairs, self.shapes, self.token_budget))
+            raise InputError(
+                f"A micro-batch of {low} tokens is over data.token_budget ({self.token_budget}): "
+                f"set trainer.accumulate_grad_batches to {-(-fitting // self.world_size)} or more, "
+                "or lower data.max_length."
+            )
+        parts = _cut(pairs, self.shapes, low)
+        while len(parts) < n_parts:
+            widest = max((p for p in parts if len(p) > 1), key=lambda p: _cost(p, self.shapes))
+            at = parts.index(widest)
+            half = len(widest) // 2
+            parts[at : at + 1] = [widest[:half], widest[half:]]
+        # Ranks that work at the same time get neighbours in size.
+        return sorted(parts, key=lambda p: _cost(p, self.shapes), reverse=True)
+
+
+class EvalSampler(Sampler[list[int]]):
+    """Every pair exactly once over all ranks, in batches of similar lengths, longest first.
+
+    All ranks get the same number of batches, so that none waits for another in a collective.
+
+    Args:
+        lengths: lengths of each pair, see :data:`PairLength`.
+        token_budget: tokens of a batch at most, padding included; None for no limit.
+        pairs_per_batch: pairs of a batch at most.
+        world_size: number of ranks.
+        rank: this rank.
+        layout: the batch layout.
+
+    Raises:
+        InputError: fewer pairs than ranks.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[PairLength],
+        token_budget: int | None,
+        pairs_per_batch: int,
+        world_size: int,
+        rank: int,
+        layout: Layout,
+    ) -> None:
+        if len(lengths) < world_size:
+            raise InputError(f"{len(lengths)} pairs to evaluate on {world_size} ranks: too few.")
+        shapes = [line_shape(prompt, responses, layout) for prompt, responses in lengths]
+        order = sorted(range(len(shapes)), key=lambda i: (shapes[i][1], i), reverse=True)
+        budget = token_budget if token_budget is not None else sum(a * b for a, b in shapes) + 1
+        batches = [
+            part[start : start + pairs_per_batch]
+            for part in _cut(order, shapes, budget)
+            for start in range(0, len(part), pairs_per_batch)
+        ]
+        missing = -len(batches) % world_size
+        if len(batches) + missing <= len(order):
+            for _ in range(missing):
+                widest = max(batches, key=len)
+                at, half = batches.index(widest), len(widest) // 2
+                batches[at : at + 1] = [widest[:half], widest[half:]]
+        else:  # too few pairs to split further: the shortest share a batch instead
+            for _ in range(len(batches) % world_size):
+                batches[-2:] = [batches[-2] + batches[-1]]
+        self.batches = batches[rank::world_size]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+
+def _cost(part: Sequence[int], shapes: Sequence[tuple[int, int]]) -> int:
+    """Tokens of a batch of these rows, padding included."""
+    return sum(shapes[i][0] for i in part) * max(shapes[i][1] for i in part)
+
+
+def _cut(pairs: list[int], shapes: Sequence[tuple[int, int]], bound: int) -> list[list[int]]:
+    """Cut rows sorted by length, longest first, into as few runs of ≤ bound tokens as possible.
+
+    A row that is over the bound by itself is a run of its own.
+    """
+    parts: list[list[int]] = []
+    lines = longest = 0
+    for i in pairs:
+        if parts and (lines + shapes[i][0]) * longest <= bound:
+            parts[-1].append(i)
+            lines += shapes[i][0]
+        else:
+            parts.append([i])
+            lines, longest = shapes[i]
+    return parts
+
+
+class StatefulLoader(DataLoader):
+    """A DataLoader that resumes in the middle of an epoch.
+
+    Lightning saves and restores what ``state_dict`` returns. The state counts the batches handed
+    out, not those that workers have prefetched, and the workers' seeds come from a generator of
+    its own, so that iterating leaves the global random state alone.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, generator=torch.Generator().manual_seed(0), **kwargs)
+        self._consumed = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self._consumed = self.batch_sampler.skip  # type: ignore[union-attr]
+        for batch in super().__iter__():
+            self._consumed += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        # A finished epoch is the beginning of the next one.
+        return {"batches": self._consumed % len(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.batch_sampler.skip = state["batches"]  # type: ignore[union-attr]

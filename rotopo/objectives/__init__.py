@@ -1,0 +1,5 @@
+"""Preference objectives, swapped by class path."""
+
+from rotopo.objectives.pairwise import DPO
+
+__all__ = ["DPO"]
