@@ -1,0 +1,269 @@
+"""Policy: a batch of pairs -> their log-probs, under θ and under the reference; generation."""
+
+import copy
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rotopo.data.batch import Layout, PairBatch, PromptBatch, Role, TokenizedRow, collate
+from rotopo.errors import InputError
+from rotopo.models.attention import attention_inputs
+from rotopo.models.backbone import DtypeName, fingerprint, load_model, resolve_dtype
+from rotopo.models.log_probs import Head, PairLogProbs, pair_log_probs, token_log_probs
+
+
+@dataclass
+class PolicyConfig:
+    """The language model that is trained, and what is trained of it.
+
+    Args:
+        path: a model's name on the Hub, a folder, a GGUF file, or ``package:PACKAGE/FILE`` for
+            one of these inside an installed Python package.
+        adapter: any PEFT adapter by class path, e.g. ``rotopo.rotation.RotationConfig`` or
+            ``peft.LoraConfig``; None trains every weight of the model.
+        dtype: dtype of the base model's weights; ``auto`` is bfloat16 where the processor is
+            fast in it, else float32. Adapters are float32 at least. Keep ``trainer.precision``
+            at its default: it would cast the adapter too.
+        attention: attention implementation as transformers names it; ``sdpa`` and ``eager`` take
+            both batch layouts, others only ``padded``.
+        activation_checkpointing: compute each decoder layer's activations again in the backward
+            pass rather than keep them.
+    """
+
+    path: str
+    adapter: PeftConfig | None = None
+    dtype: DtypeName = "auto"
+    attention: str = "sdpa"
+    activation_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are generated.
+
+    Args:
+        max_new_tokens: tokens of a response at most.
+        temperature: softmax temperature; 0 takes the likeliest token.
+        top_p: keep the smallest set of tokens whose probability reaches this.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+
+class Policy(nn.Module):
+    """A causal language model with what preference objectives ask of it.
+
+    Args:
+        model: the model, with or without a PEFT adapter.
+        reference: a frozen copy as the reference of a model without an adapter; with an adapter
+            the reference is the adapter switched off, and this stays None.
+        base_fingerprint: hash of the base model's weights, see
+            :func:`rotopo.models.backbone.fingerprint`.
+
+    Raises:
+        InputError: an adapter on the output head, or one that works on the prompt.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        reference: PreTrainedModel | None = None,
+        base_fingerprint: str = "",
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.reference = reference
+        self.base_fingerprint = base_fingerprint
+        self._checked: set[Layout] = set()
+        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+            raise InputError(
+                f"policy.adapter: {type(model.active_peft_config).__name__} adds tokens to the "
+                "prompt; take an adapter that changes layers (LoRA, rotation, OFT, ...)."
+            )
+        head = self.language_model.get_output_embeddings()
+        if not hasattr(head, "weight") or hasattr(head, "base_layer"):
+            raise InputError(
+                "policy.adapter: an adapter on the output head is not supported, because the "
+                "head is applied in chunks; leave it out of target_modules."
+            )
+
+    @classmethod
+    def load(cls, config: PolicyConfig, needs_reference: bool) -> Self:
+        """Load a model and put its adapter on it.
+
+        Args:
+            config: which model, and what is trained of it.
+            needs_reference: keep a frozen copy for the reference if there is no adapter.
+
+        Raises:
+            InputError: a path, dtype, attention or adapter that does not work, by its setting.
+        """
+        model = load_model(config.path, resolve_dtype(config.dtype), config.attention)
+        return cls.build(model, config, needs_reference)
+
+    @classmethod
+    def build(cls, model: PreTrainedModel, config: PolicyConfig, needs_reference: bool) -> Self:
+        """As :meth:`load`, from a model in memory."""
+        base = fingerprint(model)
+        reference = None
+        if config.adapter is not None:
+            try:
+                # A copy: PEFT writes into the configuration what it found in the model.
+                model = get_peft_model(model, copy.deepcopy(config.adapter))
+            except ValueError as error:
+                raise InputError(
+                    f"policy.adapter ({type(config.adapter).__name__}): {error}"
+                ) from error
+        elif needs_reference:
+            reference = copy.deepcopy(model).requires_grad_(False).eval()
+        if config.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return cls(model, reference, base)
+
+    @property
+    def language_model(self) -> PreTrainedModel:
+        """The Hugging Face model; adapted layers sit inside it."""
+        model = self.model
+        return model.get_base_model() if isinstance(model, PeftModel) else model
+
+    def forward(self, batch: PairBatch, with_reference: bool = True) -> PairLogProbs:
+        """Log-probs of every pair's chosen and rejected response.
+
+        Args:
+            batch: B pairs.
+            with_reference: also under the reference, without gradient.
+        """
+        if batch.layout not in self._checked:
+            self._check(batch.layout)
+            self._checked.add(batch.layout)
+        reference = self.reference_token_log_probs(batch) if with_reference else None
+        return pair_log_probs(batch, self.token_log_probs(batch), reference)
+
+    def token_log_probs(self, batch: PairBatch) -> Tensor:
+        """log π_θ of each response token [N], nats."""
+        return _token_log_probs(self.language_model, batch)
+
+    @torch.no_grad()
+    def reference_token_log_probs(self, batch: PairBatch) -> Tensor:
+        """log π_ref of each response token [N], nats.
+
+        Raises:
+            ValueError: there is neither an adapter to switch off nor a frozen copy.
+        """
+        if isinstance(self.model, PeftModel):
+            with self.model.disable_adapter():
+                return _token_log_probs(self.language_model, batch)
+        if self.reference is None:
+            raise ValueError("This policy was loaded without a reference.")
+        return _token_log_probs(self.reference, batch)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: PromptBatch,
+        sampling: Sampling,
+        stop_ids: list[int],
+        pad_id: int,
+        reference: bool = False,
+    ) -> list[list[int]]:
+        """Response token ids for each prompt, without the stop token.
+
+        Args:
+            prompts: B left-padded prompts.
+            sampling: how to choose tokens.
+            stop_ids: tokens that end a response.
+            pad_id: what fills up responses that ended; never part of a result.
+            reference: generate with the reference instead of the policy.
+        """
+        model = self.reference if reference and self.reference is not None else self.model
+        off = reference and isinstance(model, PeftModel)
+        greedy = sampling.temperature == 0
+        settings: dict[str, Any] = {"do_sample": not greedy}
+        if not greedy:
+            settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        training = model.training
+        model.eval()
+        try:
+            with model.disable_adapter() if off else nullcontext():
+                output = model.generate(
+                    input_ids=prompts.input_ids,
+                    attention_mask=prompts.attention_mask,
+                    max_new_tokens=sampling.max_new_tokens,
+                    eos_token_id=stop_ids,
+                    pad_token_id=pad_id,
+                    **settings,
+                )
+        finally:
+            model.train(training)
+        responses = output[:, prompts.input_ids.shape[1] :].tolist()
+        return [_until(response, stop_ids) for response in responses]
+
+    @torch.no_grad()
+    def _check(self, layout: Layout) -> None:
+        """Compare our way to log-probs with the model's own logits on a tiny made-up pair.
+
+        Covers what no configuration tells: a head that does more than multiply, or an attention
+        that does not follow the mask. It runs inside the first forward pass, where a sharded
+        model's head is whole.
+        """
+        model = self.language_model
+        weight = model.get_input_embeddings().weight
+        ids = [i % weight.shape[0] for i in range(7, 31)]
+        row = TokenizedRow(ids[:10], [ids[10:18], ids[18:]], [Role.CHOSEN, Role.REJECTED], 0)
+        batch = collate([row], pad_id=0, layout=layout, loss_scale=1.0).to(weight.device)
+        training = model.training
+        model.eval()
+        expected = []
+        for response in row.responses:
+            tokens = torch.tensor([row.prompt + response], device=weight.device)
+            logits = model(input_ids=tokens, use_cache=False).logits[0, len(row.prompt) - 1 : -1]
+            log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+            expected.append(log_p.gather(1, tokens[0, len(row.prompt) :, None]).squeeze(1))
+        found = _token_log_probs(model, batch)
+        model.train(training)
+        difference = (found - torch.cat(expected)).abs().max()
+        # Rounding in a half type moves a log-prob by up to about a hundredth of its size.
+        relative = max(1e-4, 20 * torch.finfo(weight.dtype).eps)
+        if not difference <= relative * torch.cat(expected).abs().max():
+            raise InputError(
+                f"{model.config.model_type}: log-probs in the {layout} layout differ from the "
+                f"model's own by {difference:.3g} nats, so this family is not supported in it. "
+                + (
+                    "Set data.layout to 'padded'."
+                    if layout == "shared_prompt"
+                    else "Its output head seems to do more than multiply."
+                )
+            )
+
+
+def _token_log_probs(model: PreTrainedModel, batch: PairBatch) -> Tensor:
+    config = model.config.get_text_config()
+    decoder = model.base_model
+    dtype = model.get_input_embeddings().weight.dtype
+    hidden = decoder(
+        input_ids=batch.input_ids, use_cache=False, **attention_inputs(batch, config, dtype)
+    ).last_hidden_state
+    hidden = hidden.flatten(0, 1)[batch.predictors]
+    return token_log_probs(hidden, _head(model), batch.targets).log_prob
+
+
+def _head(model: PreTrainedModel) -> Head:
+    """The output head, with what families do to its logits."""
+    module = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(module.weight, getattr(module, "bias", None), scale, softcap)
+
+
+def _until(response: list[int], stop_ids: list[int]) -> list[int]:
+    ends = [i for i, token in enumerate(response) if token in stop_ids]
+    return response[: ends[0]] if ends else response

@@ -1,0 +1,81 @@
+"""Tiny random models of each supported family."""
+
+import functools
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCABULARY = 96
+_small = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_llama = _small | {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+_gemma = _llama | {"head_dim": 8, "num_hidden_layers": 3, "sliding_window": 6}
+_gemma["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention"]
+
+FAMILIES: dict[str, dict] = {
+    "llama": _llama,
+    "qwen2": _llama,
+    "qwen3": _llama | {"head_dim": 8},
+    "mistral": _llama | {"sliding_window": None},
+    "mistral-window": _llama | {"sliding_window": 5},
+    "phi3": _llama | {"sliding_window": None},
+    "gpt2": _small
+    | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "attn_pdrop": 0.1},
+    "gpt_neox": _small
+    | {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+    },
+    "opt": _small
+    | {
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "dropout": 0.0,
+    },
+    "olmo2": _llama,
+    "gemma2": _gemma | {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
+    "gemma3_text": _gemma,
+}
+
+
+def make(family: str, dtype: torch.dtype = torch.float64, **settings) -> PreTrainedModel:
+    """A model with weights large enough that every part of it moves the log-probs."""
+    name = family.split("-")[0]
+    config = AutoConfig.for_model(name, **(FAMILIES[family] | settings))
+    for key, value in config.to_dict().items():
+        if "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(6)
+    if dtype == torch.float64 and not family.startswith("gemma"):
+        _keep_norms_in_float64(model)
+    return model.to(dtype)
+
+
+def _keep_norms_in_float64(model: PreTrainedModel) -> None:
+    """transformers' RMS norms drop to float32, which would hide errors of ours below 1e-7."""
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.forward = functools.partial(_rms_norm, module)
+
+
+def _rms_norm(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
+    return module.weight * x * scale
