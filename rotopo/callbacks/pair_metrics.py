@@ -1,0 +1,162 @@
+"""Callbacks that average values of pairs: over an optimiser step in training, else an epoch."""
+
+import warnings
+from abc import abstractmethod
+from collections import deque
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from rotopo.evaluation.metrics import PairMeans
+
+
+class PairMetricsCallback(Callback):
+    """Logs means over pairs under ``train/``, ``val/`` and ``test/``.
+
+    Steps return ``losses`` [B] and ``log_probs``; a subclass says what to average.
+    """
+
+    names: tuple[str, ...]
+    on_progress_bar: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        self.means: PairMeans | None = None
+
+    @abstractmethod
+    def values(self, module: Any, outputs: dict[str, Any]) -> dict[str, Tensor] | None:
+        """The values of a batch's pairs, each [B]; None where the objective has none."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.means = PairMeans(self.names)
+
+    def _add(self, module: LightningModule, outputs: Any) -> None:
+        assert self.means is not None
+        values = self.values(module, outputs)
+        if values is not None:
+            self.means.to(module.device).update(values)
+
+    def _log(self, module: LightningModule, stage: str) -> dict[str, Tensor] | None:
+        assert self.means is not None
+        if not self.means.update_called:
+            return None
+        means = self.means.compute()
+        self.means.reset()
+        for name, value in means.items():
+            module.log(f"{stage}/{name}", value, prog_bar=name in self.on_progress_bar)
+        return means
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._add(pl_module, outputs)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            means = self._log(pl_module, "train")
+            if means is not None:
+                self.after_step(means)
+
+    def after_step(self, means: dict[str, Tensor]) -> None:
+        """What to do with the means of an optimiser step; nothing by default."""
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
+    ) -> None:
+        self._add(pl_module, outputs)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log(pl_module, "val")
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
+    ) -> None:
+        self._add(pl_module, outputs)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log(pl_module, "test")
+
+
+class ImplicitRewards(PairMetricsCallback):
+    """Loss, implicit rewards and log-probs.
+
+    ``rewards/chosen`` and ``rewards/rejected`` are the objective's own implicit rewards (for DPO
+    β·Δw and β·Δl), ``rewards/margin`` their difference, ``rewards/accuracy`` the share of pairs
+    with a margin above zero, ``rewards/sum`` the chosen's plus the rejected's (what align-anything
+    calls reward), ``logps/chosen`` and ``logps/rejected`` the log-prob per token in nats.
+    """
+
+    names = (
+        "loss",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margin",
+        "rewards/accuracy",
+        "rewards/sum",
+        "logps/chosen",
+        "logps/rejected",
+    )
+    on_progress_bar = ("loss", "rewards/margin", "rewards/accuracy")
+
+    def values(self, module: Any, outputs: dict[str, Any]) -> dict[str, Tensor]:
+        log_probs = outputs["log_probs"]
+        chosen, rejected = module.rewards(log_probs)
+        return {
+            "loss": outputs["losses"],
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margin": chosen - rejected,
+            "rewards/accuracy": (chosen > rejected).float(),
+            "rewards/sum": chosen + rejected,
+            "logps/chosen": log_probs.chosen / log_probs.chosen_length,
+            "logps/rejected": log_probs.rejected / log_probs.rejected_length,
+        }
+
+
+class Displacement(PairMetricsCallback):
+    """Likelihood displacement: is the margin won by the chosen rising or the rejected falling?
+
+    Logs the two parts of h = Δw − Δl in nats: ``displacement/chosen_up`` (Δw, the chosen's
+    log-prob against the reference) and ``displacement/rejected_down`` (−Δl). Warns once when both
+    responses have become less likely than under the reference, on average over ``window``
+    optimiser steps. Silent for objectives without a reference.
+
+    Args:
+        window: optimiser steps that the warning looks back on.
+        least: fall of the chosen's log-prob, in nats, below which no warning is given.
+    """
+
+    names = ("displacement/chosen_up", "displacement/rejected_down")
+
+    def __init__(self, window: int = 20, least: float = 1.0) -> None:
+        super().__init__()
+        self.recent: deque[tuple[float, float]] = deque(maxlen=window)
+        self.least = least
+        self.warned = False
+
+    def values(self, module: Any, outputs: dict[str, Any]) -> dict[str, Tensor] | None:
+        log_probs = outputs["log_probs"]
+        if log_probs.reference_chosen is None:
+            return None
+        return {
+            "displacement/chosen_up": log_probs.chosen_log_ratio,
+            "displacement/rejected_down": -log_probs.rejected_log_ratio,
+        }
+
+    def after_step(self, means: dict[str, Tensor]) -> None:
+        if self.warned:
+            return
+        up, down = (float(means[name]) for name in self.names)
+        self.recent.append((up, down))
+        if len(self.recent) < (self.recent.maxlen or 0):
+            return
+        up = sum(u for u, _ in self.recent) / len(self.recent)
+        down = sum(d for _, d in self.recent) / len(self.recent)
+        if up < -self.least and down > 0:
+            self.warned = True
+            warnings.warn(
+                f"Likelihood displacement: over the last {len(self.recent)} steps the chosen "
+                f"responses' log-prob lies {-up:.1f} nats below the reference's and the "
+                f"rejected's {down:.1f} below. The margin grows by pushing the rejected down, and "
+                "the chosen go with them. A lower learning rate, a higher beta, or an objective "
+                "that holds the chosen up counters it.",
+                stacklevel=2,
+            )

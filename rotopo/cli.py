@@ -1,0 +1,99 @@
+"""The ``rotopo`` command: fit, validate, test and predict, configured by YAML and class paths."""
+
+import sys
+from typing import Any
+
+import jsonargparse._typehints as jsonargparse_typehints
+import peft  # noqa: F401  (its adapters are known by their short names once imported)
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from peft import PeftConfig
+
+import rotopo.objectives
+import rotopo.rotation  # noqa: F401  (registers the tuner)
+from rotopo.data.module import PairwiseDataModule
+from rotopo.errors import InputError
+from rotopo.training import PairwiseModule
+
+
+class RotopoCLI(LightningCLI):
+    """LightningCLI with the tokenizer named once, one folder per run, and safe class swaps."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("model.init_args.policy.path", "data.init_args.tokenizer")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """TensorBoard and CSV in ``default_root_dir/version_N`` unless loggers are given."""
+        config = self._get(self.config_init, "trainer")
+        if config.logger is None:
+            root = config.default_root_dir or "runs"
+            board = TensorBoardLogger(root, name="")
+            kwargs["logger"] = [board, CSVLogger(root, name="", version=board.version)]
+        return super().instantiate_trainer(**kwargs)
+
+
+def main(args: list[str] | None = None) -> RotopoCLI:
+    """Run the command line.
+
+    Args:
+        args: arguments without the program's name; None reads them from the process.
+
+    Raises:
+        SystemExit: with status 2 after bad input, whose message is printed without a traceback.
+    """
+    _keep_only_what_classes_share()
+    try:
+        return RotopoCLI(
+            PairwiseModule,
+            PairwiseDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            # Our samplers know the ranks themselves.
+            trainer_defaults={"use_distributed_sampler": False},
+            args=args,
+        )
+    except InputError as error:
+        print(f"rotopo: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _keep_only_what_classes_share() -> None:
+    """When a class path changes, drop the settings that the old class declared itself.
+
+    jsonargparse keeps every setting whose name and type the new class knows too, so that a DPO
+    file with ``beta: 0.3`` followed by ``--model SimPO`` would build SimPO with 0.3, silently.
+    Here only what a common base class declares carries over (policy, optimiser; of adapters the
+    target modules). jsonargparse has no switch for this, so its function is wrapped.
+    """
+    original = jsonargparse_typehints.discard_init_args_on_class_path_change
+    if getattr(original, "wrapped_by_rotopo", False):
+        return
+
+    def discard(parser_or_action: Any, prev_val: Any, value: Any) -> None:
+        if prev_val and "init_args" in prev_val and prev_val["class_path"] != value["class_path"]:
+            shared = _shared_settings(prev_val["class_path"], value["class_path"])
+            init_args = prev_val["init_args"]
+            for name in [key for key in vars(init_args) if key not in shared]:
+                init_args.pop(name)
+        original(parser_or_action, prev_val, value)
+
+    discard.wrapped_by_rotopo = True  # type: ignore[attr-defined]
+    jsonargparse_typehints.discard_init_args_on_class_path_change = discard
+
+
+def _shared_settings(old_path: str, new_path: str) -> set[str]:
+    """Names of the arguments that the nearest common base of two classes takes."""
+    from jsonargparse._parameter_resolvers import get_signature_parameters
+    from jsonargparse._util import import_object
+
+    old, new = import_object(old_path), import_object(new_path)
+    if issubclass(old, PeftConfig) and issubclass(new, PeftConfig):
+        return {"target_modules"}
+    bases = [base for base in old.__mro__[1:] if base in new.__mro__[1:] and base is not object]
+    return {p.name for p in get_signature_parameters(bases[0], None)} if bases else set()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""What every module of the package shares: optimiser, schedule, clipping, small checkpoints."""
+
+import math
+import random
+from abc import abstractmethod
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import FSDPStrategy
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+import rotopo
+from rotopo.errors import InputError
+
+
+class Warmup(LambdaLR):
+    """Linear warm-up from near zero to the optimiser's learning rate, then a decay.
+
+    Args:
+        optimizer: the optimiser.
+        warmup: share of all steps that the warm-up takes.
+        decay: the shape of the rest; ``linear`` and ``cosine`` end at zero.
+        total_steps: optimiser steps in all; None takes the Trainer's number.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup: float = 0.1,
+        decay: Literal["constant", "linear", "cosine"] = "cosine",
+        total_steps: int | None = None,
+    ) -> None:
+        if total_steps is None:
+            raise InputError("Warmup: total_steps is not set and there is no Trainer to ask.")
+        warm_steps = math.ceil(warmup * total_steps)
+        rest = max(1, total_steps - warm_steps)
+
+        def factor(step: int) -> float:
+            if step < warm_steps:
+                return (step + 1) / (warm_steps + 1)
+            done = min(1.0, (step - warm_steps) / rest)
+            if decay == "cosine":
+                return 0.5 * (1 + math.cos(math.pi * done))
+            return 1 - done if decay == "linear" else 1.0
+
+        super().__init__(optimizer, factor)
+
+
+class PairwiseModule(LightningModule):
+    """Parent of preference objectives and reward models.
+
+    Checkpoints hold what trains, with the optimiser, the loops, the data position and the random
+    state, but not the frozen base model, which is named by its fingerprint.
+
+    Args:
+        optimizer: any optimiser by class path, with its settings.
+        scheduler: any learning-rate scheduler by class path, stepped once per optimiser step;
+            one that takes ``total_steps`` and has none set gets the Trainer's number. None keeps
+            the learning rate.
+    """
+
+    def __init__(
+        self, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None = None
+    ) -> None:
+        super().__init__()
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.strict_loading = False  # on_load_checkpoint is stricter about what matters
+        self._random_state: dict[str, Any] | None = None
+
+    @property
+    @abstractmethod
+    def base_fingerprint(self) -> str:
+        """Hash of the base model's weights as loaded, before training."""
+
+    def trainable_names(self) -> set[str]:
+        """Names of the parameters that train: what a checkpoint holds."""
+        return {name for name, p in self.named_parameters() if p.requires_grad}
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = self.optimizer(self._parameter_groups())
+        if self.scheduler is None:
+            return {"optimizer": optimizer}
+        settings = getattr(self.scheduler, "keywords", {})  # of the partial that the CLI makes
+        total: dict[str, Any] = {}
+        if "total_steps" in settings and settings["total_steps"] is None:
+            total["total_steps"] = int(self.trainer.estimated_stepping_batches)
+        scheduler = self.scheduler(optimizer, **total)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Weight decay would pull rotations back to where no rotation is: they go without."""
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        rotation = [p for name, p in trained if ".rotation_" in name]
+        others = [p for name, p in trained if ".rotation_" not in name]
+        groups: list[dict[str, Any]] = [{"params": others}] if others else []
+        if rotation:
+            groups.append({"params": rotation, "weight_decay": 0.0})
+        return groups
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        # A shard knows only its part of the norm; FSDP1's root knows the whole.
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FSDPStrategy) and gradient_clip_val:
+            assert strategy.model is not None
+            strategy.model.clip_grad_norm_(gradient_clip_val)  # type: ignore[operator]
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained = self.trainable_names()
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if k in trained}
+        checkpoint["rotopo"] = {
+            "version": rotopo.__version__,
+            "base_fingerprint": self.base_fingerprint,
+        }
+        checkpoint["random_state"] = {
+            "python": random.getstate(),
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that does not fit.
+
+        Raises:
+            InputError: it is not rotopo's, its base model is another one, or it trains other
+                parameters.
+        """
+        ours = checkpoint.get("rotopo")
+        if ours is None:
+            raise InputError("ckpt_path: this checkpoint was not written by rotopo.")
+        if ours["base_fingerprint"] != self.base_fingerprint:
+            raise InputError(
+                "ckpt_path: this checkpoint was trained on another base model (fingerprint "
+                f"{ours['base_fingerprint']}, here {self.base_fingerprint}): check policy.path."
+            )
+        wrong = self.trainable_names() ^ set(checkpoint["state_dict"])
+        if wrong:
+            raise InputError(
+                f"ckpt_path: checkpoint and module train different parameters ({len(wrong)} of "
+                f"them, {min(wrong)} for one): check the adapter's settings."
+            )
+        self._random_state = checkpoint["random_state"]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Restored here and not on load: nothing draws between here and the first step.
+        if self._random_state is not None:
+            state, self._random_state = self._random_state, None
+            version, internal, gauss = state["python"]
+            random.setstate((version, tuple(internal), gauss))
+            torch.set_rng_state(state["torch"])
+            if state["cuda"] and torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(state["cuda"])
