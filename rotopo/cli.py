@@ -1,6 +1,7 @@
 """The ``rotopo`` command: fit, validate, test and predict, configured by YAML and class paths."""
 
 import sys
+import warnings
 from typing import Any
 
 import jsonargparse._typehints as jsonargparse_typehints
@@ -43,6 +44,9 @@ def main(args: list[str] | None = None) -> RotopoCLI:
         SystemExit: with status 2 after bad input, whose message is printed without a traceback.
     """
     _keep_only_what_classes_share()
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
+    # The run's folder already holds config.yaml when the CSV logger looks at it.
+    warnings.filterwarnings("ignore", "Experiment logs directory")
     try:
         return RotopoCLI(
             PairwiseModule,

@@ -88,6 +88,9 @@ class PairwiseModule(LightningModule):
         total: dict[str, Any] = {}
         if "total_steps" in settings and settings["total_steps"] is None:
             total["total_steps"] = int(self.trainer.estimated_stepping_batches)
+            # Asking set the training loader up, before Lightning has restored the position in
+            # the epoch; let it be set up again, or a resumed run would start the epoch over.
+            self.trainer.fit_loop._combined_loader = None
         scheduler = self.scheduler(optimizer, **total)
         return {
             "optimizer": optimizer,

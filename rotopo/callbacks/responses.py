@@ -43,7 +43,7 @@ class ResponseWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        tokenizer: Any = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        tokenizer: Any = trainer.datamodule.encoder.tokenizer  # type: ignore[attr-defined]
         assert self.file is not None
         for row, ids, mask, response in zip(
             batch.rows.tolist(), batch.input_ids, batch.attention_mask, outputs, strict=True

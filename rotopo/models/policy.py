@@ -125,7 +125,7 @@ class Policy(nn.Module):
             reference = copy.deepcopy(model).requires_grad_(False).eval()
         if config.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        return cls(model, reference, base)
+        return cls(model.train(), reference, base)
 
     @property
     def language_model(self) -> PreTrainedModel:

@@ -1,0 +1,412 @@
+"""PairwiseDataModule: preference data from its source to batches."""
+
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader
+
+from rotopo.data.batch import (
+    Layout,
+    PairBatch,
+    PromptBatch,
+    Role,
+    TokenizedRow,
+    collate,
+    collate_prompts,
+)
+from rotopo.data.sampler import EvalSampler, PairLength, StatefulLoader, StepSampler
+from rotopo.data.schemas import resolve_format
+from rotopo.data.sources import load_rows
+from rotopo.data.token_cache import OnBadRow, TokenizedRows, fingerprint_rows, tokenize_rows
+from rotopo.data.tokens import PairEncoder, Truncation
+from rotopo.errors import InputError
+from rotopo.pretrained import cache_dir as default_cache_dir
+from rotopo.pretrained import load_tokenizer
+
+
+class PairwiseDataModule(LightningDataModule):
+    """Preference pairs: loaded, tokenised once, split, and batched.
+
+    The held-out rows are chosen by the seed among the rows as stored, before any is dropped, so
+    no other setting moves a row from one split to another.
+
+    Args:
+        tokenizer: the model's name, folder or GGUF file, or ``package:PACKAGE/FILE``; normally
+            the same as ``policy.path``.
+        source: a data set on the Hub (``name`` or ``name:config``), a json, jsonl, csv, parquet
+            or arrow file, a glob or folder of them, ``package:PACKAGE/FILE``, or
+            ``python:package.module.function``.
+        format: the rows' format by name (explicit, implicit, ultrafeedback, hh, align_anything,
+            sharegpt), or the dotted path of a function row -> Preference; None detects it.
+        train_split: the source's split to train on.
+        validation: the fraction of the training split to hold out for validation, or the name of
+            another split; 0 for none.
+        test: the same for the test.
+        group_by: a column whose values are never divided between splits; None if rows are
+            independent.
+        train_pairs: train on this many pairs only, drawn by the seed; None for all.
+        pairs_per_step: pairs of one optimiser step, over all micro-batches and ranks.
+        eval_pairs_per_batch: pairs of a validation, test or prediction batch at most.
+        token_budget: tokens of a micro-batch at most, padding included; None for no limit.
+        layout: ``shared_prompt`` computes a prompt once for both responses, ``padded`` twice.
+        chat_template: Jinja text, or a file that holds it; None takes the tokenizer's.
+        system_message: put before prompts that have no system turn of their own.
+        pad_token: the token of the vocabulary to pad with; None takes the tokenizer's.
+        max_length: tokens of a prompt and its longer response at most.
+        truncation: what happens to longer rows: ``prompt_left`` cuts the prompt on its left,
+            ``response_right`` the responses on their right, ``drop`` drops the row.
+        on_bad_row: whether a row that cannot be used is an error, or dropped and counted.
+        num_workers: processes that load batches.
+        num_proc: processes that tokenise; None takes one per 10,000 rows, up to the
+            processors.
+        seed: seed of the held-out rows and of the order of training.
+        cache_dir: folder for the tokenised data; None takes $ROTOPO_CACHE or ~/.cache/rotopo.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        source: str,
+        format: str | None = None,
+        train_split: str = "train",
+        validation: float | str = 0.05,
+        test: float | str = 0.0,
+        group_by: str | None = None,
+        train_pairs: int | None = None,
+        pairs_per_step: int = 32,
+        eval_pairs_per_batch: int = 16,
+        token_budget: int | None = None,
+        layout: Layout = "shared_prompt",
+        chat_template: str | None = None,
+        system_message: str | None = None,
+        pad_token: str | None = None,
+        max_length: int = 1024,
+        truncation: Truncation = "prompt_left",
+        on_bad_row: OnBadRow = "error",
+        num_workers: int = 0,
+        num_proc: int | None = None,
+        seed: int = 0,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, count in (
+            ("train_pairs", train_pairs),
+            ("pairs_per_step", pairs_per_step),
+            ("eval_pairs_per_batch", eval_pairs_per_batch),
+            ("token_budget", token_budget),
+        ):
+            if count is not None and count < 1:
+                raise InputError(f"data.{name} is {count}: it has to be at least 1.")
+        for name, value, known in (
+            ("layout", layout, get_args(Layout)),
+            ("on_bad_row", on_bad_row, get_args(OnBadRow)),
+        ):
+            if value not in known:
+                raise InputError(f"data.{name} is {value!r}: it has to be {' or '.join(known)}.")
+        fractions = {"validation": validation, "test": test}
+        for name, fraction in fractions.items():
+            if not isinstance(fraction, str) and not 0 <= fraction < 1:
+                raise InputError(
+                    f"data.{name} is {fraction}: give a fraction in [0, 1) or a split's name."
+                )
+        if sum(f for f in fractions.values() if not isinstance(f, str)) >= 1:
+            raise InputError("data.validation and data.test leave no pair to train on.")
+        named = [train_split, *(name for name in fractions.values() if isinstance(name, str))]
+        if len(set(named)) < len(named):
+            raise InputError(
+                f"data.train_split, data.validation and data.test name the splits "
+                f"{', '.join(named)}: each has to be another one; to hold out a part of a split, "
+                "give a fraction."
+            )
+        self.tokenizer_path = tokenizer
+        self.source = source
+        self.format = format
+        self.train_split = train_split
+        self.held_out = fractions
+        self.group_by = group_by
+        self.train_pairs = train_pairs
+        self.pairs_per_step = pairs_per_step
+        self.eval_pairs_per_batch = eval_pairs_per_batch
+        self.token_budget = token_budget
+        self.layout = layout
+        self.on_bad_row = on_bad_row
+        self.num_workers = num_workers
+        self.num_proc = num_proc
+        self.seed = seed
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        self._encoding: dict[str, Any] = {
+            "chat_template": chat_template,
+            "system_message": system_message,
+            "pad_token": pad_token,
+            "max_length": max_length,
+            "truncation": truncation,
+        }
+        self._pairs: dict[str, Dataset] = {}
+        self._tokenized: dict[str, TokenizedRows] = {}
+
+    @cached_property
+    def encoder(self) -> PairEncoder:
+        """How preferences become tokens; its ``tokenizer`` is the one to save with a model."""
+        return PairEncoder(load_tokenizer(self.tokenizer_path), **self._encoding)
+
+    @property
+    def pad_id(self) -> int:
+        """Id of the token that fills up batches."""
+        return self.encoder.pad_id
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Ids of the tokens that end a generation."""
+        return self.encoder.stop_ids
+
+    @cached_property
+    def data_fingerprint(self) -> str:
+        """Hash of the tokenised training pairs."""
+        return fingerprint_rows(self._pairs["train"])[:16]
+
+    def prepare_data(self) -> None:
+        for split in self._source_splits():
+            self._load(split)
+
+    def setup(self, stage: str | None = None) -> None:
+        if self._pairs:
+            return
+        rows: dict[str, Dataset] = {}
+        for split in self._source_splits():
+            rows[split], self._tokenized[split] = self._load(split)
+            rank_zero_info(f"{self.source} [{split}]: {self._tokenized[split].summary()}.")
+        chosen = self._choose(rows)
+        self._check_groups(rows, chosen)
+        for name, (split, numbers) in chosen.items():
+            pairs = self._tokenized[split].pairs
+            kept = np.flatnonzero(np.isin(pairs.with_format("numpy")["row"][:], numbers))
+            if len(kept) == 0:
+                raise InputError(f"No {name} pair is left: every one of them was dropped.")
+            self._pairs[name] = pairs.select(kept)
+        if self.train_pairs is not None:
+            train = self._pairs["train"]
+            order = self._permutation(len(train))[: self.train_pairs]
+            self._pairs["train"] = train.select(np.sort(order))
+
+    def train_dataloader(self) -> StatefulLoader:
+        accumulation = self.trainer.accumulate_grad_batches if self.trainer else 1
+        world_size, rank = self._ranks()
+        pairs = self._pairs["train"]
+        sampler = StepSampler(
+            _lengths(pairs),
+            self.pairs_per_step,
+            accumulation,
+            world_size,
+            rank,
+            self.seed,
+            self.token_budget,
+            self.layout,
+        )
+        scale = accumulation * world_size / self.pairs_per_step
+        return StatefulLoader(
+            _Rows(pairs),
+            batch_sampler=sampler,
+            collate_fn=partial(collate, pad_id=self.pad_id, layout=self.layout, loss_scale=scale),
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        if "validation" in self._pairs:
+            return self._eval_loader("validation")
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            return []
+        raise InputError("data.validation is 0: there is nothing to validate on.")
+
+    def test_dataloader(self) -> DataLoader:
+        if "test" not in self._pairs:
+            raise InputError("data.test is 0: there is nothing to test on.")
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        """The prompts of the test split, or of the validation split where there is no test."""
+        for name in ("test", "validation"):
+            if name in self._pairs:
+                return self._prompt_loader(name)
+        raise InputError("data.test and data.validation are 0: there is no prompt to respond to.")
+
+    def describe(self) -> dict[str, int | str]:
+        """What a run should log about its data: pairs per split, what truncation touched, hash."""
+        return {
+            **{f"pairs/{name}": len(pairs) for name, pairs in self._pairs.items()},
+            **{
+                f"rows/{split}/{outcome}": count
+                for split, tokenized in self._tokenized.items()
+                for outcome, count in tokenized.counts.items()
+            },
+            "fingerprint": self.data_fingerprint,
+        }
+
+    def state_dict(self) -> dict[str, str]:
+        return {"data_fingerprint": self.data_fingerprint}
+
+    def load_state_dict(self, state_dict: dict[str, str]) -> None:
+        """Refuse to go on training with other pairs: the position in the epoch means nothing there.
+
+        Raises:
+            InputError: the checkpoint's training pairs are not these.
+        """
+        assert self.trainer is not None
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        if fitting and state_dict["data_fingerprint"] != self.data_fingerprint:
+            raise InputError(
+                "ckpt_path: this checkpoint was trained on other pairs (fingerprint "
+                f"{state_dict['data_fingerprint']}, here {self.data_fingerprint}): check "
+                "data.source, data.seed and the settings of the tokens."
+            )
+
+    def _source_splits(self) -> list[str]:
+        return [self.train_split, *(s for s in self.held_out.values() if isinstance(s, str))]
+
+    def _load(self, split: str) -> tuple[Dataset, TokenizedRows]:
+        rows = load_rows(self.source, split)
+        try:
+            tokenized = tokenize_rows(
+                rows,
+                resolve_format(self.format, rows),
+                self.encoder,
+                self.cache_dir,
+                self.num_proc,
+                self.on_bad_row,
+            )
+        except InputError as error:
+            raise InputError(f"{self.source} [{split}]: {error}") from error
+        return rows, tokenized
+
+    def _choose(self, rows: dict[str, Dataset]) -> dict[str, tuple[str, np.ndarray]]:
+        """For train, validation and test: the source's split, and the rows of it."""
+        pool = rows[self.train_split]
+        labels = np.arange(len(pool)) if self.group_by is None else self._groups(pool)
+        groups, group_of_row = np.unique(labels, return_inverse=True)
+        order = self._permutation(len(groups))
+        # Test groups come from one end and validation groups from the other, so that the size of
+        # one does not change the other.
+        ends = {"test": order, "validation": order[::-1]}
+        sizes = np.bincount(group_of_row)
+        rest = np.ones(len(pool), dtype=bool)
+        chosen: dict[str, tuple[str, np.ndarray]] = {}
+        for name, share in self.held_out.items():
+            if isinstance(share, str):
+                chosen[name] = share, np.arange(len(rows[share]))
+            elif share > 0:
+                wanted = max(1, round(share * len(pool)))
+                n_groups = int(np.searchsorted(sizes[ends[name]].cumsum(), wanted)) + 1
+                held_out = np.isin(group_of_row, ends[name][:n_groups])
+                if not (rest & held_out).sum() == held_out.sum() < rest.sum():
+                    raise InputError(
+                        f"data.validation and data.test leave no pair to train on: {len(pool)} "
+                        f"rows in {len(groups)} groups are too few for such fractions."
+                    )
+                rest &= ~held_out
+                chosen[name] = self.train_split, np.flatnonzero(held_out)
+        return {"train": (self.train_split, np.flatnonzero(rest)), **chosen}
+
+    def _groups(self, rows: Dataset) -> np.ndarray:
+        if self.group_by not in rows.column_names:
+            raise InputError(
+                f"data.group_by: {self.source} has no column {self.group_by!r}, only "
+                f"{', '.join(rows.column_names)}."
+            )
+        return np.array([repr(value) for value in rows[self.group_by]])
+
+    def _check_groups(
+        self, rows: dict[str, Dataset], chosen: dict[str, tuple[str, np.ndarray]]
+    ) -> None:
+        """Splits that the source names may share groups, which no choice of ours can mend."""
+        if self.group_by is None:
+            return
+        owner: dict[str, str] = {}
+        for name, (split, numbers) in chosen.items():
+            for group in np.unique(self._groups(rows[split])[numbers]).tolist():
+                if owner.setdefault(group, name) != name:
+                    raise InputError(
+                        f"data.group_by: the {self.group_by} {group} is in {owner[group]} and in "
+                        f"{name}: hold out fractions instead of the source's splits."
+                    )
+
+    def _permutation(self, n: int) -> np.ndarray:
+        return torch.randperm(n, generator=torch.Generator().manual_seed(self.seed)).numpy()
+
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
+    def _eval_loader(self, name: str) -> DataLoader:
+        pairs = self._pairs[name]
+        sampler = EvalSampler(
+            _lengths(pairs),
+            self.token_budget,
+            self.eval_pairs_per_batch,
+            *self._ranks(),
+            self.layout,
+        )
+        return DataLoader(
+            _Rows(pairs),
+            batch_sampler=sampler,
+            collate_fn=partial(_collate_mean, pad_id=self.pad_id, layout=self.layout),
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            # Iterating draws a seed: from here, so that evaluation leaves training's alone.
+            generator=torch.Generator(),
+        )
+
+    def _prompt_loader(self, name: str) -> DataLoader:
+        # By batch size, since Lightning rebuilds the batch sampler of a prediction.
+        world_size, rank = self._ranks()
+        pairs = self._pairs[name]
+        return DataLoader(
+            _Rows(pairs.select(range(rank, len(pairs), world_size))),
+            batch_size=self.eval_pairs_per_batch,
+            collate_fn=partial(_collate_prompts, pad_id=self.pad_id),
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+class _Rows(torch.utils.data.Dataset[TokenizedRow]):
+    """Tokenised pairs, one by one."""
+
+    def __init__(self, pairs: Dataset) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> TokenizedRow:
+        pair = self.pairs[index]
+        return TokenizedRow(
+            pair["prompt"],
+            [pair["chosen"], pair["rejected"]],
+            [Role.CHOSEN, Role.REJECTED],
+            pair["row"],
+        )
+
+
+def _lengths(pairs: Dataset) -> list[PairLength]:
+    table = pairs.with_format("arrow")[:]
+    prompt, chosen, rejected = (
+        pc.list_value_length(table.column(name)).to_pylist()
+        for name in ("prompt", "chosen", "rejected")
+    )
+    return [(p, (c, r)) for p, c, r in zip(prompt, chosen, rejected, strict=True)]
+
+
+def _collate_mean(rows: list[TokenizedRow], pad_id: int, layout: Layout) -> PairBatch:
+    """A batch whose loss is the mean over its pairs."""
+    return collate(rows, pad_id, layout, loss_scale=1 / len(rows))
+
+
+def _collate_prompts(rows: list[TokenizedRow], pad_id: int) -> PromptBatch:
+    return collate_prompts([row.prompt for row in rows], pad_id, [row.row for row in rows])

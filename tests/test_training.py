@@ -1,0 +1,182 @@
+"""Steps, checkpoints and resumption, through the command line."""
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from rotopo.cli import main
+from rotopo.errors import InputError
+from rotopo.objectives import DPO
+from rotopo.training import Warmup
+from tests.small_run import save_config, save_model
+
+CHECKPOINTS = [
+    "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
+    "--trainer.callbacks.every_n_train_steps=1",
+    "--trainer.callbacks.save_last=true",
+    "--trainer.callbacks.save_top_k=-1",
+]
+
+
+class Killed(BaseException):
+    pass
+
+
+class Kill(Callback):
+    """Dies at a batch: before its step, or after it and before the checkpoint."""
+
+    def __init__(self, batch: int, before: bool) -> None:
+        self.batch = batch
+        self.before = before
+        self.seen = 0
+
+    def on_train_batch_start(self, *_) -> None:
+        if self.before and self.seen == self.batch:
+            raise Killed
+
+    def on_train_batch_end(self, *_) -> None:
+        self.seen += 1
+        if not self.before and self.seen > self.batch:
+            raise Killed
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_tokenizer) -> Path:
+    return save_config(tmp_path, tiny_tokenizer)
+
+
+def fit(config: Path, root: str, *options: str):
+    arguments = ["fit", "--config", str(config), "--trainer.default_root_dir"]
+    return main([*arguments, str(config.parent / root), *options])
+
+
+def weights(cli) -> dict[str, torch.Tensor]:
+    return {n: p.detach() for n, p in cli.model.named_parameters() if p.requires_grad}
+
+
+def assert_equal(a: dict, b: dict, **tolerance) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], **tolerance)
+
+
+@pytest.mark.parametrize("layout", ["padded", "shared_prompt"])
+def test_accumulation_changes_no_number(config, layout):
+    options = ["--model.policy.dtype=float64", "--model.policy.adapter.lora_dropout=0"]
+    options += [f"--data.layout={layout}", "--trainer.max_epochs=1"]
+    runs = [
+        fit(config, f"a{n}", *options, f"--trainer.accumulate_grad_batches={n}")
+        for n in (1, 2, 3, 6)
+    ]
+    logs = [pd.read_csv(Path(run.trainer.log_dir) / "metrics.csv") for run in runs]
+    for run, log in zip(runs[1:], logs[1:], strict=True):
+        assert run.trainer.global_step == runs[0].trainer.global_step == 3
+        assert_equal(weights(run), weights(runs[0]), rtol=1e-7, atol=1e-9)
+        columns = [c for c in logs[0] if c.startswith(("train/", "val/"))]
+        pd.testing.assert_frame_equal(log[columns], logs[0][columns], rtol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("batch", "before"), [(1, True), (3, False), (7, True), (9, False)])
+def test_a_killed_run_resumes_to_the_same_weights(config, monkeypatch, workers, batch, before):
+    """Two micro-batches a step, three steps an epoch, two epochs: kills in the midst of both."""
+    options = [*CHECKPOINTS, "--trainer.accumulate_grad_batches=2"]
+    options += [f"--data.num_workers={workers}"]
+    whole = fit(config, "whole", *options)
+    assert whole.trainer.global_step == 6
+    kill = Kill(batch, before)
+    original = DPO.configure_callbacks
+    with monkeypatch.context() as patch:
+        patch.setattr(DPO, "configure_callbacks", lambda self: [*original(self), kill])
+        with pytest.raises(Killed):
+            fit(config, "killed", *options)
+    checkpoints = sorted((config.parent / "killed").rglob("last*.ckpt"))
+    resumed = fit(config, "killed", *options, *(f"--ckpt_path={c}" for c in checkpoints[-1:]))
+    assert resumed.trainer.global_step == 6
+    assert_equal(weights(resumed), weights(whole), rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_sigkill_of_the_real_command(config):
+    """Three kills at random moments of a run with workers and dropout; the end is the same."""
+    options = [*CHECKPOINTS, "--data.num_workers=1", "--trainer.max_epochs=40"]
+    whole = fit(config, "whole", *options)
+    generator = random.Random(0)
+    command = [sys.executable, "-m", "rotopo.cli", "fit", "--config", str(config), *options]
+    command += ["--trainer.default_root_dir", str(config.parent / "killed")]
+    finished = False
+    for _ in range(3):
+        last = sorted(
+            (config.parent / "killed").rglob("last*.ckpt"), key=lambda f: f.stat().st_mtime
+        )
+        resume = [f"--ckpt_path={last[-1]}"] if last else []
+        process = subprocess.Popen([*command, *resume], stdout=subprocess.DEVNULL)
+        before = len(list((config.parent / "killed").rglob("*.ckpt")))
+        deadline = time.monotonic() + 60
+        while len(list((config.parent / "killed").rglob("*.ckpt"))) < before + 3:
+            assert time.monotonic() < deadline
+            if process.poll() is not None:
+                break
+            time.sleep(0.01)
+        time.sleep(generator.uniform(0, 0.5))
+        process.kill()
+        finished = process.wait() == 0
+    assert not finished, "the run ended before it was killed: the test shows nothing"
+    last = sorted((config.parent / "killed").rglob("last*.ckpt"), key=lambda f: f.stat().st_mtime)
+    resumed = fit(config, "killed", *options, f"--ckpt_path={last[-1]}")
+    assert_equal(weights(resumed), weights(whole), rtol=0, atol=0)
+
+
+def test_checkpoints_hold_the_adapter_and_not_the_base(config):
+    cli = fit(config, "run", *CHECKPOINTS)
+    (file, *_) = (config.parent / "run").rglob("last.ckpt")
+    checkpoint = torch.load(file, weights_only=True)
+    assert set(checkpoint["state_dict"]) == set(weights(cli))
+    assert all("lora_" in name for name in checkpoint["state_dict"])
+    trained = sum(w.numel() * 4 for w in weights(cli).values())
+    whole = (config.parent / "model" / "model.safetensors").stat().st_size
+    assert file.stat().st_size < 5 * trained + 60_000 < whole
+
+
+def test_a_checkpoint_of_another_base_or_adapter_is_refused(config, tiny_tokenizer, capsys):
+    fit(config, "run", *CHECKPOINTS)
+    (file, *_) = (config.parent / "run").rglob("last.ckpt")
+    resume = f"--ckpt_path={file}"
+    with pytest.raises(SystemExit):
+        fit(config, "other", resume, "--model.policy.adapter.target_modules=[v_proj]")
+    assert "different parameters" in capsys.readouterr().err
+    other = save_model(config.parent / "other_model", tiny_tokenizer, seed=1)
+    with pytest.raises(SystemExit):
+        fit(config, "other", resume, f"--model.policy.path={other}")
+    assert "another base model" in capsys.readouterr().err
+
+
+def test_warmup_rises_and_decays():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=2.0)
+    schedule = Warmup(optimizer, warmup=0.2, decay="cosine", total_steps=10)
+    rates = []
+    for _ in range(10):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == pytest.approx(2 / 3)
+    assert rates[2] == 2.0 == max(rates)
+    assert schedule.get_last_lr()[0] == pytest.approx(0, abs=1e-12)
+    assert rates[6] == pytest.approx(1.0)
+    with pytest.raises(InputError, match="total_steps"):
+        Warmup(optimizer)
+
+
+def test_the_schedule_is_stepped_per_optimiser_step(config):
+    cli = fit(config, "run", "--trainer.accumulate_grad_batches=2")
+    (scheduler,) = (c.scheduler for c in cli.trainer.lr_scheduler_configs)
+    assert scheduler.last_epoch == cli.trainer.global_step == 6
+    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
