@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import jsonargparse._typehints as jsonargparse_typehints
@@ -23,6 +24,11 @@ class RotopoCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("model.init_args.policy.path", "data.init_args.tokenizer")
+
+    def before_instantiate_classes(self) -> None:
+        checkpoint = self._get(self.config, "ckpt_path")
+        if checkpoint and Path(checkpoint).suffix and not Path(checkpoint).exists():
+            raise InputError(f"ckpt_path: there is no checkpoint {checkpoint}.")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """TensorBoard and CSV in ``default_root_dir/version_N`` unless loggers are given."""
@@ -58,9 +64,19 @@ def main(args: list[str] | None = None) -> RotopoCLI:
             trainer_defaults={"use_distributed_sampler": False},
             args=args,
         )
-    except InputError as error:
-        print(f"rotopo: {error}", file=sys.stderr)
+    except ValueError as error:
+        cause = _input_error(error)
+        if cause is None:
+            raise
+        print(f"rotopo: {cause}", file=sys.stderr)
         sys.exit(2)
+
+
+def _input_error(error: BaseException | None) -> InputError | None:
+    """The bad input behind an error: jsonargparse wraps what a class raises when it is built."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _keep_only_what_classes_share() -> None:

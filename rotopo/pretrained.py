@@ -101,7 +101,7 @@ def _convert_gguf(file: Path) -> Path:
         "gguf_file": file.name,
     }
     try:
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
     except ImportError as error:
         raise InputError(

@@ -80,7 +80,7 @@ class PairwiseModule(LightningModule):
         """Names of the parameters that train: what a checkpoint holds."""
         return {name for name, p in self.named_parameters() if p.requires_grad}
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self._parameter_groups())
         if self.scheduler is None:
             return {"optimizer": optimizer}

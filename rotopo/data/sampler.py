@@ -213,7 +213,8 @@ class StatefulLoader(DataLoader):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, generator=torch.Generator().manual_seed(0), **kwargs)
+        kwargs["generator"] = torch.Generator().manual_seed(0)
+        super().__init__(*args, **kwargs)
         self._consumed = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]

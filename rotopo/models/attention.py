@@ -44,6 +44,7 @@ def attention_inputs(batch: PairBatch, config: PretrainedConfig, dtype: torch.dt
         )
     seen = _visible(batch)
     if "sliding_attention" in kinds:
+        assert window is not None
         inputs["attention_mask"] = {
             "full_attention": _additive(seen, dtype),
             "sliding_attention": _additive(seen & _within(batch, window), dtype),

@@ -68,7 +68,10 @@ def load_model(path: str, dtype: torch.dtype, attention: str) -> PreTrainedModel
             pretrained_folder(path), config=config, dtype=dtype, attn_implementation=attention
         )
     except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"Cannot load the model {path!r}: {first_line(error)}") from error
+        raise InputError(
+            f"Cannot load policy.path {path!r} with policy.attention {attention!r}: "
+            f"{first_line(error)}"
+        ) from error
 
 
 def fingerprint(model: nn.Module) -> str:

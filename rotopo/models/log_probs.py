@@ -107,7 +107,7 @@ class _FusedHead(torch.autograd.Function):
     """Outputs (log_prob, sum_squared, entropy, kl); see :func:`token_log_probs`."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
@@ -159,7 +159,7 @@ class _FusedHead(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any,
         g_log_prob: Tensor | None,
         g_squared: Tensor | None,

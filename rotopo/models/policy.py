@@ -3,7 +3,7 @@
 import copy
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -112,11 +112,12 @@ class Policy(nn.Module):
     def build(cls, model: PreTrainedModel, config: PolicyConfig, needs_reference: bool) -> Self:
         """As :meth:`load`, from a model in memory."""
         base = fingerprint(model)
+        adapted: PreTrainedModel | PeftModel = model
         reference = None
         if config.adapter is not None:
             try:
                 # A copy: PEFT writes into the configuration what it found in the model.
-                model = get_peft_model(model, copy.deepcopy(config.adapter))
+                adapted = cast(PeftModel, get_peft_model(model, copy.deepcopy(config.adapter)))
             except ValueError as error:
                 raise InputError(
                     f"policy.adapter ({type(config.adapter).__name__}): {error}"
@@ -125,13 +126,15 @@ class Policy(nn.Module):
             reference = copy.deepcopy(model).requires_grad_(False).eval()
         if config.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        return cls(model.train(), reference, base)
+        return cls(adapted.train(), reference, base)
 
     @property
     def language_model(self) -> PreTrainedModel:
         """The Hugging Face model; adapted layers sit inside it."""
         model = self.model
-        return model.get_base_model() if isinstance(model, PeftModel) else model
+        if isinstance(model, PeftModel):
+            return cast(PreTrainedModel, model.get_base_model())
+        return model
 
     def forward(self, batch: PairBatch, with_reference: bool = True) -> PairLogProbs:
         """Log-probs of every pair's chosen and rejected response.
@@ -182,7 +185,7 @@ class Policy(nn.Module):
             pad_id: what fills up responses that ended; never part of a result.
             reference: generate with the reference instead of the policy.
         """
-        model = self.reference if reference and self.reference is not None else self.model
+        model: Any = self.reference if reference and self.reference is not None else self.model
         off = reference and isinstance(model, PeftModel)
         greedy = sampling.temperature == 0
         settings: dict[str, Any] = {"do_sample": not greedy}
@@ -214,7 +217,7 @@ class Policy(nn.Module):
         model's head is whole.
         """
         model = self.language_model
-        weight = model.get_input_embeddings().weight
+        weight = _embeddings(model)
         ids = [i % weight.shape[0] for i in range(7, 31)]
         row = TokenizedRow(ids[:10], [ids[10:18], ids[18:]], [Role.CHOSEN, Role.REJECTED], 0)
         batch = collate([row], pad_id=0, layout=layout, loss_scale=1.0).to(weight.device)
@@ -246,17 +249,22 @@ class Policy(nn.Module):
 def _token_log_probs(model: PreTrainedModel, batch: PairBatch) -> Tensor:
     config = model.config.get_text_config()
     decoder = model.base_model
-    dtype = model.get_input_embeddings().weight.dtype
     hidden = decoder(
-        input_ids=batch.input_ids, use_cache=False, **attention_inputs(batch, config, dtype)
+        input_ids=batch.input_ids,
+        use_cache=False,
+        **attention_inputs(batch, config, _embeddings(model).dtype),
     ).last_hidden_state
     hidden = hidden.flatten(0, 1)[batch.predictors]
     return token_log_probs(hidden, _head(model), batch.targets).log_prob
 
 
+def _embeddings(model: PreTrainedModel) -> Tensor:
+    return cast(Tensor, model.get_input_embeddings().weight)
+
+
 def _head(model: PreTrainedModel) -> Head:
     """The output head, with what families do to its logits."""
-    module = model.get_output_embeddings()
+    module = cast(nn.Linear, model.get_output_embeddings())
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0

@@ -7,7 +7,13 @@ from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from rotopo.callbacks import Displacement, ImplicitRewards, Orthogonality, Speed
+from rotopo.callbacks import (
+    Displacement,
+    ImplicitRewards,
+    Orthogonality,
+    ResponseWriter,
+    Speed,
+)
 from rotopo.data.batch import PairBatch, PromptBatch
 from rotopo.errors import InputError
 from rotopo.models.log_probs import PairLogProbs
@@ -63,7 +69,13 @@ class PreferenceModule(PairwiseModule):
     def configure_callbacks(self) -> list[Callback]:
         """What every run logs; one of the same class in ``trainer.callbacks`` takes precedence."""
         given = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
-        always: list[Callback] = [ImplicitRewards(), Displacement(), Orthogonality(), Speed()]
+        always: list[Callback] = [
+            ImplicitRewards(),
+            Displacement(),
+            Orthogonality(),
+            Speed(),
+            ResponseWriter(),
+        ]
         return [callback for callback in always if type(callback) not in given]
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
