@@ -18,6 +18,14 @@ from rotopo.data.module import PairwiseDataModule
 from rotopo.errors import InputError
 from rotopo.training import PairwiseModule
 
+_DESCRIPTION = """Preference optimisation of language models.
+
+A run is a YAML file of class paths and settings; any setting can be overridden behind it:
+rotopo fit --config configs/quickstart.yaml --model.beta 0.05 --trainer.max_epochs 2.
+What a class takes: rotopo fit --model.help DPO, rotopo fit --data.help PairwiseDataModule.
+What a run would use: add --print_config. Resume: --ckpt_path runs/version_0/checkpoints/last.ckpt.
+"""
+
 
 class RotopoCLI(LightningCLI):
     """LightningCLI with the tokenizer named once, one folder per run, and safe class swaps."""
@@ -59,7 +67,9 @@ def main(args: list[str] | None = None) -> RotopoCLI:
             PairwiseDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
+            auto_configure_optimizers=False,  # they are the model's settings
             save_config_kwargs={"overwrite": True},
+            parser_kwargs={"description": _DESCRIPTION},
             # Our samplers know the ranks themselves.
             trainer_defaults={"use_distributed_sampler": False},
             args=args,
