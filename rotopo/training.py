@@ -71,6 +71,18 @@ class PairwiseModule(LightningModule):
         self.strict_loading = False  # on_load_checkpoint is stricter about what matters
         self._random_state: dict[str, Any] | None = None
 
+    def setup(self, stage: str) -> None:
+        """Refuse a Trainer that would cast everything.
+
+        Raises:
+            InputError: ``trainer.precision`` is a true half precision.
+        """
+        if self.trainer.precision in ("bf16-true", "16-true"):
+            raise InputError(
+                f"trainer.precision {self.trainer.precision!r} would cast the adapter too, whose "
+                "small steps a half type loses: leave it out and set policy.dtype instead."
+            )
+
     @property
     @abstractmethod
     def base_fingerprint(self) -> str:

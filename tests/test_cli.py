@@ -113,6 +113,7 @@ def test_the_tokenizer_is_the_models(config):
         ("--model.policy.adapter.target_modules=[no_such_layer]", "no_such_layer"),
         ("--model.policy.attention=telepathy", "policy.attention"),
         ("--model.beta=-1", "beta is -1"),
+        ("--trainer.precision=bf16-true", "policy.dtype"),
         ("--model.betta=1", "betta"),
         ("--data.source=/nowhere.jsonl", "/nowhere.jsonl"),
         ("--data.format=telegram", "telegram"),
@@ -168,6 +169,16 @@ def test_a_tokenizer_without_template_or_pad_is_named(message, config):
     settings.write_text(json.dumps(json.loads(kept) | {"pad_token": None}))
     template = "{% for m in messages %}{{ m.role + m.content + '<|im_end|>' }}{% endfor %}"
     assert "data.pad_token" in message(f"--data.chat_template={template}")
+
+
+def test_a_checkpoint_is_tested_as_it_was_trained(config):
+    trained = main(["fit", "--config", str(config)])
+    (expected,) = trained.trainer.test(trained.model, trained.datamodule, verbose=False)
+    (checkpoint,) = (config.parent / "runs").rglob("*.ckpt")
+    loaded = main(["test", "--config", str(config), f"--ckpt_path={checkpoint}"])
+    found = {name: float(value) for name, value in loaded.trainer.callback_metrics.items()}
+    assert found == pytest.approx(expected)
+    assert expected["test/rewards/margin"] != 0
 
 
 def test_predict_writes_one_response_per_prompt(config):

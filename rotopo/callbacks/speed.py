@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from rotopo.data.batch import PairBatch
 
@@ -18,14 +19,14 @@ class Speed(Callback):
 
     def __init__(self) -> None:
         self.pairs = 0
-        self.tokens = 0
-        self.seconds = 0.0
+        self.tokens: Tensor | int = 0
         self.began = 0.0
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.began = time.perf_counter()
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self.pairs, self.tokens, self.began = 0, 0, time.perf_counter()
 
     def on_train_batch_end(
         self,
@@ -36,13 +37,13 @@ class Speed(Callback):
         batch_idx: int,
     ) -> None:
         self.pairs += batch.n_pairs
-        self.tokens += int((batch.segment_ids >= 0).sum())
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds += time.perf_counter() - self.began
+        self.tokens += (batch.segment_ids >= 0).sum()  # read once a step: reading waits for a GPU
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        for name, amount in (("pairs", self.pairs), ("tokens", self.tokens)):
-            rate = amount * trainer.world_size / self.seconds
+        amounts = {"pairs": self.pairs, "tokens": int(self.tokens)}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - self.began
+        for name, amount in amounts.items():
+            rate = amount * trainer.world_size / seconds
             pl_module.log(f"speed/{name}_per_second", rate, prog_bar=name == "pairs", batch_size=1)
-        self.pairs, self.tokens, self.seconds = 0, 0, 0.0

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import HRAConfig, LoraConfig, OFTConfig
 
 from rotopo.data.batch import Role, TokenizedRow, collate, collate_prompts
 from rotopo.errors import InputError
 from rotopo.models.log_probs import PairLogProbs
 from rotopo.models.policy import Policy, PolicyConfig, Sampling
+from rotopo.rotation import RotationConfig
 from tests.models.families import FAMILIES, VOCABULARY, make
 
 # Families whose own code drops to float32 (their norms; see families.py for the others').
@@ -71,6 +72,29 @@ def by_definition(policy: Policy, rows: list[TokenizedRow]) -> dict[str, torch.T
 )
 def test_layouts_orders_and_padding_give_the_models_own_numbers(family, attention):
     policy = policy_of(family, lora(family), attn_implementation=attention)
+    assert_batches_do_not_matter(policy, family, attention)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("adapter", ["rotation", "oft", "hra"])
+def test_so_they_do_with_other_adapters(family, adapter):
+    """A rotation is folded into the weight or applied to activations by the batch's size."""
+    modules = ["q_proj", "v_proj"] if family == "llama" else ["c_attn"]
+    if adapter != "rotation" and family == "gpt2":
+        pytest.skip("PEFT's OFT and HRA take no Conv1D")
+    config = {
+        "rotation": lambda: RotationConfig(target_modules=modules),
+        "oft": lambda: OFTConfig(oft_block_size=8, target_modules=modules),
+        "hra": lambda: HRAConfig(r=2, target_modules=modules),
+    }[adapter]()
+    policy = policy_of(family, config)
+    with torch.no_grad():
+        for parameter in trained(policy).values():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    assert_batches_do_not_matter(policy, family, "sdpa")
+
+
+def assert_batches_do_not_matter(policy: Policy, family: str, attention: str) -> None:
     loose = family in FLOAT32_INSIDE or attention == "eager"
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if loose else {"rtol": 1e-10, "atol": 1e-10}
     rows = some_rows()
