@@ -113,7 +113,7 @@ class Setting:
     batches: list[list[TokenizedRow]]
 
     def load_model(self) -> transformers.PreTrainedModel:
-        return load_model(self.model, self.dtype, "sdpa").to(self.device)
+        return load_model(self.model, self.dtype, "sdpa").to(self.device)  # type: ignore[arg-type]
 
     @property
     def pad_id(self) -> int:
@@ -440,7 +440,7 @@ def main() -> None:
     dtypes = ["float32", "bfloat16"]
     add("--dtype", nargs="+", choices=dtypes, default=dtypes, help="of the weights (default: both)")
     add("--table", nargs="+", choices=TABLES, default=list(TABLES), help="(default: both)")
-    add("--rounds", type=int, default=8, help="timed steps of every row (default: %(default)s)")
+    add("--rounds", type=int, default=7, help="timed steps of every row (default: %(default)s)")
     add("--pairs", type=int, default=4, help="pairs a step (default: %(default)s)")
     add("--prompt-tokens", type=int, default=96, help="on average (default: %(default)s)")
     add("--response-tokens", type=int, default=96, help="on average (default: %(default)s)")

@@ -129,19 +129,20 @@ class _FusedHead(torch.autograd.Function):
         for start in range(0, len(targets), chunk_tokens):
             part = slice(start, start + chunk_tokens)
             logits = head.logits(hidden[part])
-            log_p = logits.log_softmax(-1)
-            column = [log_p.gather(1, targets[part, None]).squeeze(1)]
+            p, log_z = _softmax(logits)
+            column = [(logits.gather(1, targets[part, None]) - log_z).squeeze(1)]
             if jacobian is not None:
-                one_hot_minus_p = log_p.exp_().neg_()
+                one_hot_minus_p = p.neg_()
                 one_hot_minus_p[torch.arange(len(column[0])), targets[part]] += 1
                 jacobian[part] = _through_head(one_hot_minus_p, logits, head) @ weight
             elif not plain:
-                p = log_p.exp()
+                log_p = logits - log_z
                 if moments:
                     column += [p.square().sum(-1), -(p * log_p).sum(-1)]
                 if reference_hidden is not None and reference_head is not None:
-                    log_q = reference_head.logits(reference_hidden[part]).log_softmax(-1)
-                    column.append((log_q.exp() * (log_q - log_p)).sum(-1))
+                    reference_logits = reference_head.logits(reference_hidden[part])
+                    q, log_z = _softmax(reference_logits)
+                    column.append((q * (reference_logits - log_z - log_p)).sum(-1))
             columns.append(column)
         outputs: list[Tensor | None] = [torch.cat(c) for c in zip(*columns, strict=True)]
         if not moments:
@@ -183,8 +184,7 @@ class _FusedHead(torch.autograd.Function):
         for start in range(0, len(targets), ctx.chunk_tokens):
             part = slice(start, start + ctx.chunk_tokens)
             logits = head.logits(hidden[part])
-            log_p = logits.log_softmax(-1)
-            p = log_p.exp()
+            p, log_z = _softmax(logits)
             g_logits = torch.zeros_like(p)
             if g_log_prob is not None:
                 g = g_log_prob[part, None]
@@ -193,10 +193,11 @@ class _FusedHead(torch.autograd.Function):
             if ctx.moments and g_squared is not None:
                 g_logits += g_squared[part, None] * 2 * p * (p - p.square().sum(-1, keepdim=True))
             if ctx.moments and g_entropy is not None:
+                log_p = logits - log_z
                 entropy = -(p * log_p).sum(-1, keepdim=True)
                 g_logits -= g_entropy[part, None] * p * (log_p + entropy)
             if reference_hidden is not None and g_kl is not None:
-                q = ctx.reference_head.logits(reference_hidden[part]).softmax(-1)
+                q, _ = _softmax(ctx.reference_head.logits(reference_hidden[part]))
                 g_logits += g_kl[part, None] * (p - q)
             g_raw = _through_head(g_logits, logits, head)
             if g_hidden is not None:
@@ -210,6 +211,18 @@ class _FusedHead(torch.autograd.Function):
         if g_bias is not None:
             g_bias = g_bias.to(bias.dtype)
         return (g_hidden, g_weight, g_bias, *nothing)
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """p [N, V] and log Σ exp(logits) [N, 1].
+
+    torch's own kernels add the vocabulary up one by one on a CPU: in float32 that moves every
+    log-prob by about 1e-5, all to the same side, at V = 49,152. Its sum() adds pairwise.
+    """
+    top = logits.amax(-1, keepdim=True)
+    p = (logits - top).exp_()
+    total = p.sum(-1, keepdim=True)
+    return p.div_(total), top + total.log()
 
 
 def _through_head(g_logits: Tensor, logits: Tensor, head: Head) -> Tensor:
