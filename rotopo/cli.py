@@ -1,5 +1,6 @@
 """The ``rotopo`` command: fit, validate, test and predict, configured by YAML and class paths."""
 
+import logging
 import sys
 import warnings
 from pathlib import Path
@@ -48,8 +49,13 @@ class RotopoCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-def main(args: list[str] | None = None) -> RotopoCLI:
-    """Run the command line.
+def main(args: list[str] | None = None) -> None:
+    """The console script; see :func:`run`."""
+    run(args)
+
+
+def run(args: list[str] | None = None) -> RotopoCLI:
+    """Run the command line and return what it built: trainer, model and datamodule.
 
     Args:
         args: arguments without the program's name; None reads them from the process.
@@ -61,6 +67,12 @@ def main(args: list[str] | None = None) -> RotopoCLI:
     warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
     # The run's folder already holds config.yaml when the CSV logger looks at it.
     warnings.filterwarnings("ignore", "Experiment logs directory")
+    # What libraries deprecate in one another is nothing that a user can mend.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`")
+    warnings.filterwarnings("ignore", "`loftq_config` specified but will be ignored")
+    advice = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    advice.addFilter(lambda record: "Tip: For seamless cloud" not in record.getMessage())
     try:
         return RotopoCLI(
             PairwiseModule,

@@ -1,13 +1,15 @@
 """The command line: class swaps, messages for bad input, predict and test."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from rotopo.cli import main
+from rotopo.cli import run
 from rotopo.objectives.base import PreferenceModule
 from tests.small_run import save_config, save_pairs
 
@@ -37,7 +39,7 @@ def settings(config, capsys):
 
     def parse(*options: str) -> dict:
         with pytest.raises(SystemExit) as stop:
-            main(["fit", "--config", str(config), *options, "--print_config"])
+            run(["fit", "--config", str(config), *options, "--print_config"])
         assert stop.value.code == 0
         return yaml.safe_load(capsys.readouterr().out)
 
@@ -48,15 +50,15 @@ def settings(config, capsys):
 def message(config, capsys):
     """The message of a command line that is refused, which is one line and no traceback."""
 
-    def run(*options: str, command: str = "fit") -> str:
+    def refused(*options: str, command: str = "fit") -> str:
         with pytest.raises(SystemExit) as stop:
-            main([command, "--config", str(config), *options])
+            run([command, "--config", str(config), *options])
         assert stop.value.code == 2
         error = capsys.readouterr().err
         assert "Traceback" not in error
         return error
 
-    return run
+    return refused
 
 
 def test_a_new_objective_keeps_what_all_share_and_drops_the_old_ones_own(settings):
@@ -102,7 +104,7 @@ def test_of_optimisers_nothing_carries_over(settings):
 
 
 def test_the_tokenizer_is_the_models(config):
-    cli = main(["test", "--config", str(config)])
+    cli = run(["test", "--config", str(config)])
     assert cli.datamodule.tokenizer_path == cli.model.policy_config.path
 
 
@@ -172,17 +174,17 @@ def test_a_tokenizer_without_template_or_pad_is_named(message, config):
 
 
 def test_a_checkpoint_is_tested_as_it_was_trained(config):
-    trained = main(["fit", "--config", str(config)])
+    trained = run(["fit", "--config", str(config)])
     (expected,) = trained.trainer.test(trained.model, trained.datamodule, verbose=False)
     (checkpoint,) = (config.parent / "runs").rglob("*.ckpt")
-    loaded = main(["test", "--config", str(config), f"--ckpt_path={checkpoint}"])
+    loaded = run(["test", "--config", str(config), f"--ckpt_path={checkpoint}"])
     found = {name: float(value) for name, value in loaded.trainer.callback_metrics.items()}
     assert found == pytest.approx(expected)
     assert expected["test/rewards/margin"] != 0
 
 
 def test_predict_writes_one_response_per_prompt(config):
-    cli = main(["predict", "--config", str(config)])
+    cli = run(["predict", "--config", str(config)])
     (file,) = (config.parent / "runs").rglob("responses.jsonl")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     held_out = cli.datamodule.test_dataloader().dataset
@@ -193,10 +195,20 @@ def test_predict_writes_one_response_per_prompt(config):
 
 
 def test_a_run_in_the_same_folder_is_a_new_version(config):
-    first, second = (main(["fit", "--config", str(config)]) for _ in range(2))
+    first, second = (run(["fit", "--config", str(config)]) for _ in range(2))
     assert first.trainer.log_dir != second.trainer.log_dir
     for cli in (first, second):
         folder = Path(cli.trainer.log_dir)
         assert (folder / "config.yaml").exists()
         assert (folder / "metrics.csv").exists()
         assert list(folder.glob("events.out.tfevents*"))
+
+
+def test_the_console_script_ends_with_status_0(config):
+    command = Path(sys.executable).with_name("rotopo")
+    done = subprocess.run(
+        [command, "validate", "--config", str(config)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "val/rewards/accuracy" in done.stdout
+    assert "object at" not in done.stdout + done.stderr

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from rotopo.cli import main
+from rotopo.cli import run
 from rotopo.errors import InputError
 from rotopo.objectives import DPO
 from rotopo.training import Warmup
@@ -54,7 +54,7 @@ def config(tmp_path: Path, tiny_tokenizer) -> Path:
 
 def fit(config: Path, root: str, *options: str):
     arguments = ["fit", "--config", str(config), "--trainer.default_root_dir"]
-    return main([*arguments, str(config.parent / root), *options])
+    return run([*arguments, str(config.parent / root), *options])
 
 
 def weights(cli) -> dict[str, torch.Tensor]:
@@ -75,10 +75,10 @@ def test_accumulation_changes_no_number(config, layout):
         fit(config, f"a{n}", *options, f"--trainer.accumulate_grad_batches={n}")
         for n in (1, 2, 3, 6)
     ]
-    logs = [pd.read_csv(Path(run.trainer.log_dir) / "metrics.csv") for run in runs]
-    for run, log in zip(runs[1:], logs[1:], strict=True):
-        assert run.trainer.global_step == runs[0].trainer.global_step == 3
-        assert_equal(weights(run), weights(runs[0]), rtol=1e-7, atol=1e-9)
+    logs = [pd.read_csv(Path(one.trainer.log_dir) / "metrics.csv") for one in runs]
+    for one, log in zip(runs[1:], logs[1:], strict=True):
+        assert one.trainer.global_step == runs[0].trainer.global_step == 3
+        assert_equal(weights(one), weights(runs[0]), rtol=1e-7, atol=1e-9)
         columns = [c for c in logs[0] if c.startswith(("train/", "val/"))]
         pd.testing.assert_frame_equal(log[columns], logs[0][columns], rtol=1e-5)
 

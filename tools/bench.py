@@ -429,7 +429,7 @@ def show(found: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     )
     shared = ("model", "dtype", "reference", "prompt_ratio")
     table = pd.DataFrame(found).drop(columns=list(shared))
-    print(table.to_string(index=False, float_format="{:.3g}".format, na_rep="-"), flush=True)
+    print(table.to_string(index=False, float_format="{:.4g}".format, na_rep="-"), flush=True)
 
 
 def main() -> None:

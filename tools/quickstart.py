@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from rotopo.cli import main as rotopo
+from rotopo.cli import run as rotopo
 from rotopo.data.batch import collate_prompts
 from rotopo.evaluation import plots
 from rotopo.models.policy import Sampling

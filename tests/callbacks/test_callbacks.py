@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rotopo.callbacks import Displacement
-from rotopo.cli import main
+from rotopo.cli import run
 from rotopo.evaluation.metrics import PairMeans
 from rotopo.evaluation.plots import implicit_rewards
 from tests.small_run import save_config
@@ -60,7 +60,7 @@ def by_hand(cli, loader) -> dict[str, float]:
 
 
 def test_validation_and_test_log_the_contract_and_it_is_right(config):
-    cli = main(["fit", "--config", str(config), "--data.eval_pairs_per_batch=3"])
+    cli = run(["fit", "--config", str(config), "--data.eval_pairs_per_batch=3"])
     log = pd.read_csv(Path(cli.trainer.log_dir) / "metrics.csv")
     final = log.dropna(subset=["val/loss"]).iloc[-1]
     expected = by_hand(cli, cli.datamodule.val_dataloader())
@@ -77,15 +77,15 @@ def test_validation_and_test_log_the_contract_and_it_is_right(config):
 
 
 def test_metrics_do_not_depend_on_the_batches(config):
-    cli = main(["test", "--config", str(config)])
-    other = main(["test", "--config", str(config), "--data.eval_pairs_per_batch=1"])
+    cli = run(["test", "--config", str(config)])
+    other = run(["test", "--config", str(config), "--data.eval_pairs_per_batch=1"])
     for name, value in cli.trainer.callback_metrics.items():
         assert float(other.trainer.callback_metrics[name]) == pytest.approx(float(value), abs=1e-5)
 
 
 @pytest.mark.parametrize("callback", ["ModelCheckpoint", "EarlyStopping"])
 def test_callbacks_of_lightning_can_watch_the_accuracy(config, callback):
-    cli = main(
+    cli = run(
         [
             *("fit", "--config", str(config)),
             f"--trainer.callbacks+={callback}",
@@ -99,7 +99,7 @@ def test_callbacks_of_lightning_can_watch_the_accuracy(config, callback):
 
 
 def test_orthogonality_is_logged_for_each_module_and_the_largest(config):
-    cli = main(
+    cli = run(
         [
             *("fit", "--config", str(config)),
             "--model.policy.adapter=rotopo.rotation.RotationConfig",
@@ -150,7 +150,7 @@ def test_displacement_is_silent_otherwise(up, down):
 
 
 def test_the_plot_is_drawn(config, tmp_path):
-    cli = main(["fit", "--config", str(config)])
+    cli = run(["fit", "--config", str(config)])
     picture = tmp_path / "rewards.png"
     implicit_rewards(Path(cli.trainer.log_dir) / "metrics.csv", picture)
     assert picture.stat().st_size > 10_000
