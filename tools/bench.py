@@ -52,7 +52,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from datasets import Dataset
-from peft import BOFTConfig, HRAConfig, LoraConfig, OFTConfig, PeftConfig, get_peft_model
+from peft import BOFTConfig, HRAConfig, LoraConfig, OFTConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
@@ -175,8 +175,11 @@ class Rotopo(Peer):
 class Plain(Peer):
     """DPO as one writes it by hand: chosen and rejected in one padded batch, whole logits."""
 
+    model: PeftModel
+
     def __init__(self, setting: Setting) -> None:
-        self.model = get_peft_model(setting.load_model(), ADAPTERS[LORA]()).train()
+        self.model = get_peft_model(setting.load_model(), ADAPTERS[LORA]())
+        self.model.train()
         self.optimizer = torch.optim.AdamW(self.trained().values(), lr=LEARNING_RATE)
         self.setting = setting
 
@@ -241,7 +244,7 @@ class Trl(Peer):
             peft_config=ADAPTERS[LORA](),
         )
         self.trainer.current_gradient_accumulation_steps = 1  # as its loop would set it
-        self.model = self.trainer.model
+        self.model = self.trainer.model  # type: ignore[assignment]
         self.optimizer = self.trainer.create_optimizer()
 
     def prepare(self, rows: list[TokenizedRow]) -> dict[str, Tensor]:

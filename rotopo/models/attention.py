@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from rotopo.data.batch import PairBatch
 from rotopo.errors import InputError
+from rotopo.models.segment_attention import with_segments
 
 
 def attention_inputs(batch: PairBatch, config: PretrainedConfig, dtype: torch.dtype) -> dict:
@@ -28,10 +29,10 @@ def attention_inputs(batch: PairBatch, config: PretrainedConfig, dtype: torch.dt
     """
     if batch.layout == "padded":
         return {}
-    if config._attn_implementation not in ("sdpa", "eager"):
+    if config._attn_implementation not in ("segments", "sdpa", "eager"):
         raise InputError(
-            f"policy.attention {config._attn_implementation!r} takes no 4-D mask: use 'sdpa', or "
-            "set data.layout to 'padded'."
+            f"policy.attention {config._attn_implementation!r} takes no 4-D mask: "
+            "use 'segments', or set data.layout to 'padded'."
         )
     inputs: dict[str, Any] = {"position_ids": batch.position_ids}
     window = getattr(config, "sliding_window", None)
@@ -43,16 +44,23 @@ def attention_inputs(batch: PairBatch, config: PretrainedConfig, dtype: torch.dt
             "prompt between responses: set data.layout to 'padded'."
         )
     seen = _visible(batch)
+
+    def mask(seen: Tensor) -> Tensor:
+        additive = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        additive = additive.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+        blocks = config._attn_implementation == "segments"
+        return with_segments(additive, batch) if blocks else additive
+
     if "sliding_attention" in kinds:
         assert window is not None
         inputs["attention_mask"] = {
-            "full_attention": _additive(seen, dtype),
-            "sliding_attention": _additive(seen & _within(batch, window), dtype),
+            "full_attention": mask(seen),
+            "sliding_attention": mask(seen & _within(batch, window)),
         }
     elif kinds or window is None:
-        inputs["attention_mask"] = _additive(seen, dtype)
+        inputs["attention_mask"] = mask(seen)
     else:  # one window for every layer
-        inputs["attention_mask"] = _additive(seen & _within(batch, window), dtype)
+        inputs["attention_mask"] = mask(seen & _within(batch, window))
     return inputs
 
 
@@ -74,8 +82,3 @@ def _within(batch: PairBatch, window: int) -> Tensor:
     positions = batch.position_ids
     distance = positions[:, :, None] - positions[:, None, :]
     return (distance < window) | (batch.segment_ids < 0)[:, :, None]
-
-
-def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]

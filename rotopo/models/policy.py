@@ -29,8 +29,9 @@ class PolicyConfig:
         dtype: dtype of the base model's weights; ``auto`` is bfloat16 where the processor is
             fast in it, else float32. Adapters are float32 at least. Keep ``trainer.precision``
             at its default: it would cast the adapter too.
-        attention: attention implementation as transformers names it; ``sdpa`` and ``eager`` take
-            both batch layouts, others only ``padded``.
+        attention: ``segments`` computes only the scores that a shared-prompt batch needs, see
+            :mod:`rotopo.models.segment_attention`; or an implementation as transformers names it,
+            of which ``sdpa`` and ``eager`` take both batch layouts, others only ``padded``.
         activation_checkpointing: compute each decoder layer's activations again in the backward
             pass rather than keep them.
     """
@@ -38,7 +39,7 @@ class PolicyConfig:
     path: str
     adapter: PeftConfig | None = None
     dtype: DtypeName = "auto"
-    attention: str = "sdpa"
+    attention: str = "segments"
     activation_checkpointing: bool = False
 
 

@@ -6,6 +6,7 @@ from peft import HRAConfig, LoraConfig, OFTConfig
 
 from rotopo.data.batch import Role, TokenizedRow, collate, collate_prompts
 from rotopo.errors import InputError
+from rotopo.models import segment_attention
 from rotopo.models.log_probs import PairLogProbs
 from rotopo.models.policy import Policy, PolicyConfig, Sampling
 from rotopo.rotation import RotationConfig
@@ -68,11 +69,30 @@ def by_definition(policy: Policy, rows: list[TokenizedRow]) -> dict[str, torch.T
 @pytest.mark.parametrize(
     ("family", "attention"),
     # transformers has no sdpa for Gemma 2: its scores are soft-capped.
-    [(f, a) for f in FAMILIES for a in ("sdpa", "eager") if (f, a) != ("gemma2", "sdpa")],
+    [
+        (f, a)
+        for f in FAMILIES
+        for a in ("segments", "sdpa", "eager")
+        if f != "gemma2" or a == "eager"
+    ],
 )
 def test_layouts_orders_and_padding_give_the_models_own_numbers(family, attention):
     policy = policy_of(family, lora(family), attn_implementation=attention)
     assert_batches_do_not_matter(policy, family, attention)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_large_blocks_go_through_the_fused_kernel(family, monkeypatch):
+    monkeypatch.setattr(segment_attention, "_PLAIN_SCORES", 0)
+    monkeypatch.setattr(segment_attention, "_products", None)
+    policy = policy_of(family, lora(family), attn_implementation="segments")
+    assert_batches_do_not_matter(policy, family, "segments")
+
+
+def test_soft_capped_scores_are_refused():
+    policy = policy_of("gemma2", lora(""), attn_implementation="segments")
+    with pytest.raises(InputError, match="set 'eager'"):
+        policy(collate(some_rows(), 0, "padded", 1.0))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -91,7 +111,7 @@ def test_so_they_do_with_other_adapters(family, adapter):
     with torch.no_grad():
         for parameter in trained(policy).values():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    assert_batches_do_not_matter(policy, family, "sdpa")
+    assert_batches_do_not_matter(policy, family, "segments")
 
 
 def assert_batches_do_not_matter(policy: Policy, family: str, attention: str) -> None:
