@@ -13,6 +13,7 @@ import pandas as pd
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from rotopo.cli import run as rotopo
+from rotopo.data import films
 from rotopo.data.batch import collate_prompts
 from rotopo.evaluation import plots
 from rotopo.models.policy import Sampling
@@ -35,9 +36,10 @@ def generate(cli, sampling: Sampling) -> pd.DataFrame:
     """Responses of the reference and of the policy to the first held-out prompts, by film."""
     data, policy = cli.datamodule, cli.model.policy
     rows = data.test_dataloader().dataset
-    prompts = dict.fromkeys(tuple(rows[i].prompt) for i in range(len(rows)))  # each film once
-    prompts = list(prompts)[:JUDGED_PROMPTS]
-    table = pd.DataFrame({"prompt": [data.encoder.tokenizer.decode(p) for p in prompts]})
+    first = {tuple(rows[i].prompt): rows[i].row for i in reversed(range(len(rows)))}
+    prompts = sorted(first, key=lambda prompt: first[prompt])[:JUDGED_PROMPTS]
+    source = films.pairs()
+    table = pd.DataFrame({"prompt": [source[first[prompt]]["prompt"] for prompt in prompts]})
     for name, reference in (("before", True), ("after", False)):
         responses = []
         for start in range(0, len(prompts), 16):
