@@ -170,6 +170,13 @@ class PairwiseModule(LightningModule):
             )
         self._random_state = checkpoint["random_state"]
 
+    def on_train_start(self) -> None:
+        # From a checkpoint of an epoch's last batch Lightning resumes behind that epoch, but does
+        # not count the next one as begun; a second resumption would then train for too long.
+        loop = self.trainer.fit_loop
+        if loop.epoch_progress.current.completed == loop.epoch_progress.current.ready:
+            loop.reset_restart_stage()
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Restored here and not on load: nothing draws between here and the first step.
         if self._random_state is not None:

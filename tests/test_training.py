@@ -57,6 +57,10 @@ def fit(config: Path, root: str, *options: str):
     return run([*arguments, str(config.parent / root), *options])
 
 
+def last_checkpoint(folder: Path) -> Path | None:
+    return max(folder.rglob("last*.ckpt"), key=lambda f: f.stat().st_mtime, default=None)
+
+
 def weights(cli) -> dict[str, torch.Tensor]:
     return {n: p.detach() for n, p in cli.model.named_parameters() if p.requires_grad}
 
@@ -97,9 +101,28 @@ def test_a_killed_run_resumes_to_the_same_weights(config, monkeypatch, workers, 
         patch.setattr(DPO, "configure_callbacks", lambda self: [*original(self), kill])
         with pytest.raises(Killed):
             fit(config, "killed", *options)
-    checkpoints = sorted((config.parent / "killed").rglob("last*.ckpt"))
-    resumed = fit(config, "killed", *options, *(f"--ckpt_path={c}" for c in checkpoints[-1:]))
+    last = last_checkpoint(config.parent / "killed")
+    resumed = fit(config, "killed", *options, *([f"--ckpt_path={last}"] if last else []))
     assert resumed.trainer.global_step == 6
+    assert_equal(weights(resumed), weights(whole), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kills", [(3, 5), (2, 3), (4, 2), (3, 3), (6, 2)])
+def test_so_does_one_that_is_killed_twice(config, monkeypatch, kills):
+    """Three steps an epoch, a checkpoint each: at the end of an epoch, and in its midst."""
+    options = [*CHECKPOINTS, "--trainer.max_epochs=3"]
+    whole = fit(config, "whole", *options)
+    original = DPO.configure_callbacks
+    resume: list[str] = []
+    for batch in kills:
+        kill = Kill(batch, before=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(DPO, "configure_callbacks", lambda self, k=kill: [*original(self), k])
+            with pytest.raises(Killed):
+                fit(config, "killed", *options, *resume)
+        resume = [f"--ckpt_path={last_checkpoint(config.parent / 'killed')}"]
+    resumed = fit(config, "killed", *options, *resume)
+    assert resumed.trainer.global_step == whole.trainer.global_step
     assert_equal(weights(resumed), weights(whole), rtol=0, atol=0)
 
 
@@ -113,10 +136,8 @@ def test_sigkill_of_the_real_command(config):
     command += ["--trainer.default_root_dir", str(config.parent / "killed")]
     finished = False
     for _ in range(3):
-        last = sorted(
-            (config.parent / "killed").rglob("last*.ckpt"), key=lambda f: f.stat().st_mtime
-        )
-        resume = [f"--ckpt_path={last[-1]}"] if last else []
+        last = last_checkpoint(config.parent / "killed")
+        resume = [f"--ckpt_path={last}"] if last else []
         process = subprocess.Popen([*command, *resume], stdout=subprocess.DEVNULL)
         before = len(list((config.parent / "killed").rglob("*.ckpt")))
         deadline = time.monotonic() + 60
@@ -129,8 +150,8 @@ def test_sigkill_of_the_real_command(config):
         process.kill()
         finished = process.wait() == 0
     assert not finished, "the run ended before it was killed: the test shows nothing"
-    last = sorted((config.parent / "killed").rglob("last*.ckpt"), key=lambda f: f.stat().st_mtime)
-    resumed = fit(config, "killed", *options, f"--ckpt_path={last[-1]}")
+    last = last_checkpoint(config.parent / "killed")
+    resumed = fit(config, "killed", *options, f"--ckpt_path={last}")
     assert_equal(weights(resumed), weights(whole), rtol=0, atol=0)
 
 
