@@ -76,13 +76,15 @@ def pretrained_folder(path: str) -> str:
     Raises:
         InputError: no such file, folder or package, or an unreadable GGUF file.
     """
-    resolved = str(resource_path(path)) if path.startswith("package:") else path
+    resolved = os.path.expanduser(path)
+    if path.startswith("package:"):
+        resolved = str(resource_path(path))
     if resolved.endswith(".gguf"):
         return str(_convert_gguf(Path(resolved)))
-    looks_local = resolved.startswith(("/", ".", "~")) or resolved.count("/") > 1
-    if looks_local and not Path(resolved).expanduser().exists():
+    looks_local = resolved.startswith(("/", ".")) or resolved.count("/") > 1
+    if looks_local and not Path(resolved).exists():
         raise InputError(f"policy.path: there is no file or folder {path!r}.")
-    return os.path.expanduser(resolved)
+    return resolved
 
 
 def _convert_gguf(file: Path) -> Path:

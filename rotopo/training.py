@@ -3,6 +3,7 @@
 import math
 import random
 from abc import abstractmethod
+from importlib import metadata
 from typing import Any, Literal
 
 import torch
@@ -170,7 +171,35 @@ class PairwiseModule(LightningModule):
             )
         self._random_state = checkpoint["random_state"]
 
+    def on_fit_start(self) -> None:
+        """Log what the run stands on: versions, base model, data."""
+        facts = {
+            name: metadata.version(name) for name in ("rotopo", "torch", "transformers", "peft")
+        }
+        facts["base_fingerprint"] = self.base_fingerprint
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None and hasattr(data, "describe"):
+            facts |= data.describe()
+        for logger in self.trainer.loggers:
+            logger.log_hyperparams(facts)
+
     def on_train_start(self) -> None:
+        """Check that steps are whole wherever training pauses.
+
+        Raises:
+            InputError: a setting of the Trainer would validate, or end an epoch, within a step.
+        """
+        accumulation = self.trainer.accumulate_grad_batches
+        for name, batches in (
+            ("val_check_interval", getattr(self.trainer, "val_check_batch", None)),
+            ("limit_train_batches", self.trainer.num_training_batches),
+        ):
+            if batches not in (None, math.inf) and int(batches) % accumulation:
+                raise InputError(
+                    f"trainer.{name} comes to {int(batches)} micro-batches, which is within an "
+                    f"optimiser step: make it a multiple of trainer.accumulate_grad_batches "
+                    f"({accumulation})."
+                )
         # From a checkpoint of an epoch's last batch Lightning resumes behind that epoch, but does
         # not count the next one as begun; a second resumption would then train for too long.
         loop = self.trainer.fit_loop

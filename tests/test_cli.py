@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import PreTrainedTokenizerFast
 
 from rotopo.cli import run
 from rotopo.objectives.base import PreferenceModule
@@ -124,6 +125,7 @@ def test_the_tokenizer_is_the_models(config):
         ("--data.pad_token=<|im_end|>", "data.pad_token"),
         ("--data.token_budget=20", "data.token_budget"),
         ("--trainer.accumulate_grad_batches=7", "accumulate_grad_batches"),
+        ("--data.validation=train[:5]", "each has to be another one"),
         ("--ckpt_path=/nowhere.ckpt", "/nowhere.ckpt"),
     ],
 )
@@ -192,6 +194,30 @@ def test_predict_writes_one_response_per_prompt(config):
     assert all(f"{row['row']}: " in row["prompt"] for row in rows)
     assert all(isinstance(row["response"], str) for row in rows)
     assert not list(file.parent.glob(".responses*"))
+
+
+def test_responses_may_hold_any_character(config, monkeypatch):
+    """Some characters end lines for Python, but not for jsonl."""
+    odd = "one\u2028two\u0085three"
+    monkeypatch.setattr(PreTrainedTokenizerFast, "decode", lambda *_, **__: odd)
+    run(["predict", "--config", str(config)])
+    (file,) = (config.parent / "runs").rglob("responses.jsonl")
+    with file.open(encoding="utf-8") as lines:
+        assert all(json.loads(line)["response"] == odd for line in lines)
+
+
+def test_validation_within_a_step_is_refused(message):
+    error = message("--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=0.5")
+    assert "val_check_interval" in error
+    assert "multiple of trainer.accumulate_grad_batches" in error
+
+
+def test_what_a_run_stands_on_is_logged(config):
+    cli = run(["fit", "--config", str(config)])
+    logged = yaml.safe_load((Path(cli.trainer.log_dir) / "hparams.yaml").read_text())
+    assert logged["fingerprint"] == cli.datamodule.data_fingerprint
+    assert logged["base_fingerprint"] == cli.model.base_fingerprint
+    assert logged["torch"].startswith(torch.__version__.split("+")[0])
 
 
 def test_a_run_in_the_same_folder_is_a_new_version(config):

@@ -179,6 +179,18 @@ def test_a_checkpoint_of_another_base_or_adapter_is_refused(config, tiny_tokeniz
     assert "another base model" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "option",
+    ["--data.pairs_per_step=3", "--data.seed=5", "--trainer.accumulate_grad_batches=2"],
+)
+def test_resuming_at_a_position_that_means_something_else_is_refused(config, capsys, option):
+    fit(config, "run", *CHECKPOINTS, "--data.validation=0", "--data.test=0")
+    file = last_checkpoint(config.parent / "run")
+    with pytest.raises(SystemExit):
+        fit(config, "other", f"--ckpt_path={file}", "--data.validation=0", "--data.test=0", option)
+    assert "Resume with the same" in capsys.readouterr().err
+
+
 def test_warmup_rises_and_decays():
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=2.0)

@@ -23,7 +23,10 @@ Columns, and the keys of --json (a list of rows):
                  the other adapters, which are other functions
 
 Pairs are cut out of film critics' sentences, with lengths of --prompt-tokens and --response-tokens
-give or take a quarter, so that padding costs something, as it does in practice.
+give or take a quarter, so that padding costs something, as it does in practice. With one thread
+the time is that for which the processor ran the step, so that other work on the machine does not
+count; otherwise it is the clock's. Memory on a processor is read from Linux's /proc. Everything at
+the defaults takes most of an hour on a slow core: choose with --dtype, --table and --rounds.
 """
 
 import argparse
@@ -59,7 +62,7 @@ from trl import DPOConfig, DPOTrainer
 
 from rotopo.data import films
 from rotopo.data.batch import Layout, PairBatch, Role, TokenizedRow, collate
-from rotopo.models.backbone import load_model
+from rotopo.models.backbone import DtypeName, load_model, resolve_dtype
 from rotopo.models.policy import Policy, PolicyConfig
 from rotopo.objectives import DPO
 from rotopo.pretrained import load_tokenizer
@@ -107,13 +110,14 @@ class Setting:
     """What all rows of a table share."""
 
     model: str
-    dtype: torch.dtype
+    dtype: DtypeName
     device: str
     tokenizer: PreTrainedTokenizerBase
     batches: list[list[TokenizedRow]]
 
     def load_model(self) -> transformers.PreTrainedModel:
-        return load_model(self.model, self.dtype, "sdpa").to(self.device)  # type: ignore[arg-type]
+        model = load_model(self.model, resolve_dtype(self.dtype), "sdpa")
+        return model.to(self.device)  # type: ignore[arg-type]
 
     @property
     def pad_id(self) -> int:
@@ -151,10 +155,10 @@ class Peer(ABC):
 
 class Rotopo(Peer):
     def __init__(self, setting: Setting, adapter: str, layout: Layout) -> None:
-        config = PolicyConfig(path=setting.model, adapter=ADAPTERS[adapter]())
+        config = PolicyConfig(setting.model, ADAPTERS[adapter](), setting.dtype)
         adamw = partial(torch.optim.AdamW, lr=LEARNING_RATE)
         self.module = DPO(BETA, policy=config, optimizer=adamw)
-        policy = Policy.build(setting.load_model(), config, needs_reference=True).train()
+        policy = Policy.load(config, needs_reference=True).to(setting.device).train()
         self.module.policy, self.model = policy, policy.model
         self.optimizer = self.module.configure_optimizers()["optimizer"]
         self.setting, self.layout = setting, layout
@@ -302,7 +306,7 @@ def real_rows(tokenizer: PreTrainedTokenizerBase, n: int, P: int, C: int) -> lis
     return rows
 
 
-def begin(arguments: argparse.Namespace, dtype: str, batches: int) -> Setting:
+def begin(arguments: argparse.Namespace, dtype: DtypeName, batches: int) -> Setting:
     """Set a process up; every process that measures begins here."""
     torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore")
@@ -316,7 +320,7 @@ def begin(arguments: argparse.Namespace, dtype: str, batches: int) -> Setting:
     rows = real_rows(tokenizer, batches * G, arguments.prompt_tokens, arguments.response_tokens)
     return Setting(
         arguments.model,
-        getattr(torch, dtype),
+        dtype,
         arguments.device,
         tokenizer,
         [rows[i * G : (i + 1) * G] for i in range(batches)],
@@ -338,7 +342,7 @@ def check_losses(peers: dict[Entry, Peer], rows: list[TokenizedRow]) -> None:
         sys.exit(f"The peers do not compute the same loss, or only ln 2: {losses}")
 
 
-def peak_memory(entry: Entry, arguments: argparse.Namespace, dtype: str) -> float:
+def peak_memory(entry: Entry, arguments: argparse.Namespace, dtype: DtypeName) -> float:
     """MiB that two steps take beyond the loaded model; for a process of its own."""
     setting = begin(arguments, dtype, batches=2)
     peer = build(entry, setting)
@@ -360,7 +364,7 @@ def peak_memory(entry: Entry, arguments: argparse.Namespace, dtype: str) -> floa
     return (peak - loaded) / 2**20
 
 
-def measure(table: str, dtype: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(table: str, dtype: DtypeName, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """A table's rows: the keys of ``--json``, and those that are only printed."""
     entries = TABLES[table]
     with ProcessPoolExecutor(
@@ -454,6 +458,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.rounds < 2:
         parser.error("--rounds: a spread takes at least 2")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device here")
 
     rows = []
     for dtype, table in itertools.product(arguments.dtype, arguments.table):

@@ -89,7 +89,8 @@ def main() -> None:
     share = trained / sum(p.numel() for p in cli.model.parameters())
     accuracy = after["test/rewards/accuracy"]
     spread = 1.96 * math.sqrt(accuracy * (1 - accuracy) / held_out)
-    print(f"\nRoPO on SmolLM2-135M-Instruct, {held_out} held-out pairs of unseen films")
+    adapter = type(cli.model.policy_config.adapter).__name__
+    print(f"\nDPO, {adapter}, SmolLM2-135M-Instruct; {held_out} held-out pairs of unseen films")
     print(f"{'':34}{'before':>10}{'after':>10}")
     for label, name in (
         ("loss (nats)", "loss"),
@@ -99,8 +100,9 @@ def main() -> None:
         ("accuracy (margin > 0)", "rewards/accuracy"),
     ):
         print(f"{label:34}{before[f'test/{name}']:10.3f}{after[f'test/{name}']:10.3f}")
-    errors = before["orthogonality/max"], after["orthogonality/max"]
-    print(f"{'orthogonality error':34}{errors[0]:10.1e}{errors[1]:10.1e}")
+    if "orthogonality/max" in after:  # other adapters than orthogonal ones have none
+        errors = before["orthogonality/max"], after["orthogonality/max"]
+        print(f"{'orthogonality error':34}{errors[0]:10.1e}{errors[1]:10.1e}")
     print(f"{'trainable parameters':34}{trained:>20,} ({share:.3%} of the model)")
     rate = log["speed/pairs_per_second"].mean()
     print(f"{'pairs per second':34}{rate:20.1f} ({seconds:.0f} s with loading and validation)")

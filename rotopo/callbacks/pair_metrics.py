@@ -21,39 +21,42 @@ class PairMetricsCallback(Callback):
     on_progress_bar: tuple[str, ...] = ()
 
     def __init__(self) -> None:
-        self.means: PairMeans | None = None
+        self.training: PairMeans | None = None
+        self.evaluation: PairMeans | None = None
 
     @abstractmethod
     def values(self, module: Any, outputs: dict[str, Any]) -> dict[str, Tensor] | None:
         """The values of a batch's pairs, each [B]; None where the objective has none."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.means = PairMeans(self.names)
+        self.training, self.evaluation = PairMeans(self.names), PairMeans(self.names)
 
-    def _add(self, module: LightningModule, outputs: Any) -> None:
-        assert self.means is not None
+    def _add(self, module: LightningModule, outputs: Any, means: PairMeans | None) -> None:
+        assert means is not None
         values = self.values(module, outputs)
         if values is not None:
-            self.means.to(module.device).update(values)
+            means.to(module.device).update(values)
 
-    def _log(self, module: LightningModule, stage: str) -> dict[str, Tensor] | None:
-        assert self.means is not None
-        if not self.means.update_called:
+    def _log(
+        self, module: LightningModule, stage: str, means: PairMeans | None
+    ) -> dict[str, Tensor] | None:
+        assert means is not None
+        if not means.update_called:
             return None
-        means = self.means.compute()
-        self.means.reset()
-        for name, value in means.items():
+        values = means.compute()
+        means.reset()
+        for name, value in values.items():
             module.log(f"{stage}/{name}", value, prog_bar=name in self.on_progress_bar)
-        return means
+        return values
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._add(pl_module, outputs)
+        self._add(pl_module, outputs, self.training)
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            means = self._log(pl_module, "train")
-            if means is not None:
-                self.after_step(means)
+            values = self._log(pl_module, "train", self.training)
+            if values is not None:
+                self.after_step(values)
 
     def after_step(self, means: dict[str, Tensor]) -> None:
         """What to do with the means of an optimiser step; nothing by default."""
@@ -61,18 +64,18 @@ class PairMetricsCallback(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
     ) -> None:
-        self._add(pl_module, outputs)
+        self._add(pl_module, outputs, self.evaluation)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log(pl_module, "val")
+        self._log(pl_module, "val", self.evaluation)
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
     ) -> None:
-        self._add(pl_module, outputs)
+        self._add(pl_module, outputs, self.evaluation)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log(pl_module, "test")
+        self._log(pl_module, "test", self.evaluation)
 
 
 class ImplicitRewards(PairMetricsCallback):

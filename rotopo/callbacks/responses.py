@@ -20,19 +20,18 @@ class ResponseWriter(Callback):
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
+        self.target: Path | None = None
         self.file: TextIO | None = None
 
-    def _target(self, trainer: Trainer) -> Path:
-        return self.path or Path(trainer.log_dir or trainer.default_root_dir) / "responses.jsonl"
-
-    def _part(self, trainer: Trainer, rank: int) -> Path:
-        target = self._target(trainer)
-        return target.with_name(f".{target.name}.part-{rank}")
+    def _part(self, rank: int) -> Path:
+        assert self.target is not None
+        return self.target.with_name(f".{self.target.name}.part-{rank}")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        part = self._part(trainer, trainer.global_rank)
-        part.parent.mkdir(parents=True, exist_ok=True)
-        self.file = part.open("w", encoding="utf-8")
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on every rank
+        self.target = self.path or folder / "responses.jsonl"
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        self.file = self._part(trainer.global_rank).open("w", encoding="utf-8")
 
     def on_predict_batch_end(
         self,
@@ -60,11 +59,13 @@ class ResponseWriter(Callback):
         self.file.close()
         trainer.strategy.barrier()
         if trainer.is_global_zero:
-            parts = [self._part(trainer, rank) for rank in range(trainer.world_size)]
-            lines = [line for part in parts for line in part.read_text("utf-8").splitlines()]
+            assert self.target is not None
+            parts = [self._part(rank) for rank in range(trainer.world_size)]
+            # By line feeds alone: a response may hold other characters that end lines.
+            lines = [line for part in parts for line in part.read_text("utf-8").split("\n") if line]
             lines.sort(key=lambda line: json.loads(line)["row"])
             parts[0].write_text("\n".join(lines) + "\n", encoding="utf-8")
-            parts[0].replace(self._target(trainer))
+            parts[0].replace(self.target)
             for part in parts[1:]:
                 part.unlink()
-            print(f"{len(lines)} responses in {self._target(trainer)}")
+            print(f"{len(lines)} responses in {self.target}")

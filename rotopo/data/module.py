@@ -120,7 +120,7 @@ class PairwiseDataModule(LightningDataModule):
         if sum(f for f in fractions.values() if not isinstance(f, str)) >= 1:
             raise InputError("data.validation and data.test leave no pair to train on.")
         named = [train_split, *(name for name in fractions.values() if isinstance(name, str))]
-        if len(set(named)) < len(named):
+        if len({name.partition("[")[0] for name in named}) < len(named):
             raise InputError(
                 f"data.train_split, data.validation and data.test name the splits "
                 f"{', '.join(named)}: each has to be another one; to hold out a part of a split, "
@@ -197,7 +197,7 @@ class PairwiseDataModule(LightningDataModule):
             self._pairs["train"] = train.select(np.sort(order))
 
     def train_dataloader(self) -> StatefulLoader:
-        accumulation = self.trainer.accumulate_grad_batches if self.trainer else 1
+        accumulation = self._accumulation()
         world_size, rank = self._ranks()
         pairs = self._pairs["train"]
         sampler = StepSampler(
@@ -250,23 +250,39 @@ class PairwiseDataModule(LightningDataModule):
             "fingerprint": self.data_fingerprint,
         }
 
-    def state_dict(self) -> dict[str, str]:
-        return {"data_fingerprint": self.data_fingerprint}
+    def state_dict(self) -> dict[str, str | int]:
+        """What a position in the epoch means nothing without."""
+        return {
+            "data_fingerprint": self.data_fingerprint,
+            "seed": self.seed,
+            "pairs_per_step": self.pairs_per_step,
+            "accumulate_grad_batches": self._accumulation(),
+            "ranks": self._ranks()[0],
+        }
 
-    def load_state_dict(self, state_dict: dict[str, str]) -> None:
-        """Refuse to go on training with other pairs: the position in the epoch means nothing there.
+    def load_state_dict(self, state_dict: dict[str, str | int]) -> None:
+        """Refuse to go on training where the position in the epoch would mean something else.
 
         Raises:
-            InputError: the checkpoint's training pairs are not these.
+            InputError: the checkpoint's training pairs, their order, or their division into
+                micro-batches are not these.
         """
         assert self.trainer is not None
-        fitting = self.trainer.state.fn == TrainerFn.FITTING
-        if fitting and state_dict["data_fingerprint"] != self.data_fingerprint:
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        here = self.state_dict()
+        if state_dict["data_fingerprint"] != here["data_fingerprint"]:
             raise InputError(
                 "ckpt_path: this checkpoint was trained on other pairs (fingerprint "
-                f"{state_dict['data_fingerprint']}, here {self.data_fingerprint}): check "
+                f"{state_dict['data_fingerprint']}, here {here['data_fingerprint']}): check "
                 "data.source, data.seed and the settings of the tokens."
             )
+        for name, value in here.items():
+            if state_dict[name] != value:
+                raise InputError(
+                    f"ckpt_path: this checkpoint was trained with {name} {state_dict[name]}, here "
+                    f"{value}: its position in the epoch does not fit. Resume with the same."
+                )
 
     def _source_splits(self) -> list[str]:
         return [self.train_split, *(s for s in self.held_out.values() if isinstance(s, str))]
@@ -339,6 +355,9 @@ class PairwiseDataModule(LightningDataModule):
 
     def _permutation(self, n: int) -> np.ndarray:
         return torch.randperm(n, generator=torch.Generator().manual_seed(self.seed)).numpy()
+
+    def _accumulation(self) -> int:
+        return self.trainer.accumulate_grad_batches if self.trainer else 1
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)

@@ -36,8 +36,8 @@ class StepSampler(Sampler[list[int]]):
 
     Raises:
         InputError: fewer pairs than one step takes, fewer pairs in a step than micro-batches, or
-            a micro-batch over the token budget (raised when the epoch begins, with the
-            accumulation that would fit).
+            a pair over the token budget; and, when an epoch begins, a micro-batch over the token
+            budget, with the accumulation that would fit.
     """
 
     def __init__(
@@ -62,6 +62,12 @@ class StepSampler(Sampler[list[int]]):
                 f"data.pairs_per_step is {pairs_per_step}: too few to give each of "
                 f"{accumulation} (trainer.accumulate_grad_batches) × {world_size} (ranks) "
                 "micro-batches a pair."
+            )
+        largest = max(lines * tokens for lines, tokens in self.shapes)
+        if token_budget is not None and largest > token_budget:
+            raise InputError(
+                f"data.token_budget is {token_budget}, but one pair alone takes {largest} tokens: "
+                "raise it, or lower data.max_length."
             )
         self.pairs_per_step = pairs_per_step
         self.accumulation = accumulation
@@ -93,16 +99,34 @@ class StepSampler(Sampler[list[int]]):
         order = torch.randperm(len(self.shapes), generator=generator).tolist()
         skip, self.skip = self.skip, 0
         G = self.pairs_per_step
+        steps = [order[step * G : (step + 1) * G] for step in range(self.steps)]
+        self._check_budget(steps)  # all of them now, rather than hours into the epoch
         for step in range(skip // self.accumulation, self.steps):
-            parts = self._split(order[step * G : (step + 1) * G])
+            parts = self._split(steps[step])
             start = skip % self.accumulation if step == skip // self.accumulation else 0
             for turn in range(start, self.accumulation):
                 yield parts[turn * self.world_size + self.rank]
 
+    def _longest_first(self, pairs: list[int]) -> list[int]:
+        return sorted(pairs, key=lambda i: (self.shapes[i][1], i), reverse=True)
+
+    def _check_budget(self, steps: list[list[int]]) -> None:
+        if self.token_budget is None:
+            return
+        parts = max(
+            len(_cut(self._longest_first(step), self.shapes, self.token_budget)) for step in steps
+        )
+        needed = -(-parts // self.world_size)
+        if needed > self.accumulation:
+            raise InputError(
+                f"A micro-batch would be over data.token_budget ({self.token_budget}): set "
+                f"trainer.accumulate_grad_batches to {needed} or more, or lower data.max_length."
+            )
+
     def _split(self, pairs: list[int]) -> list[list[int]]:
         """Cut one step into micro-batches whose padded sizes are near-equal, largest first."""
         n_parts = self.accumulation * self.world_size
-        pairs = sorted(pairs, key=lambda i: (self.shapes[i][1], i), reverse=True)
+        pairs = self._longest_first(pairs)
         low = max(lines * tokens for lines, tokens in (self.shapes[i] for i in pairs))
         high = len(pairs) * low
         while low < high:  # the smallest bound under which contiguous parts suffice
@@ -111,13 +135,6 @@ class StepSampler(Sampler[list[int]]):
                 high = middle
             else:
                 low = middle + 1
-        if self.token_budget is not None and low > self.token_budget:
-            fitting = len(_cut(pairs, self.shapes, self.token_budget))
-            raise InputError(
-                f"A micro-batch of {low} tokens is over data.token_budget ({self.token_budget}): "
-                f"set trainer.accumulate_grad_batches to {-(-fitting // self.world_size)} or more, "
-                "or lower data.max_length."
-            )
         parts = _cut(pairs, self.shapes, low)
         while len(parts) < n_parts:
             widest = max((p for p in parts if len(p) > 1), key=lambda p: _cost(p, self.shapes))

@@ -1,6 +1,7 @@
 """Policy: a batch of pairs -> their log-probs, under θ and under the reference; generation."""
 
 import copy
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Self, cast
@@ -27,8 +28,8 @@ class PolicyConfig:
         adapter: any PEFT adapter by class path, e.g. ``rotopo.rotation.RotationConfig`` or
             ``peft.LoraConfig``; None trains every weight of the model.
         dtype: dtype of the base model's weights; ``auto`` is bfloat16 where the processor is
-            fast in it, else float32. Adapters are float32 at least. Keep ``trainer.precision``
-            at its default: it would cast the adapter too.
+            fast in it and an adapter trains, else float32. Adapters are float32 at least. Keep
+            ``trainer.precision`` at its default: it would cast the adapter too.
         attention: ``segments`` computes only the scores that a shared-prompt batch needs, see
             :mod:`rotopo.models.segment_attention`; or an implementation as transformers names it,
             of which ``sdpa`` and ``eager`` take both batch layouts, others only ``padded``.
@@ -106,13 +107,25 @@ class Policy(nn.Module):
         Raises:
             InputError: a path, dtype, attention or adapter that does not work, by its setting.
         """
-        model = load_model(config.path, resolve_dtype(config.dtype), config.attention)
+        name: DtypeName = config.dtype
+        if config.adapter is None:
+            if name == "auto":
+                name = "float32"
+            elif name in ("bfloat16", "float16"):
+                warnings.warn(
+                    f"Full fine-tuning in {name}: a weight of it loses the optimiser's small "
+                    "steps, so that most weights may stay as they are; policy.dtype float32 keeps "
+                    "them.",
+                    stacklevel=2,
+                )
+        model = load_model(config.path, resolve_dtype(name), config.attention)
         return cls.build(model, config, needs_reference)
 
     @classmethod
     def build(cls, model: PreTrainedModel, config: PolicyConfig, needs_reference: bool) -> Self:
         """As :meth:`load`, from a model in memory."""
         base = fingerprint(model)
+        own = list(model.parameters())
         adapted: PreTrainedModel | PeftModel = model
         reference = None
         if config.adapter is not None:
@@ -123,6 +136,13 @@ class Policy(nn.Module):
                 raise InputError(
                     f"policy.adapter ({type(config.adapter).__name__}): {error}"
                 ) from error
+            changed = sum(p.requires_grad for p in own)
+            if changed:
+                raise InputError(
+                    f"policy.adapter ({type(config.adapter).__name__}) also trains {changed} "
+                    "parameters of the base model (its biases, say): switched off, it would not "
+                    "be the reference any more."
+                )
         elif needs_reference:
             reference = copy.deepcopy(model).requires_grad_(False).eval()
         if config.activation_checkpointing:
@@ -189,7 +209,8 @@ class Policy(nn.Module):
         model: Any = self.reference if reference and self.reference is not None else self.model
         off = reference and isinstance(model, PeftModel)
         greedy = sampling.temperature == 0
-        settings: dict[str, Any] = {"do_sample": not greedy}
+        # All that a model's own generation_config might set otherwise.
+        settings: dict[str, Any] = {"do_sample": not greedy, "repetition_penalty": 1.0}
         if not greedy:
             settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         training = model.training
@@ -232,13 +253,13 @@ class Policy(nn.Module):
             expected.append(log_p.gather(1, tokens[0, len(row.prompt) :, None]).squeeze(1))
         found = _token_log_probs(model, batch)
         model.train(training)
-        difference = (found - torch.cat(expected)).abs().max()
-        # Rounding in a half type moves a log-prob by up to about a hundredth of its size.
-        relative = max(1e-4, 20 * torch.finfo(weight.dtype).eps)
-        if not difference <= relative * torch.cat(expected).abs().max():
+        difference = (found - torch.cat(expected)).abs().mean()
+        # Rounding in a half type moves a log-prob by about a hundredth of its size.
+        relative = max(1e-4, 4 * torch.finfo(weight.dtype).eps)
+        if not difference <= relative * torch.cat(expected).abs().mean():
             raise InputError(
                 f"{model.config.model_type}: log-probs in the {layout} layout differ from the "
-                f"model's own by {difference:.3g} nats, so this family is not supported in it. "
+                f"model's own by {difference:.3g} nats a token: this family is not supported. "
                 + (
                     "Set data.layout to 'padded'."
                     if layout == "shared_prompt"

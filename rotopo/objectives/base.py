@@ -24,9 +24,9 @@ from rotopo.training import PairwiseModule
 class PreferenceModule(PairwiseModule):
     """A preference objective on a policy.
 
-    A new objective is a subclass with a ``losses`` method: a pure function of the log-probs, one
-    value per pair. All steps return ``loss`` with the detached ``losses`` [B] and ``log_probs``,
-    from which the callbacks log.
+    A new objective is a subclass with the methods ``losses`` and ``rewards``: pure functions of
+    the log-probs, one value per pair. All steps return ``loss`` with the detached ``losses`` [B]
+    and ``log_probs``, from which the callbacks log.
 
     Args:
         policy: the model, its adapter, and how both are loaded.
@@ -52,10 +52,12 @@ class PreferenceModule(PairwiseModule):
     @abstractmethod
     def losses(self, log_probs: PairLogProbs) -> Tensor:
         """Loss of each pair [B], in nats where the objective is a log-likelihood."""
+        raise NotImplementedError(f"{type(self).__name__} has no losses().")
 
     @abstractmethod
     def rewards(self, log_probs: PairLogProbs) -> tuple[Tensor, Tensor]:
         """Implicit rewards of the chosen and of the rejected responses, each [B]."""
+        raise NotImplementedError(f"{type(self).__name__} has no rewards().")
 
     @property
     def base_fingerprint(self) -> str:

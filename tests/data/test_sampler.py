@@ -104,6 +104,8 @@ def test_what_cannot_be_a_step_is_refused():
         samplers(lengths, pairs_per_step=9)
     with pytest.raises(InputError, match="accumulate_grad_batches"):
         samplers(lengths, pairs_per_step=2, accumulation=3)
+    with pytest.raises(InputError, match=r"one pair alone takes 28 tokens"):
+        samplers(lengths, pairs_per_step=4, budget=20)
     with pytest.raises(InputError, match=r"token_budget.*accumulate_grad_batches to 2"):
         list(samplers(lengths, pairs_per_step=4, budget=60)[0])
     assert all(

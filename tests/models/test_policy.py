@@ -223,6 +223,8 @@ def test_adapters_that_cannot_work_are_refused_by_their_setting():
         policy_of("llama", LoraConfig(target_modules=["nothing_like_this"]))
     with pytest.raises(InputError, match=r"policy\.adapter.*output head"):
         policy_of("llama", LoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(InputError, match=r"policy\.adapter.*also trains"):
+        policy_of("qwen2", LoraConfig(target_modules=["q_proj"], bias="lora_only"))
     with pytest.raises(InputError, match=r"policy\.adapter.*adds tokens"):
         policy_of("llama", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
 
