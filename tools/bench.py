@@ -35,7 +35,7 @@ import json
 import math
 import multiprocessing
 import random
-import resource
+import re
 import statistics
 import sys
 import tempfile
@@ -353,15 +353,17 @@ def peak_memory(entry: Entry, arguments: argparse.Namespace, dtype: DtypeName) -
     else:
         # Loading may have taken more than a step does: let Linux forget the peak so far.
         Path("/proc/self/clear_refs").write_text("5")
-        loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        loaded = _peak_resident()
     for rows in setting.batches:
         peer.step(peer.prepare(rows))
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if on_gpu
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
+    peak = torch.cuda.max_memory_allocated() if on_gpu else _peak_resident()
     return (peak - loaded) / 2**20
+
+
+def _peak_resident() -> int:
+    """Bytes. Not getrusage's: a new process begins with the peak of the one that started it."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
 
 
 def measure(table: str, dtype: DtypeName, arguments: argparse.Namespace) -> list[dict[str, Any]]:
