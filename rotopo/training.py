@@ -64,7 +64,9 @@ class PairwiseModule(LightningModule):
     """
 
     def __init__(
-        self, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None = None
+        self,
+        optimizer: OptimizerCallable | None = None,
+        scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
         self.optimizer = optimizer
@@ -89,11 +91,20 @@ class PairwiseModule(LightningModule):
     def base_fingerprint(self) -> str:
         """Hash of the base model's weights as loaded, before training."""
 
-    def trainable_names(self) -> set[str]:
-        """Names of the parameters that train: what a checkpoint holds."""
-        return {name for name, p in self.named_parameters() if p.requires_grad}
+    def saved_names(self) -> set[str]:
+        """What a checkpoint holds: parameters that train, and the module's own running values."""
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        # A module inside another, as in a mixture, has running values too; a model has its own.
+        modules = {n: m for n, m in self.named_modules() if isinstance(m, PairwiseModule)}
+        return trained | {
+            f"{prefix}.{name}".lstrip(".")
+            for prefix, module in modules.items()
+            for name, _ in module.named_buffers(recurse=False)
+        }
 
     def configure_optimizers(self) -> Any:
+        if self.optimizer is None:
+            raise InputError("model.optimizer is not set: name one, e.g. torch.optim.AdamW.")
         optimizer = self.optimizer(self._parameter_groups())
         if self.scheduler is None:
             return {"optimizer": optimizer}
@@ -135,9 +146,9 @@ class PairwiseModule(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        trained = self.trainable_names()
+        saved = self.saved_names()
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {k: v for k, v in state.items() if k in trained}
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if k in saved}
         checkpoint["rotopo"] = {
             "version": rotopo.__version__,
             "base_fingerprint": self.base_fingerprint,
@@ -163,7 +174,7 @@ class PairwiseModule(LightningModule):
                 "ckpt_path: this checkpoint was trained on another base model (fingerprint "
                 f"{ours['base_fingerprint']}, here {self.base_fingerprint}): check policy.path."
             )
-        wrong = self.trainable_names() ^ set(checkpoint["state_dict"])
+        wrong = self.saved_names() ^ set(checkpoint["state_dict"])
         if wrong:
             raise InputError(
                 f"ckpt_path: checkpoint and module train different parameters ({len(wrong)} of "

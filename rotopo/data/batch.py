@@ -28,6 +28,9 @@ class Role(IntEnum):
 
     CHOSEN = 0
     REJECTED = 1
+    MISMATCHED = 2  # a response to another prompt, see KTO
+    REFERENCE_SAMPLE = 3  # drawn from the reference, see TYPO
+    GOLD = 4  # to be imitated whatever the pair says, see TPO
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ class PairBatch(_Transferable):
 
     @property
     def n_pairs(self) -> int:
+        """B, also where rows hold a single response."""
         return len(self.rows)
 
     def responses(self, role: Role) -> Tensor:

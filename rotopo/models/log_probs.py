@@ -5,7 +5,7 @@ tokens, so that no tensor of shape tokens × vocabulary outlives a chunk.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -235,63 +235,201 @@ def _through_head(g_logits: Tensor, logits: Tensor, head: Head) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What an objective asks of the policy and of the data.
+
+    Attributes:
+        reference: log-probs under the reference.
+        pairs: both responses in every row; objectives without it also take rows with one.
+        moments: Σp² of every next-token distribution (WPO's weights).
+        roles: responses beside the chosen and the rejected. With ``REFERENCE_SAMPLE`` comes
+            KL(π_ref ‖ π_θ) along that response.
+    """
+
+    reference: bool = True
+    pairs: bool = True
+    moments: bool = False
+    roles: tuple[Role, ...] = ()
+
+    def __or__(self, other: "Needs") -> "Needs":
+        return Needs(
+            self.reference or other.reference,
+            self.pairs or other.pairs,
+            self.moments or other.moments,
+            tuple(sorted({*self.roles, *other.roles})),
+        )
+
+
+@dataclass(frozen=True)
+class ResponseTokens:
+    """The N response tokens of a batch, in the order of its responses, all [N].
+
+    Attributes:
+        pair: the row (0..B-1) of each token.
+        role: the :class:`~rotopo.data.batch.Role` of its response.
+        position: its place in the response, from 0.
+        log_prob: log π_θ(token | what precedes it), nats.
+        reference: the same under the reference, or None.
+        sum_squared: Σ_v p_v² of the distribution that it comes from, or None.
+    """
+
+    pair: Tensor
+    role: Tensor
+    position: Tensor
+    log_prob: Tensor
+    reference: Tensor | None = None
+    sum_squared: Tensor | None = None
+
+    def detach(self) -> Self:
+        return _detached(self)
+
+
+@dataclass(frozen=True)
 class PairLogProbs:
-    """What objectives are functions of: B pairs, sums over each response's tokens, in nats.
+    """What objectives are functions of: B rows, sums over each response's tokens, in nats.
+
+    A row of unpaired data has a single response: the other's length and log-probs are 0.
 
     Attributes:
         chosen, rejected: log π_θ(y_w|x) and log π_θ(y_l|x) [B].
-        reference_chosen, reference_rejected: the same under the reference [B], or None for
-            objectives that have none.
         chosen_length, rejected_length: response tokens, the end-of-turn token included [B].
+        reference_chosen, reference_rejected: the log-probs under the reference [B], or None for
+            objectives that have none.
+        mismatched_log_ratio: log π_θ/π_ref of the M responses to other prompts [M], no gradient.
+        gold, gold_length: log π_θ of the gold response [B], and its tokens [B].
+        reference_kl: Σ_t KL(π_ref(·|x, y_<t) ‖ π_θ(·|x, y_<t)) along a response y from the
+            reference [B].
+        rows: index of each row in the source data [B].
+        tokens: per-token values, for objectives that weigh tokens.
     """
 
     chosen: Tensor
     rejected: Tensor
-    reference_chosen: Tensor | None
-    reference_rejected: Tensor | None
     chosen_length: Tensor
     rejected_length: Tensor
+    reference_chosen: Tensor | None = None
+    reference_rejected: Tensor | None = None
+    mismatched_log_ratio: Tensor | None = None
+    gold: Tensor | None = None
+    gold_length: Tensor | None = None
+    reference_kl: Tensor | None = None
+    rows: Tensor | None = None
+    tokens: ResponseTokens | None = None
 
     @property
     def chosen_log_ratio(self) -> Tensor:
         """Δw = log π_θ(y_w|x) − log π_ref(y_w|x) [B]."""
-        return self.chosen - _given(self.reference_chosen)
+        return self.chosen - given(self.reference_chosen, "reference_chosen")
 
     @property
     def rejected_log_ratio(self) -> Tensor:
         """Δl = log π_θ(y_l|x) − log π_ref(y_l|x) [B]."""
-        return self.rejected - _given(self.reference_rejected)
+        return self.rejected - given(self.reference_rejected, "reference_rejected")
+
+    @property
+    def chosen_mean(self) -> Tensor:
+        """c̄: log π_θ of the chosen response per token [B]."""
+        return self.chosen / self.chosen_length.clamp(min=1)
+
+    @property
+    def rejected_mean(self) -> Tensor:
+        """r̄: log π_θ of the rejected response per token [B]."""
+        return self.rejected / self.rejected_length.clamp(min=1)
+
+    @property
+    def has_chosen(self) -> Tensor:
+        """Whether the row has a chosen response [B]."""
+        return self.chosen_length > 0
+
+    @property
+    def has_rejected(self) -> Tensor:
+        """Whether the row has a rejected response [B]."""
+        return self.rejected_length > 0
+
+    def weighted(self, weights: Tensor) -> Self:
+        """The same with every token's log-prob multiplied by its weight [N]."""
+        tokens = given(self.tokens, "tokens")
+
+        def total(values: Tensor, role: Role) -> Tensor:
+            of_role = torch.where(tokens.role == role, weights * values, 0)
+            return values.new_zeros(len(self.chosen)).index_add(0, tokens.pair, of_role)
+
+        sums: dict[str, Any] = {
+            "chosen": total(tokens.log_prob, Role.CHOSEN),
+            "rejected": total(tokens.log_prob, Role.REJECTED),
+        }
+        if tokens.reference is not None:
+            sums["reference_chosen"] = total(tokens.reference, Role.CHOSEN)
+            sums["reference_rejected"] = total(tokens.reference, Role.REJECTED)
+        return replace(self, **sums)
 
     def detach(self) -> Self:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.detach() for k, v in values.items() if v is not None})
+        return _detached(self)
 
 
-def _given(reference: Tensor | None) -> Tensor:
-    if reference is None:
+T = TypeVar("T")
+
+
+def _detached(values: Any) -> Any:
+    """A dataclass of tensors, cut from the graph."""
+    parts = {f.name: getattr(values, f.name) for f in fields(values)}
+    return replace(values, **{k: v.detach() for k, v in parts.items() if v is not None})
+
+
+def given(value: T | None, name: str) -> T:
+    """A field of :class:`PairLogProbs`, or an error that says how to get it."""
+    if value is None:
         raise ValueError(
-            "No reference log-probs: an objective that compares with a reference has to declare "
-            "needs_reference = True."
+            f"The log-probs hold no {name}: an objective says in its `needs` what it works on."
         )
-    return reference
+    return value
 
 
 def pair_log_probs(
-    batch: PairBatch, tokens: Tensor, reference_tokens: Tensor | None
+    batch: PairBatch, tokens: TokenLogProbs, reference: Tensor | None = None
 ) -> PairLogProbs:
-    """Sum per-token log-probs [N] over the chosen and the rejected response of each pair."""
-    chosen, rejected = batch.responses(Role.CHOSEN), batch.responses(Role.REJECTED)
+    """Sum per-token values over the responses of each row.
 
-    def total(values: Tensor) -> Tensor:
-        return values.new_zeros(len(batch.lengths)).index_add(0, batch.owners, values)
+    Args:
+        batch: B rows with N response tokens.
+        tokens: of the policy, each [N].
+        reference: log-probs under the reference [N], or None.
+    """
+    S, B = len(batch.roles), batch.n_pairs
+    first = batch.lengths.cumsum(0) - batch.lengths
 
-    policy = total(tokens)
-    reference = total(reference_tokens) if reference_tokens is not None else None
+    def per_response(values: Tensor) -> Tensor:
+        return values.new_zeros(S).index_add(0, batch.owners, values)
+
+    def per_row(values: Tensor, role: Role) -> Tensor:
+        of_role = torch.where(batch.roles == role, values, 0)
+        return values.new_zeros(B).index_add(0, batch.pairs, of_role)
+
+    policy = per_response(tokens.log_prob)
+    optional: dict[str, Tensor] = {}
+    if reference is not None:
+        base = per_response(reference)
+        optional["reference_chosen"] = per_row(base, Role.CHOSEN)
+        optional["reference_rejected"] = per_row(base, Role.REJECTED)
+        mismatched = batch.roles == Role.MISMATCHED
+        optional["mismatched_log_ratio"] = (policy.detach() - base)[mismatched]
+    if tokens.kl is not None:
+        optional["reference_kl"] = per_row(per_response(tokens.kl), Role.REFERENCE_SAMPLE)
     return PairLogProbs(
-        chosen=policy[chosen],
-        rejected=policy[rejected],
-        reference_chosen=reference[chosen] if reference is not None else None,
-        reference_rejected=reference[rejected] if reference is not None else None,
-        chosen_length=batch.lengths[chosen],
-        rejected_length=batch.lengths[rejected],
+        chosen=per_row(policy, Role.CHOSEN),
+        rejected=per_row(policy, Role.REJECTED),
+        chosen_length=per_row(batch.lengths, Role.CHOSEN),
+        rejected_length=per_row(batch.lengths, Role.REJECTED),
+        gold=per_row(policy, Role.GOLD),
+        gold_length=per_row(batch.lengths, Role.GOLD),
+        rows=batch.rows,
+        tokens=ResponseTokens(
+            pair=batch.pairs[batch.owners],
+            role=batch.roles[batch.owners],
+            position=torch.arange(len(batch.owners), device=first.device) - first[batch.owners],
+            log_prob=tokens.log_prob,
+            reference=reference,
+            sum_squared=tokens.sum_squared,
+        ),
+        **optional,
     )

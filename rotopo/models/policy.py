@@ -2,7 +2,8 @@
 
 import copy
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
@@ -15,7 +16,14 @@ from rotopo.data.batch import Layout, PairBatch, PromptBatch, Role, TokenizedRow
 from rotopo.errors import InputError
 from rotopo.models.attention import attention_inputs
 from rotopo.models.backbone import DtypeName, fingerprint, load_model, resolve_dtype
-from rotopo.models.log_probs import Head, PairLogProbs, pair_log_probs, token_log_probs
+from rotopo.models.log_probs import (
+    Head,
+    Needs,
+    PairLogProbs,
+    TokenLogProbs,
+    pair_log_probs,
+    token_log_probs,
+)
 
 
 @dataclass
@@ -157,36 +165,44 @@ class Policy(nn.Module):
             return cast(PreTrainedModel, model.get_base_model())
         return model
 
-    def forward(self, batch: PairBatch, with_reference: bool = True) -> PairLogProbs:
-        """Log-probs of every pair's chosen and rejected response.
+    def forward(self, batch: PairBatch, needs: Needs = Needs()) -> PairLogProbs:  # noqa: B008
+        """Log-probs of every row's responses.
 
         Args:
-            batch: B pairs.
-            with_reference: also under the reference, without gradient.
+            batch: B rows.
+            needs: what beside the policy's log-probs; under the reference there is no gradient.
         """
         if batch.layout not in self._checked:
             self._check(batch.layout)
             self._checked.add(batch.layout)
-        reference = self.reference_token_log_probs(batch) if with_reference else None
-        return pair_log_probs(batch, self.token_log_probs(batch), reference)
+        reference, reference_log_probs = None, None
+        if needs.reference:
+            with torch.no_grad(), self.reference_model() as model:
+                reference = _response_states(model, batch), _head(model)
+                reference_log_probs = token_log_probs(*reference, batch.targets).log_prob
+        states = _response_states(self.language_model, batch)
+        head = _head(self.language_model)
+        if Role.REFERENCE_SAMPLE in needs.roles:
+            assert reference is not None, "a KL needs the reference"
+            tokens = _with_kl(batch, states, head, reference, needs.moments)
+        else:
+            tokens = token_log_probs(states, head, batch.targets, moments=needs.moments)
+        return pair_log_probs(batch, tokens, reference_log_probs)
 
-    def token_log_probs(self, batch: PairBatch) -> Tensor:
-        """log π_θ of each response token [N], nats."""
-        return _token_log_probs(self.language_model, batch)
-
-    @torch.no_grad()
-    def reference_token_log_probs(self, batch: PairBatch) -> Tensor:
-        """log π_ref of each response token [N], nats.
+    @contextmanager
+    def reference_model(self) -> Iterator[PreTrainedModel]:
+        """The reference: the adapter switched off, or the frozen copy.
 
         Raises:
-            ValueError: there is neither an adapter to switch off nor a frozen copy.
+            ValueError: there is neither.
         """
         if isinstance(self.model, PeftModel):
             with self.model.disable_adapter():
-                return _token_log_probs(self.language_model, batch)
-        if self.reference is None:
+                yield self.language_model
+        elif self.reference is not None:
+            yield self.reference
+        else:
             raise ValueError("This policy was loaded without a reference.")
-        return _token_log_probs(self.reference, batch)
 
     @torch.no_grad()
     def generate(
@@ -251,7 +267,8 @@ class Policy(nn.Module):
             logits = model(input_ids=tokens, use_cache=False).logits[0, len(row.prompt) - 1 : -1]
             log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
             expected.append(log_p.gather(1, tokens[0, len(row.prompt) :, None]).squeeze(1))
-        found = _token_log_probs(model, batch)
+        states = _response_states(model, batch)
+        found = token_log_probs(states, _head(model), batch.targets).log_prob
         model.train(training)
         difference = (found - torch.cat(expected)).abs().mean()
         # Rounding in a half type moves a log-prob by about a hundredth of its size.
@@ -268,7 +285,8 @@ class Policy(nn.Module):
             )
 
 
-def _token_log_probs(model: PreTrainedModel, batch: PairBatch) -> Tensor:
+def _response_states(model: PreTrainedModel, batch: PairBatch) -> Tensor:
+    """The hidden state that predicts each response token [N, D]."""
     config = model.config.get_text_config()
     decoder = model.base_model
     hidden = decoder(
@@ -276,8 +294,30 @@ def _token_log_probs(model: PreTrainedModel, batch: PairBatch) -> Tensor:
         use_cache=False,
         **attention_inputs(batch, config, _embeddings(model).dtype),
     ).last_hidden_state
-    hidden = hidden.flatten(0, 1)[batch.predictors]
-    return token_log_probs(hidden, _head(model), batch.targets).log_prob
+    return hidden.flatten(0, 1)[batch.predictors]
+
+
+def _with_kl(
+    batch: PairBatch, states: Tensor, head: Head, reference: tuple[Tensor, Head], moments: bool
+) -> TokenLogProbs:
+    """All tokens' values, and the KL to the reference of the reference samples' (0 elsewhere)."""
+    sampled = batch.roles[batch.owners] == Role.REFERENCE_SAMPLE
+    N, reference_states, reference_head = len(states), *reference
+    values: dict[str, Tensor] = {}
+    for part, against in (
+        (~sampled, None),
+        (sampled, (reference_states[sampled], reference_head)),
+    ):
+        index = part.nonzero().squeeze(1)
+        found = token_log_probs(
+            states[index], head, batch.targets[index], moments=moments, reference=against
+        )
+        for name in ("log_prob", "sum_squared", "kl"):
+            value = getattr(found, name)
+            if value is not None:
+                whole = values.get(name, value.new_zeros(N))
+                values[name] = whole.index_add(0, index, value)
+    return TokenLogProbs(**values)
 
 
 def _embeddings(model: PreTrainedModel) -> Tensor:

@@ -1,5 +1,52 @@
 """Preference objectives, swapped by class path."""
 
-from rotopo.objectives.pairwise import DPO
+from rotopo.objectives.mixture import Mixture
+from rotopo.objectives.pairwise import (
+    AOT,
+    DPO,
+    DPOP,
+    EXO,
+    IPO,
+    LDDPO,
+    ROPO,
+    DiscoPOP,
+    DrDPO,
+    HolderDPO,
+    LengthRegularizedDPO,
+    RobustDPO,
+    SamPO,
+    SLiC,
+)
+from rotopo.objectives.pointwise import APO, BCO, KTO, NCA, SFT, SPPO
+from rotopo.objectives.reference_free import CPO, ORPO, TPO, AlphaPO, SimPO
+from rotopo.objectives.typo import TYPO
 
-__all__ = ["DPO"]
+__all__ = [
+    "AOT",
+    "APO",
+    "BCO",
+    "CPO",
+    "DPO",
+    "DPOP",
+    "EXO",
+    "IPO",
+    "KTO",
+    "LDDPO",
+    "NCA",
+    "ORPO",
+    "ROPO",
+    "SFT",
+    "SPPO",
+    "TPO",
+    "TYPO",
+    "AlphaPO",
+    "DiscoPOP",
+    "DrDPO",
+    "HolderDPO",
+    "LengthRegularizedDPO",
+    "Mixture",
+    "RobustDPO",
+    "SLiC",
+    "SamPO",
+    "SimPO",
+]

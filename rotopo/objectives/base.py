@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from typing import Any, ClassVar
 
+import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
@@ -16,7 +17,7 @@ from rotopo.callbacks import (
 )
 from rotopo.data.batch import PairBatch, PromptBatch
 from rotopo.errors import InputError
-from rotopo.models.log_probs import PairLogProbs
+from rotopo.models.log_probs import Needs, PairLogProbs
 from rotopo.models.policy import Policy, PolicyConfig, Sampling
 from rotopo.training import PairwiseModule
 
@@ -25,8 +26,9 @@ class PreferenceModule(PairwiseModule):
     """A preference objective on a policy.
 
     A new objective is a subclass with the methods ``losses`` and ``rewards``: pure functions of
-    the log-probs, one value per pair. All steps return ``loss`` with the detached ``losses`` [B]
-    and ``log_probs``, from which the callbacks log.
+    the log-probs, one value per pair, which also work without a policy. ``needs`` says what they
+    are computed from. All steps return ``loss`` with the detached ``losses`` [B] and
+    ``log_probs``, from which the callbacks log.
 
     Args:
         policy: the model, its adapter, and how both are loaded.
@@ -35,12 +37,14 @@ class PreferenceModule(PairwiseModule):
         sampling: how ``predict`` generates.
     """
 
-    needs_reference: ClassVar[bool] = True
+    needs: Needs = Needs()
+    # The setting that holds the policy to its reference: what studies sweep.
+    strength: ClassVar[str] = "beta"
 
     def __init__(
         self,
-        policy: PolicyConfig,
-        optimizer: OptimizerCallable,
+        policy: PolicyConfig | None = None,
+        optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     ) -> None:
@@ -51,13 +55,21 @@ class PreferenceModule(PairwiseModule):
 
     @abstractmethod
     def losses(self, log_probs: PairLogProbs) -> Tensor:
-        """Loss of each pair [B], in nats where the objective is a log-likelihood."""
+        """Loss of each row [B]; its mean is minimised."""
         raise NotImplementedError(f"{type(self).__name__} has no losses().")
 
     @abstractmethod
     def rewards(self, log_probs: PairLogProbs) -> tuple[Tensor, Tensor]:
-        """Implicit rewards of the chosen and of the rejected responses, each [B]."""
+        """The objective's own implicit rewards of chosen and rejected responses, each [B]."""
         raise NotImplementedError(f"{type(self).__name__} has no rewards().")
+
+    def observe(self, log_probs: PairLogProbs, step_ended: bool) -> None:
+        """See a micro-batch that was trained on; for objectives with running values.
+
+        Args:
+            log_probs: of the micro-batch, cut from the graph.
+            step_ended: whether the optimiser has just stepped.
+        """
 
     @property
     def base_fingerprint(self) -> str:
@@ -66,7 +78,9 @@ class PreferenceModule(PairwiseModule):
 
     def configure_model(self) -> None:
         if self.policy is None:
-            self.policy = Policy.load(self.policy_config, self.needs_reference)
+            if self.policy_config is None:
+                raise InputError("model.policy is not set: name the model in model.policy.path.")
+            self.policy = Policy.load(self.policy_config, self.needs.reference)
 
     def configure_callbacks(self) -> list[Callback]:
         """What every run logs; one of the same class in ``trainer.callbacks`` takes precedence."""
@@ -83,6 +97,10 @@ class PreferenceModule(PairwiseModule):
     def training_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
         return self._step(batch)
 
+    def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
+        ended = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        self.observe(outputs["log_probs"], ended)
+
     def validation_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
         return self._step(batch)
 
@@ -97,7 +115,7 @@ class PreferenceModule(PairwiseModule):
 
     def _step(self, batch: PairBatch) -> dict[str, Any]:
         assert self.policy is not None
-        log_probs = self.policy(batch, with_reference=self.needs_reference)
+        log_probs = self.policy(batch, self.needs)
         losses = self.losses(log_probs)
         return {
             "loss": losses.sum() * batch.loss_scale,
@@ -106,8 +124,40 @@ class PreferenceModule(PairwiseModule):
         }
 
 
+class ReferenceObjective(PreferenceModule):
+    """Parent of objectives whose implicit reward is β·Δ, β times the log-ratio to the reference.
+
+    A subclass declares its own ``beta``, so that each has its own default.
+    """
+
+    beta: float
+
+    def rewards(self, log_probs: PairLogProbs) -> tuple[Tensor, Tensor]:
+        return self.beta * log_probs.chosen_log_ratio, self.beta * log_probs.rejected_log_ratio
+
+    def margin(self, log_probs: PairLogProbs) -> Tensor:
+        """The chosen's reward less the rejected's [B]."""
+        chosen, rejected = self.rewards(log_probs)
+        return chosen - rejected
+
+
 def positive(name: str, value: float) -> float:
     """The value of a setting that has to be above zero."""
     if not value > 0:
         raise InputError(f"{name} is {value}: it has to be above zero.")
     return value
+
+
+def in_range(name: str, value: float, low: float, high: float) -> float:
+    """The value of a setting that has to lie in [low, high)."""
+    if not low <= value < high:
+        raise InputError(f"{name} is {value}: it has to be at least {low} and below {high}.")
+    return value
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of all ranks' tensors; without gradient."""
+    values = values.detach().clone()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(values)
+    return values

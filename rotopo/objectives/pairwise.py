@@ -1,36 +1,475 @@
-"""Objectives on pairs, each a small class over a function of :mod:`rotopo.objectives.losses`."""
+"""Objectives on the margin between the chosen and the rejected response, against a reference."""
 
-from typing import Any
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
-from rotopo.models.log_probs import PairLogProbs
+from rotopo.data.batch import Role
+from rotopo.errors import InputError
+from rotopo.models.log_probs import Needs, PairLogProbs, given
 from rotopo.objectives import losses
-from rotopo.objectives.base import PreferenceModule, positive
+from rotopo.objectives.base import ReferenceObjective, in_range, positive
 
 
-class DPO(PreferenceModule):
+class DPO(ReferenceObjective):
     """Direct preference optimisation (Rafailov et al. 2023): −log σ(β·h).
 
-    Trained through :class:`rotopo.rotation.RotationConfig` this is RoPO, weights-rotated
+    Trained through :class:`rotopo.rotation.RotationConfig` this is **RoPO**, weights-rotated
     preference optimisation (arXiv 2508.17637), whose loss is DPO's unchanged. The robust loss
-    ROPO (arXiv 2404.04102) is another objective.
+    :class:`ROPO` (arXiv 2404.04102) is another objective, and so are :class:`RobustDPO` (rDPO) and
+    :class:`LengthRegularizedDPO` (R-DPO).
+
+    The settings are variants of it from several papers, and can be combined: label smoothing
+    (cDPO), f-divergences (f-DPO), length normalisation (TRL's ``sigmoid_norm``) and WPO's weights.
+    Rewards are β·f′(u), per token with ``normalise_length``.
 
     Args:
         beta: β, how strongly the policy is held to the reference.
+        label_smoothing: ε of cDPO, the assumed rate of flipped labels, below ½.
+        divergence: the divergence from the reference that f-DPO puts in the KL's place.
+        divergence_alpha: α of ``divergence: alpha``.
+        normalise_length: divide each response's score by its tokens.
+        wpo: weight each pair by the likelihood of its responses under the policy.
         **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
 
     Raises:
-        InputError: beta is not above zero.
+        InputError: a setting out of its range.
     """
 
-    def __init__(self, beta: float = 0.1, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        beta: float = 0.1,
+        label_smoothing: float = 0.0,
+        divergence: losses.Divergence = "reverse_kl",
+        divergence_alpha: float = 0.5,
+        normalise_length: bool = False,
+        wpo: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
+        if divergence not in get_args(losses.Divergence):
+            raise InputError(
+                f"divergence is {divergence!r}: it has to be one of "
+                f"{', '.join(get_args(losses.Divergence))}."
+            )
         self.beta = positive("beta", beta)
+        self.label_smoothing = in_range("label_smoothing", label_smoothing, 0, 0.5)
+        self.divergence = divergence
+        self.divergence_alpha = divergence_alpha
+        self.normalise_length = normalise_length
+        self.wpo = wpo
+        self.needs = Needs(moments=wpo)
 
     def losses(self, log_probs: PairLogProbs) -> Tensor:
-        chosen, rejected = self.rewards(log_probs)
-        return losses.dpo(chosen - rejected)
+        pair_losses = losses.dpo(self.margin(log_probs), self.label_smoothing)
+        return pair_losses * _wpo_weights(log_probs) if self.wpo else pair_losses
 
     def rewards(self, log_probs: PairLogProbs) -> tuple[Tensor, Tensor]:
-        return self.beta * log_probs.chosen_log_ratio, self.beta * log_probs.rejected_log_ratio
+        scores = [
+            self.beta * losses.divergence_score(ratio, self.divergence, self.divergence_alpha)
+            for ratio in (log_probs.chosen_log_ratio, log_probs.rejected_log_ratio)
+        ]
+        if self.normalise_length:
+            lengths = log_probs.chosen_length, log_probs.rejected_length
+            scores = [score / length for score, length in zip(scores, lengths, strict=True)]
+        return scores[0], scores[1]
+
+
+def _wpo_weights(log_probs: PairLogProbs) -> Tensor:
+    """The product of both responses' weights [B]."""
+    tokens = given(log_probs.tokens, "tokens")
+    squared = given(tokens.sum_squared, "sum_squared")
+    values = losses.wpo_log_weight(tokens.log_prob, squared)
+    log_weight = torch.zeros_like(log_probs.chosen)
+    for role, length in (
+        (Role.CHOSEN, log_probs.chosen_length),
+        (Role.REJECTED, log_probs.rejected_length),
+    ):
+        of_role = torch.where(tokens.role == role, values, 0)
+        log_weight += torch.zeros_like(log_weight).index_add(0, tokens.pair, of_role) / length
+    return log_weight.exp()
+
+
+class RobustDPO(ReferenceObjective):
+    """rDPO (Chowdhury et al. 2024): DPO's loss made unbiased under labels flipped at a known rate.
+
+    [−(1−ε) log σ(z) + ε log σ(−z)] / (1−2ε), which falls without bound as z grows. Not the robust
+    loss :class:`ROPO`, and not R-DPO, which is :class:`LengthRegularizedDPO`.
+
+    Args:
+        beta: β.
+        flip_rate: ε, the rate of flipped labels, below ½.
+        **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
+
+    Raises:
+        InputError: a setting out of its range.
+    """
+
+    def __init__(self, beta: float = 0.1, flip_rate: float = 0.1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.beta = positive("beta", beta)
+        self.flip_rate = in_range("flip_rate", flip_rate, 0, 0.5)
+
+    def losses(self, log_probs: PairLogProbs) -> Tensor:
+        return losses.robust_dpo(self.margin(log_probs), self.flip_rate)
+
+
+class IPO(ReferenceObjective):
+    """IPO (Azar et al. 2023): (h − 1/(2β))², which stops pulling at a margin of h = 1/(2β).
+
+    Args:
+        beta: β, the paper's τ.
+        normalise: h from ``sum``s over tokens, as the paper's formula and OpenRLHF have it, or
+            from ``mean``s, as TRL has it, whose authors had it confirmed by the paper's.
+        **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
+
+    Raises:
+        InputError: a setting out of its range.
+    """
+
+    def __init__(
+        self, beta: float = 0.1, normalise: Literal["sum", "mean"] = "mean", **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        if normalise not in ("sum", "mean"):
+            raise InputError(f"normalise is {normalise!r}: it has to be 'sum' or 'mean'.")
+        self.beta = positive("beta", beta)
+        self.normalise = normalise
+
+    def losses(self, log_probs: PairLogProbs) -> Tensor:
+        return losses.ipo(self.margin(log_probs) / self.beta, self.beta)
+
+    def rewards(self, log_probs: PairLogProbs) -> tuple[Tensor, Tensor]:
+        chosen, rejected = super().rewards(log_probs)
+        if self.normalise == "sum":
+            return chosen, rejected
+        return chosen / log_probs.chosen_length, rejected / log_probs.rejected_length
+
+
+class SLiC(ReferenceObjective):
+    """SLiC (Zhao et al. 2023): a hinge, with the reference max(0, δ − z), without it SLiC-HF's
+    max(0, δ − c + r) − λ·c̄.
+
+    Rewards are β·Δ, without the reference the log-probs themselves.
+
+    Args:
+        beta: β; only with the reference.
+        delta: δ, the margin beyond which a pair has no gradient.
+        reference: compare log-ratios to the reference rather than log-probs.
+        likelihood_weight: λ, the weight of the chosen response's likelihood.
+        **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
+
+    Raises:
+        InputError: a setting out of its range.
+    """
+
+    def __init__(
+        self,
+        beta: float = 0.1,
+        delta: float = 1.0,
+        reference: bool = True,
+        likelihood_weight: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.beta = positive("beta", beta)
+        self.delta = positive("delta", delta)
+        self.likelihood_weight = likelihood_weight
+        self.needs = Needs(reference=reference)
+
+    def losses(self, log_probs: PairLogProbs) -> Tensor:
+        hinge = losses.hinge(self.margin(log_probs), self.delta)
+        return hinge - self.likelihood_weight * log_probs.chosen_mean
+
+    def rewards(self, log_probs: PairLogProbs) -> tuple[Tensor, Tensor]:
+        if self.needs.reference:
+            return super().rewards(log_probs)
+        return log_probs.chosen, log_probs.rejected
+
+
+class DPOP(ReferenceObjective):
+    """DPO-Positive (Pal et al. 2024, Smaug): DPO that punishes a falling chosen response.
+
+    Args:
+        beta: β.
+        penalty: λ, on each nat that the chosen lies below the reference.
+        **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
+
+    Raises:
+        InputError: a setting out of its range.
+    """
+
+    def __init__(self, beta: float = 0.3, penalty: float = 50.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.beta = positive("beta", beta)
+        self.penalty = in_range("penalty", penalty, 0, float("inf"))
+
+    def losses(self, log_probs: PairLogProbs) -> Tensor:
+        return losses.dpop(
+            log_probs.chosen_log_ratio, log_probs.rejected_log_ratio, self.beta, self.penalty
+        )
+
+
+class LengthRegularizedDPO(ReferenceObjective):
+    """R-DPO (Park et al. 2024): DPO with a price on length, −log σ(z + α(|w| − |l|)).
+
+    Not rDPO, which is :class:`RobustDPO`, nor RoPO or ROPO. Rewards are β·Δ + α·length, the reward
+    of which the loss is the maximum-likelihood fit.
+
+    Args:
+        beta: β.
+        alpha: α > 0, nats of reward that a token costs.
+        **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
+
+    Raises:
+        InputError: a setting out of its range.
+    """
+
+    def __init__(self, beta: float = 0.1, alpha: float = 0.01, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.beta = positive("beta", beta)
+        self.alpha = positive("alpha", alpha)
+
+    def losses(self, log_probs: PairLogProbs) -> Tensor:
+        chosen, rejected = super().rewards(log_probs)
+        extra = log_probs.chosen_length - log_probs.rejected_length
+        return losses.length_regularized_dpo(chosen - rejected, extra, self.alpha)
+
+    def rewards(self, log_probs: PairLogProbs) -> tuple[Tensor, Tensor]:
+        chosen, rejected = super().rewards(log_probs)
+        return (
+            chosen + self.alpha * log_probs.chosen_length,
+            rejected + self.alpha * log_probs.rejected_length,
+        )
+
+
+class SamPO(ReferenceObjective):
+    """SamPO (Lu et al. 2024): DPO on as many tokens of the longer response as the shorter one has.
+
+    The tokens are drawn afresh in each epoch, by the seed and the pair's place in the data, so
+    that neither the batches nor a resumed run change the draw. [ours: how they are drawn]
+
+    Args:
+        beta: β.
+        seed: seed of the draw.
+        **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
+
+    Raises:
+        InputError: a setting out of its range.
+    """
+
+    def __init__(self, beta: float = 0.1, seed: int = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.beta = positive("beta", beta)
+        self.seed = seed
+
+    def losses(self, log_probs: PairLogProbs) -> Tensor:
+        return losses.dpo(self.margin(log_probs))
+
+    def rewards(self, log_probs: PairLogProbs) -> tuple[Tensor, Tensor]:
+        return super().rewards(log_probs.weighted(self._drawn(log_probs)))
+
+    def _drawn(self, log_probs: PairLogProbs) -> Tensor:
+        """1 for tokens that are drawn, 0 for the others [N]."""
+        tokens, rows = given(log_probs.tokens, "tokens"), given(log_probs.rows, "rows").tolist()
+        epoch = self.current_epoch if self.training else -1
+        shorter = torch.minimum(log_probs.chosen_length, log_probs.rejected_length).tolist()
+        starts = (tokens.position == 0).nonzero().squeeze(1)
+        ends = [*starts[1:].tolist(), len(tokens.position)]
+        weights = []
+        for start, end, pair, role in zip(
+            starts.tolist(),
+            ends,
+            tokens.pair[starts].tolist(),
+            tokens.role[starts].tolist(),
+            strict=True,
+        ):
+            seed = hash((self.seed, epoch, rows[pair], role)) % 2**63
+            generator = torch.Generator().manual_seed(seed)
+            places = torch.randperm(end - start, generator=generator)[: shorter[pair]]
+            weights.append(torch.zeros(end - start).index_fill_(0, places, 1.0))
+        return torch.cat(weights).to(tokens.log_prob)
+
+
+class LDDPO(ReferenceObjective):
+    """LD-DPO (Liu et al. 2024): DPO in which tokens beyond the shorter response's length weigh α.
+
+    Args:
+        beta: β.
+        alpha: α from 0 (the tail does not count) to 1 (DPO).
+        **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
+
+    Raises:
+        InputError: a setting out of its range.
+    """
+
+    def __init__(self, beta: float = 0.1, alpha: float = 0.5, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not 0 <= alpha <= 1:
+            raise InputError(f"alpha is {alpha}: it has to be from 0 to 1.")
+        self.beta = positive("beta", beta)
+        self.alpha = alpha
+
+    def losses(self, log_probs: PairLogProbs) -> Tensor:
+        return losses.dpo(self.margin(log_probs))
+
+    def rewards(self, log_probs: PairLogProbs) -> tuple[Tensor, Tensor]:
+        tokens = given(log_probs.tokens, "tokens")
+        shorter = torch.minimum(log_probs.chosen_length, log_probs.rejected_length)
+        weights = torch.where(tokens.position < shorter[tokens.pair], 1.0, self.alpha)
+        return super().rewards(log_probs.weighted(weights))
+
+
+class EXO(ReferenceObjective):
+    """EXO (Ji et al. 2024): the reverse KL, from the policy's preference to smoothed labels.
+
+    Args:
+        beta: β.
+        label_smoothing: ε > 0, how far from certain the labels are taken.
+        **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
+
+    Raises:
+        InputError: a setting out of its range.
+    """
+
+    def __init__(self, beta: float = 0.1, label_smoothing: float = 1e-3, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.beta = positive("beta", beta)
+        self.label_smoothing = in_range(
+            "label_smoothing", positive("label_smoothing", label_smoothing), 0, 0.5
+        )
+
+    def losses(self, log_probs: PairLogProbs) -> Tensor:
+        return losses.exo(self.margin(log_probs), self.label_smoothing)
+
+
+class DiscoPOP(ReferenceObjective):
+    """DiscoPOP (Lu et al. 2024): a mix of the logistic and the exponential loss, found by search.
+
+    Args:
+        beta: β.
+        tau: τ, the temperature of the mix.
+        **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
+
+    Raises:
+        InputError: a setting out of its range.
+    """
+
+    def __init__(self, beta: float = 0.05, tau: float = 0.05, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.beta = positive("beta", beta)
+        self.tau = positive("tau", tau)
+
+    def losses(self, log_probs: PairLogProbs) -> Tensor:
+        return losses.discopop(self.margin(log_probs), self.tau)
+
+
+class DrDPO(ReferenceObjective):
+    """Dr. DPO (Wu et al. 2024): DPO's losses under a soft minimum, so that outliers weigh less.
+
+    Couples the pairs of a micro-batch on one rank: accumulation and ranks change what is compared.
+    Every pair's loss is logged as its micro-batch's.
+
+    Args:
+        beta: β.
+        temperature: β′ of the soft minimum; the larger, the nearer to DPO.
+        **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
+
+    Raises:
+        InputError: a setting out of its range.
+    """
+
+    def __init__(self, beta: float = 0.1, temperature: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.beta = positive("beta", beta)
+        self.temperature = positive("temperature", temperature)
+
+    def losses(self, log_probs: PairLogProbs) -> Tensor:
+        return losses.dr_dpo(losses.dpo(self.margin(log_probs)), self.temperature)
+
+
+class HolderDPO(ReferenceObjective):
+    """Hölder-DPO (Fujisawa et al. 2025): −(1+γ)p^γ + γ p^{γ+1}, p = σ(z); it forgets outliers.
+
+    Args:
+        beta: β.
+        gamma: γ > 0; the larger, the less a pair counts that the policy ranks the other way.
+        **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
+
+    Raises:
+        InputError: a setting out of its range.
+    """
+
+    def __init__(self, beta: float = 0.1, gamma: float = 2.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.beta = positive("beta", beta)
+        self.gamma = positive("gamma", gamma)
+
+    def losses(self, log_probs: PairLogProbs) -> Tensor:
+        return losses.holder_dpo(self.margin(log_probs), self.gamma)
+
+
+class ROPO(ReferenceObjective):
+    """ROPO (arXiv 2404.04102): robust preference optimisation, a loss that bears flipped labels.
+
+    4α/(1+α)²·[−log σ(z)] + 4α²/(1+α)²·σ(−z). Not RoPO, which is :class:`DPO` through a rotation,
+    nor rDPO (:class:`RobustDPO`), nor R-DPO (:class:`LengthRegularizedDPO`).
+
+    Args:
+        beta: β.
+        alpha: α > 2; the larger, the less a pair counts that the policy ranks the other way.
+        **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
+
+    Raises:
+        InputError: a setting out of its range.
+    """
+
+    def __init__(self, beta: float = 0.1, alpha: float = 14.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.beta = positive("beta", beta)
+        if not alpha > 2:
+            raise InputError(
+                f"alpha is {alpha}: it has to be above 2, or pairs ranked the wrong way would "
+                "count more than undecided ones."
+            )
+        self.alpha = alpha
+
+    def losses(self, log_probs: PairLogProbs) -> Tensor:
+        return losses.ropo(self.margin(log_probs), self.alpha)
+
+
+class AOT(ReferenceObjective):
+    """AOT (Melnyk et al. 2024): alignment by optimal transport, DPO between sorted samples.
+
+    Couples the pairs of a micro-batch on one rank: accumulation and ranks change what is sorted.
+
+    Args:
+        beta: β.
+        paired: sort c − r of the policy against the reference's; else Δw against Δl.
+        label_smoothing: ε, as in :class:`DPO`.
+        **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
+
+    Raises:
+        InputError: a setting out of its range.
+    """
+
+    def __init__(
+        self, beta: float = 0.1, paired: bool = True, label_smoothing: float = 0.0, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.beta = positive("beta", beta)
+        self.paired = paired
+        self.label_smoothing = in_range("label_smoothing", label_smoothing, 0, 0.5)
+
+    def losses(self, log_probs: PairLogProbs) -> Tensor:
+        if self.paired:
+            reference_chosen = given(log_probs.reference_chosen, "reference_chosen")
+            reference_rejected = given(log_probs.reference_rejected, "reference_rejected")
+            samples = (
+                log_probs.chosen - log_probs.rejected,
+                reference_chosen - reference_rejected,
+            )
+        else:
+            samples = log_probs.chosen_log_ratio, log_probs.rejected_log_ratio
+        return losses.aot(*samples, self.beta, self.label_smoothing)

@@ -1,0 +1,64 @@
+"""Mixture: a weighted sum of objectives."""
+
+from functools import reduce
+from operator import or_
+from typing import Any
+
+from torch import Tensor, nn
+
+from rotopo.errors import InputError
+from rotopo.models.log_probs import PairLogProbs
+from rotopo.objectives.base import PreferenceModule
+
+
+class Mixture(PreferenceModule):
+    """A weighted sum of objectives on one policy, DPO and SFT on the chosen for example.
+
+    Rewards are those of the first objective.
+
+    Args:
+        objectives: the parts, by class path, without ``policy``, ``optimizer`` and ``scheduler``,
+            which are the mixture's own.
+        weights: one weight each; None for 1.
+        **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
+
+    Raises:
+        InputError: no objective, another number of weights, or a part with its own policy.
+    """
+
+    def __init__(
+        self,
+        objectives: list[PreferenceModule],
+        weights: list[float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.weights = [1.0] * len(objectives) if weights is None else weights
+        if not objectives or len(self.weights) != len(objectives):
+            raise InputError(
+                f"objectives: {len(objectives)} of them and {len(self.weights)} weights: give at "
+                "least one objective, and a weight for each."
+            )
+        for part in objectives:
+            if part.policy_config is not None or part.optimizer is not None:
+                raise InputError(
+                    f"objectives: {type(part).__name__} has a policy or an optimizer of its own; "
+                    "they belong to the mixture."
+                )
+        self.objectives = nn.ModuleList(objectives)
+        self.needs = reduce(or_, (part.needs for part in objectives))
+
+    @property
+    def parts(self) -> list[PreferenceModule]:
+        return list(self.objectives)  # type: ignore[arg-type]
+
+    def losses(self, log_probs: PairLogProbs) -> Tensor:
+        terms = [part.losses(log_probs) for part in self.parts]
+        return sum(w * term for w, term in zip(self.weights, terms, strict=True))  # type: ignore[return-value]
+
+    def rewards(self, log_probs: PairLogProbs) -> tuple[Tensor, Tensor]:
+        return self.parts[0].rewards(log_probs)
+
+    def observe(self, log_probs: PairLogProbs, step_ended: bool) -> None:
+        for part in self.parts:
+            part.observe(log_probs, step_ended)

@@ -1,0 +1,238 @@
+"""Objectives that judge each response by itself, so that most also train on unpaired rows."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rotopo.data.batch import Role
+from rotopo.errors import InputError
+from rotopo.models.log_probs import Needs, PairLogProbs, given
+from rotopo.objectives import losses
+from rotopo.objectives.base import (
+    PreferenceModule,
+    ReferenceObjective,
+    positive,
+    sum_over_ranks,
+)
+
+
+def per_row(log_probs: PairLogProbs, chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Each row's values summed over the responses that it has [B]."""
+    return torch.where(log_probs.has_chosen, chosen, 0) + torch.where(
+        log_probs.has_rejected, rejected, 0
+    )
+
+
+class KTO(ReferenceObjective):
+    """KTO (Ethayarajh et al. 2024): a value function of gains and losses against a baseline z0.
+
+    λ_D(1 − σ(βΔ − z0)) for a desirable response, λ_U(1 − σ(z0 − βΔ)) for an undesirable one; a
+    row's loss is the mean over its responses. z0 = max(0, β·mean Δ) over responses to *other*
+    prompts, without gradient: every row brings the responses of one other row along. Its scope is
+    the micro-batches that all ranks compute at the same time, of which it is one mean, clamped
+    afterwards; with a single row there, training is refused.
+
+    Rows are pairs, each split into a desirable and an undesirable response, or unpaired
+    (``prompt, completion, label``).
+
+    Args:
+        beta: β.
+        desirable_weight: λ_D.
+        undesirable_weight: λ_U; the paper balances the weights by the numbers of both.
+        **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
+
+    Raises:
+        InputError: a setting out of its range; in training, a micro-batch of one row.
+    """
+
+    needs = Needs(pairs=False, roles=(Role.MISMATCHED,))
+
+    def __init__(
+        self,
+        beta: float = 0.1,
+        desirable_weight: float = 1.0,
+        undesirable_weight: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.beta = positive("beta", beta)
+        self.desirable_weight = positive("desirable_weight", desirable_weight)
+        self.undesirable_weight = positive("undesirable_weight", undesirable_weight)
+
+    def losses(self, log_probs: PairLogProbs) -> Tensor:
+        baseline = self.baseline(log_probs)
+        chosen, rejected = self.rewards(log_probs)
+        total = per_row(
+            log_probs,
+            self.desirable_weight * losses.kto(chosen - baseline),
+            self.undesirable_weight * losses.kto(baseline - rejected),
+        )
+        return total / (log_probs.has_chosen.int() + log_probs.has_rejected.int())
+
+    def baseline(self, log_probs: PairLogProbs) -> Tensor:
+        """z0, over all ranks."""
+        ratios = given(log_probs.mismatched_log_ratio, "mismatched_log_ratio").detach()
+        total, count = sum_over_ranks(torch.stack([ratios.sum(), ratios.new_tensor(len(ratios))]))
+        return (self.beta * total / count).clamp(min=0)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        data = getattr(self.trainer, "datamodule", None)
+        accumulation = self.trainer.accumulate_grad_batches
+        if data is not None and data.pairs_per_step < 2 * accumulation:
+            raise InputError(
+                f"KTO: data.pairs_per_step ({data.pairs_per_step}) over "
+                f"trainer.accumulate_grad_batches ({accumulation}) leaves fewer than two rows at a "
+                "time, from which z0 cannot be estimated: raise the one or lower the other."
+            )
+
+
+class BCO(ReferenceObjective):
+    """BCO (Jung et al. 2024): a classifier of desirable against undesirable responses.
+
+    −log σ(βΔ − δ) for a desirable response and −log σ(−(βΔ − δ)) for an undesirable one, added up
+    over a row's responses. δ is the mean of both kinds' mean rewards over all steps so far, of all
+    ranks [ours: it moves after each optimiser step, so that batches and ranks do not change it].
+
+    Args:
+        beta: β.
+        reward_shift: use δ, as the paper; without it this is TRL's ``bco_pair``.
+        **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
+
+    Raises:
+        InputError: a setting out of its range.
+    """
+
+    needs = Needs(pairs=False)
+    reward_sums: Tensor
+
+    def __init__(self, beta: float = 0.1, reward_shift: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.beta = positive("beta", beta)
+        self.reward_shift = reward_shift
+        # Rewards of chosen and of rejected responses, and how many of each there were.
+        self.register_buffer("reward_sums", torch.zeros(2, 2, dtype=torch.float64))
+        self._of_this_step = torch.zeros(2, 2, dtype=torch.float64)
+
+    def losses(self, log_probs: PairLogProbs) -> Tensor:
+        chosen, rejected = self.rewards(log_probs)
+        return per_row(log_probs, *losses.bco(chosen, rejected, self.shift.to(chosen)))
+
+    @property
+    def shift(self) -> Tensor:
+        """δ; 0 before the first step."""
+        sums, counts = self.reward_sums
+        return (sums / counts.clamp(min=1)).mean()
+
+    def observe(self, log_probs: PairLogProbs, step_ended: bool) -> None:
+        if not self.reward_shift:
+            return
+        counts = torch.stack([log_probs.has_chosen.sum(), log_probs.has_rejected.sum()])
+        rewards = torch.stack([values.sum() for values in self.rewards(log_probs)])
+        self._of_this_step = self._of_this_step.to(rewards.device) + torch.stack([rewards, counts])
+        if step_ended:
+            self.reward_sums += sum_over_ranks(self._of_this_step)
+            self._of_this_step.zero_()
+
+
+class NCA(ReferenceObjective):
+    """NCA (Chen et al. 2024): noise-contrastive alignment, which also holds the chosen up.
+
+    −log σ(βΔw) − ½log σ(−βΔw) − ½log σ(−βΔl), as TRL's ``nca_pair``.
+
+    Args:
+        beta: β.
+        **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
+
+    Raises:
+        InputError: a setting out of its range.
+    """
+
+    needs = Needs(pairs=False)
+
+    def __init__(self, beta: float = 0.1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.beta = positive("beta", beta)
+
+    def losses(self, log_probs: PairLogProbs) -> Tensor:
+        return per_row(log_probs, *losses.nca(*self.rewards(log_probs)))
+
+
+class SPPO(ReferenceObjective):
+    """SPPO (Wu et al. 2024) with hard labels: (Δw − 1/(2β))² + (Δl + 1/(2β))².
+
+    As TRL's ``sppo_hard``; the paper's soft win rates come from a judge outside of the loss.
+
+    Args:
+        beta: β, of whose inverse the targets are half.
+        **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
+
+    Raises:
+        InputError: a setting out of its range.
+    """
+
+    needs = Needs(pairs=False)
+
+    def __init__(self, beta: float = 0.1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.beta = positive("beta", beta)
+
+    def losses(self, log_probs: PairLogProbs) -> Tensor:
+        target = 1 / (2 * self.beta)
+        return per_row(
+            log_probs,
+            losses.sppo(log_probs.chosen_log_ratio, target),
+            losses.sppo(log_probs.rejected_log_ratio, -target),
+        )
+
+
+class APO(ReferenceObjective):
+    """APO (D'Oosterlinck et al. 2024): anchored, it says where each likelihood should go.
+
+    ``zero`` raises the chosen and lowers the rejected, 1 − σ(βΔw) + σ(βΔl); ``down`` lowers both
+    and the rejected more, σ(βΔw) + 1 − σ(z), for data that is worse than the policy. ``zero`` also
+    takes unpaired rows (TRL's ``apo_zero_unpaired``).
+
+    Args:
+        beta: β.
+        variant: ``zero`` or ``down``.
+        **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
+
+    Raises:
+        InputError: a setting out of its range.
+    """
+
+    def __init__(
+        self, beta: float = 0.1, variant: Literal["zero", "down"] = "zero", **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        if variant not in ("zero", "down"):
+            raise InputError(f"variant is {variant!r}: it has to be 'zero' or 'down'.")
+        self.beta = positive("beta", beta)
+        self.variant = variant
+        self.needs = Needs(pairs=variant == "down")
+
+    def losses(self, log_probs: PairLogProbs) -> Tensor:
+        chosen, rejected = self.rewards(log_probs)
+        if self.variant == "down":
+            return losses.apo_down(chosen, rejected)
+        return per_row(log_probs, *losses.apo_zero(chosen, rejected))
+
+
+class SFT(PreferenceModule):
+    """Supervised fine-tuning on the chosen responses: −c̄, the mean over each response's tokens.
+
+    Rewards are the log-probs per token. Undesirable responses of unpaired rows do not count.
+
+    Args:
+        **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
+    """
+
+    needs = Needs(reference=False, pairs=False)
+
+    def losses(self, log_probs: PairLogProbs) -> Tensor:
+        return -log_probs.chosen_mean
+
+    def rewards(self, log_probs: PairLogProbs) -> tuple[Tensor, Tensor]:
+        return log_probs.chosen_mean, log_probs.rejected_mean
