@@ -74,8 +74,10 @@ def pretrained_folder(path: str) -> str:
             file is converted once and kept in the cache folder.
 
     Raises:
-        InputError: no such file, folder or package, or an unreadable GGUF file.
+        InputError: no path, no such file, folder or package, or an unreadable GGUF file.
     """
+    if not path:
+        raise InputError("policy.path is not set: name the model in model.init_args.policy.path.")
     resolved = os.path.expanduser(path)
     if path.startswith("package:"):
         resolved = str(resource_path(path))

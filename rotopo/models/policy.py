@@ -26,7 +26,7 @@ from rotopo.models.log_probs import (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class PolicyConfig:
     """The language model that is trained, and what is trained of it.
 
@@ -45,7 +45,7 @@ class PolicyConfig:
             pass rather than keep them.
     """
 
-    path: str
+    path: str = ""
     adapter: PeftConfig | None = None
     dtype: DtypeName = "auto"
     attention: str = "segments"

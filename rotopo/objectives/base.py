@@ -43,7 +43,7 @@ class PreferenceModule(PairwiseModule):
 
     def __init__(
         self,
-        policy: PolicyConfig | None = None,
+        policy: PolicyConfig = PolicyConfig(),  # noqa: B008 (frozen)
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
@@ -78,8 +78,6 @@ class PreferenceModule(PairwiseModule):
 
     def configure_model(self) -> None:
         if self.policy is None:
-            if self.policy_config is None:
-                raise InputError("model.policy is not set: name the model in model.policy.path.")
             self.policy = Policy.load(self.policy_config, self.needs.reference)
 
     def configure_callbacks(self) -> list[Callback]:

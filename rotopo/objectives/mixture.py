@@ -40,7 +40,7 @@ class Mixture(PreferenceModule):
                 "least one objective, and a weight for each."
             )
         for part in objectives:
-            if part.policy_config is not None or part.optimizer is not None:
+            if part.policy_config.path or part.optimizer is not None:
                 raise InputError(
                     f"objectives: {type(part).__name__} has a policy or an optimizer of its own; "
                     "they belong to the mixture."
