@@ -67,6 +67,8 @@ def run(args: list[str] | None = None) -> RotopoCLI:
     warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
     # The run's folder already holds config.yaml when the CSV logger looks at it.
     warnings.filterwarnings("ignore", "Experiment logs directory")
+    # A run without validation is nothing to warn about.
+    warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
     # What libraries deprecate in one another is nothing that a user can mend.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`")

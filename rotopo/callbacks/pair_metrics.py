@@ -10,6 +10,8 @@ from torch import Tensor
 
 from rotopo.evaluation.metrics import PairMeans
 
+Values = dict[str, tuple[Tensor, Tensor]]
+
 
 class PairMetricsCallback(Callback):
     """Logs means over pairs under ``train/``, ``val/`` and ``test/``.
@@ -25,8 +27,8 @@ class PairMetricsCallback(Callback):
         self.evaluation: PairMeans | None = None
 
     @abstractmethod
-    def values(self, module: Any, outputs: dict[str, Any]) -> dict[str, Tensor] | None:
-        """The values of a batch's pairs, each [B]; None where the objective has none."""
+    def values(self, module: Any, outputs: dict[str, Any]) -> Values | None:
+        """A batch's values [B], and which rows have them [B]; None where the objective has none."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.training, self.evaluation = PairMeans(self.names), PairMeans(self.names)
@@ -84,7 +86,8 @@ class ImplicitRewards(PairMetricsCallback):
     ``rewards/chosen`` and ``rewards/rejected`` are the objective's own implicit rewards (for DPO
     β·Δw and β·Δl), ``rewards/margin`` their difference, ``rewards/accuracy`` the share of pairs
     with a margin above zero, ``rewards/sum`` the chosen's plus the rejected's (what align-anything
-    calls reward), ``logps/chosen`` and ``logps/rejected`` the log-prob per token in nats.
+    calls reward), ``logps/chosen`` and ``logps/rejected`` the log-prob per token in nats. Of
+    unpaired rows only the response that is there counts, and what compares two is not logged.
     """
 
     names = (
@@ -99,18 +102,20 @@ class ImplicitRewards(PairMetricsCallback):
     )
     on_progress_bar = ("loss", "rewards/margin", "rewards/accuracy")
 
-    def values(self, module: Any, outputs: dict[str, Any]) -> dict[str, Tensor]:
+    def values(self, module: Any, outputs: dict[str, Any]) -> Values:
         log_probs = outputs["log_probs"]
         chosen, rejected = module.rewards(log_probs)
+        has_chosen, has_rejected = log_probs.has_chosen, log_probs.has_rejected
+        pair = has_chosen & has_rejected
         return {
-            "loss": outputs["losses"],
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/margin": chosen - rejected,
-            "rewards/accuracy": (chosen > rejected).float(),
-            "rewards/sum": chosen + rejected,
-            "logps/chosen": log_probs.chosen / log_probs.chosen_length,
-            "logps/rejected": log_probs.rejected / log_probs.rejected_length,
+            "loss": (outputs["losses"], has_chosen | has_rejected),
+            "rewards/chosen": (chosen, has_chosen),
+            "rewards/rejected": (rejected, has_rejected),
+            "rewards/margin": (chosen - rejected, pair),
+            "rewards/accuracy": (chosen > rejected, pair),
+            "rewards/sum": (chosen + rejected, pair),
+            "logps/chosen": (log_probs.chosen_mean, has_chosen),
+            "logps/rejected": (log_probs.rejected_mean, has_rejected),
         }
 
 
@@ -135,17 +140,17 @@ class Displacement(PairMetricsCallback):
         self.least = least
         self.warned = False
 
-    def values(self, module: Any, outputs: dict[str, Any]) -> dict[str, Tensor] | None:
+    def values(self, module: Any, outputs: dict[str, Any]) -> Values | None:
         log_probs = outputs["log_probs"]
         if log_probs.reference_chosen is None:
             return None
         return {
-            "displacement/chosen_up": log_probs.chosen_log_ratio,
-            "displacement/rejected_down": -log_probs.rejected_log_ratio,
+            "displacement/chosen_up": (log_probs.chosen_log_ratio, log_probs.has_chosen),
+            "displacement/rejected_down": (-log_probs.rejected_log_ratio, log_probs.has_rejected),
         }
 
     def after_step(self, means: dict[str, Tensor]) -> None:
-        if self.warned:
+        if self.warned or len(means) < len(self.names):  # a step of one kind of unpaired rows
             return
         up, down = (float(means[name]) for name in self.names)
         self.recent.append((up, down))

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
@@ -22,7 +21,8 @@ from rotopo.data.batch import (
     collate,
     collate_prompts,
 )
-from rotopo.data.sampler import EvalSampler, PairLength, StatefulLoader, StepSampler
+from rotopo.data.rows import Rows, unpaired_rows
+from rotopo.data.sampler import EvalSampler, StatefulLoader, StepSampler
 from rotopo.data.schemas import resolve_format
 from rotopo.data.sources import load_rows
 from rotopo.data.token_cache import OnBadRow, TokenizedRows, fingerprint_rows, tokenize_rows
@@ -30,6 +30,8 @@ from rotopo.data.tokens import PairEncoder, Truncation
 from rotopo.errors import InputError
 from rotopo.pretrained import cache_dir as default_cache_dir
 from rotopo.pretrained import load_tokenizer
+
+_EXTRA_ROLES = {"gold": Role.GOLD, "reference_sample": Role.REFERENCE_SAMPLE}
 
 
 class PairwiseDataModule(LightningDataModule):
@@ -45,13 +47,15 @@ class PairwiseDataModule(LightningDataModule):
             or arrow file, a glob or folder of them, ``package:PACKAGE/FILE``, or
             ``python:package.module.function``.
         format: the rows' format by name (explicit, implicit, ultrafeedback, hh, align_anything,
-            sharegpt), or the dotted path of a function row -> Preference; None detects it.
+            sharegpt, kto), or the dotted path of a function row -> Preference; None detects it.
         train_split: the source's split to train on.
         validation: the fraction of the training split to hold out for validation, or the name of
             another split; 0 for none.
         test: the same for the test.
         group_by: a column whose values are never divided between splits; None if rows are
             independent.
+        extra_responses: columns with further responses to a row's prompt, by what they are:
+            ``gold`` (TPO) and ``reference_sample`` (TYPO).
         train_pairs: train on this many pairs only, drawn by the seed; None for all.
         pairs_per_step: pairs of one optimiser step, over all micro-batches and ranks.
         eval_pairs_per_batch: pairs of a validation, test or prediction batch at most.
@@ -80,6 +84,7 @@ class PairwiseDataModule(LightningDataModule):
         validation: float | str = 0.05,
         test: float | str = 0.0,
         group_by: str | None = None,
+        extra_responses: dict[str, str] | None = None,
         train_pairs: int | None = None,
         pairs_per_step: int = 32,
         eval_pairs_per_batch: int = 16,
@@ -126,12 +131,18 @@ class PairwiseDataModule(LightningDataModule):
                 f"{', '.join(named)}: each has to be another one; to hold out a part of a split, "
                 "give a fraction."
             )
+        for role in extra_responses or {}:
+            if role not in _EXTRA_ROLES:
+                raise InputError(
+                    f"data.extra_responses: {role!r} is none of {', '.join(_EXTRA_ROLES)}."
+                )
         self.tokenizer_path = tokenizer
         self.source = source
         self.format = format
         self.train_split = train_split
         self.held_out = fractions
         self.group_by = group_by
+        self.extra_responses = extra_responses or {}
         self.train_pairs = train_pairs
         self.pairs_per_step = pairs_per_step
         self.eval_pairs_per_batch = eval_pairs_per_batch
@@ -151,6 +162,7 @@ class PairwiseDataModule(LightningDataModule):
         }
         self._pairs: dict[str, Dataset] = {}
         self._tokenized: dict[str, TokenizedRows] = {}
+        self._samples: dict[str, list[list[int]]] = {}
 
     @cached_property
     def encoder(self) -> PairEncoder:
@@ -199,9 +211,9 @@ class PairwiseDataModule(LightningDataModule):
     def train_dataloader(self) -> StatefulLoader:
         accumulation = self._accumulation()
         world_size, rank = self._ranks()
-        pairs = self._pairs["train"]
+        rows = self._rows("train")
         sampler = StepSampler(
-            _lengths(pairs),
+            rows.lengths(),
             self.pairs_per_step,
             accumulation,
             world_size,
@@ -212,7 +224,7 @@ class PairwiseDataModule(LightningDataModule):
         )
         scale = accumulation * world_size / self.pairs_per_step
         return StatefulLoader(
-            _Rows(pairs),
+            rows,
             batch_sampler=sampler,
             collate_fn=partial(collate, pad_id=self.pad_id, layout=self.layout, loss_scale=scale),
             num_workers=self.num_workers,
@@ -297,6 +309,7 @@ class PairwiseDataModule(LightningDataModule):
                 self.cache_dir,
                 self.num_proc,
                 self.on_bad_row,
+                self.extra_responses,
             )
         except InputError as error:
             raise InputError(f"{self.source} [{split}]: {error}") from error
@@ -362,17 +375,58 @@ class PairwiseDataModule(LightningDataModule):
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
+    def _rows(self, name: str) -> Rows:
+        """A split's rows with the responses that the module which trains on them asks for.
+
+        Raises:
+            InputError: it asks for what the data does not have.
+        """
+        module: Any = self.trainer.lightning_module if self.trainer else None
+        needs = getattr(module, "needs", None)
+        if needs is None:
+            return Rows(self._pairs[name])
+        pairs, objective = self._pairs[name], type(module).__name__
+        single = unpaired_rows(pairs)
+        if needs.pairs and single:
+            raise InputError(
+                f"{objective} compares two responses, but {single} of {len(pairs)} rows ({name}) "
+                "have one: take an objective for unpaired data (KTO, BCO, NCA, SPPO, APO, SFT)."
+            )
+        columns: dict[Role, list[list[int]]] = {}
+        for column, role in _EXTRA_ROLES.items():
+            if role not in needs.roles:
+                continue
+            if column in self.extra_responses:
+                columns[role] = pairs[column][:]
+            elif role == Role.REFERENCE_SAMPLE:
+                columns[role] = self._sampled(name, module)
+            else:
+                raise InputError(
+                    f"{objective} works on a {column} response to each prompt: name its column in "
+                    f"data.extra_responses, {{{column}: COLUMN}}."
+                )
+        return Rows(pairs, needs.roles, columns, self.encoder.max_length, self.seed)
+
+    def _sampled(self, name: str, module: Any) -> list[list[int]]:
+        """Responses from the module's reference to a split's prompts."""
+        if name not in self._samples:
+            prompts = self._pairs[name]["prompt"][:]
+            room = [self.encoder.max_length - len(prompt) for prompt in prompts]
+            samples = module.sample_reference(prompts, self)
+            self._samples[name] = [ids[:n] for ids, n in zip(samples, room, strict=True)]
+        return self._samples[name]
+
     def _eval_loader(self, name: str) -> DataLoader:
-        pairs = self._pairs[name]
+        rows = self._rows(name)
         sampler = EvalSampler(
-            _lengths(pairs),
+            rows.lengths(),
             self.token_budget,
             self.eval_pairs_per_batch,
             *self._ranks(),
             self.layout,
         )
         return DataLoader(
-            _Rows(pairs),
+            rows,
             batch_sampler=sampler,
             collate_fn=partial(_collate_mean, pad_id=self.pad_id, layout=self.layout),
             num_workers=self.num_workers,
@@ -386,40 +440,12 @@ class PairwiseDataModule(LightningDataModule):
         world_size, rank = self._ranks()
         pairs = self._pairs[name]
         return DataLoader(
-            _Rows(pairs.select(range(rank, len(pairs), world_size))),
+            Rows(pairs.select(range(rank, len(pairs), world_size))),
             batch_size=self.eval_pairs_per_batch,
             collate_fn=partial(_collate_prompts, pad_id=self.pad_id),
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
         )
-
-
-class _Rows(torch.utils.data.Dataset[TokenizedRow]):
-    """Tokenised pairs, one by one."""
-
-    def __init__(self, pairs: Dataset) -> None:
-        self.pairs = pairs
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> TokenizedRow:
-        pair = self.pairs[index]
-        return TokenizedRow(
-            pair["prompt"],
-            [pair["chosen"], pair["rejected"]],
-            [Role.CHOSEN, Role.REJECTED],
-            pair["row"],
-        )
-
-
-def _lengths(pairs: Dataset) -> list[PairLength]:
-    table = pairs.with_format("arrow")[:]
-    prompt, chosen, rejected = (
-        pc.list_value_length(table.column(name)).to_pylist()
-        for name in ("prompt", "chosen", "rejected")
-    )
-    return [(p, (c, r)) for p, c, r in zip(prompt, chosen, rejected, strict=True)]
 
 
 def _collate_mean(rows: list[TokenizedRow], pad_id: int, layout: Layout) -> PairBatch:

@@ -10,7 +10,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
@@ -26,17 +26,20 @@ _DETECTION_ROWS = 20
 
 @dataclass(frozen=True)
 class Preference:
-    """Two responses to one prompt, as chat messages.
+    """Two responses to one prompt, as chat messages; or one, of unpaired data.
 
     Attributes:
         prompt: at least one turn, the last of them not the assistant's.
-        chosen: the preferred response: one assistant turn, or several in a row.
-        rejected: the other response.
+        chosen: the preferred response: one assistant turn, or several in a row. Of unpaired data
+            a desirable response, or None.
+        rejected: the other response. Of unpaired data an undesirable response, or None.
+        extra: further responses, by the name of their role (``gold``, ``reference_sample``).
     """
 
     prompt: list[Message]
-    chosen: list[Message]
-    rejected: list[Message]
+    chosen: list[Message] | None
+    rejected: list[Message] | None
+    extra: dict[str, list[Message]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -139,8 +142,27 @@ def sharegpt(row: Row) -> Preference:
     )
 
 
-def read_row(row_format: Format, row: Row) -> Preference:
+def kto(row: Row) -> Preference:
+    """Unpaired: ``prompt`` and ``completion``, texts or messages, and a true or false ``label``."""
+    label = row.get("label")
+    if label not in (0, 1):
+        raise InputError(f"field 'label': {label!r} is neither true nor false.")
+    completion = _turns(row, "completion", "assistant")
+    if not any(turn["content"].strip() for turn in completion):
+        raise InputError("field 'completion': the response is empty.")
+    prompt = _turns(row, "prompt", "user")
+    return Preference(prompt, completion, None) if label else Preference(prompt, None, completion)
+
+
+def read_row(
+    row_format: Format, row: Row, extra_responses: Mapping[str, str] | None = None
+) -> Preference:
     """The preference in one row.
+
+    Args:
+        row_format: how to read it.
+        row: the row.
+        extra_responses: column of each further response, by the name of its role.
 
     Raises:
         InputError: a column is missing, a value is of the wrong kind, a response is empty, both
@@ -148,6 +170,8 @@ def read_row(row_format: Format, row: Row) -> Preference:
             field; :func:`naming_row` adds the row.
     """
     preference = row_format.read(row)
+    for role, column in (extra_responses or {}).items():
+        preference.extra[role] = _turns(row, column, "assistant")
     _check(preference)
     return preference
 
@@ -206,14 +230,19 @@ def _detect(rows: Dataset) -> Format:
 def _check(preference: Preference) -> None:
     if not preference.prompt or preference.prompt[-1]["role"] == "assistant":
         raise InputError("field 'prompt': it has to end with a turn that is not the assistant's.")
-    for field, turns in (("chosen", preference.chosen), ("rejected", preference.rejected)):
+    responses = {"chosen": preference.chosen, "rejected": preference.rejected, **preference.extra}
+    for name, turns in responses.items():
+        if turns is None:
+            continue
         if not any(turn["content"].strip() for turn in turns):
-            raise InputError(f"field {field!r}: the response is empty.")
+            raise InputError(f"field {name!r}: the response is empty.")
         if any(turn["role"] != "assistant" for turn in turns):
             raise InputError(
-                f"field {field!r}: the response holds turns that are not the assistant's; only "
+                f"field {name!r}: the response holds turns that are not the assistant's; only "
                 "its last turns may differ between chosen and rejected."
             )
+    if preference.chosen is None or preference.rejected is None:
+        return
     if _stripped(preference.chosen) == _stripped(preference.rejected):
         raise InputError("fields 'chosen' and 'rejected' are equal: there is no preference.")
 
@@ -341,6 +370,10 @@ def _are_sharegpt_turns(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_sharegpt_turn, value))
 
 
+def _is_true_or_false(value: Any) -> bool:
+    return value in (0, 1)
+
+
 def _is_label(value: Any) -> bool:
     return isinstance(value, int | float | str)
 
@@ -394,6 +427,12 @@ FORMATS: dict[str, Format] = {
                 "rejected": _is_sharegpt_turn,
             },
             "conversations: list of {from, value}; chosen, rejected: one {from, value} each",
+        ),
+        Format(
+            "kto",
+            kto,
+            {"prompt": _is_prompt, "completion": _is_response, "label": _is_true_or_false},
+            "prompt, completion: texts or lists of messages; label: true or false. Unpaired",
         ),
     )
 }

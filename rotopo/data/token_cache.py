@@ -28,7 +28,8 @@ class TokenizedRows:
 
     Attributes:
         pairs: columns ``prompt``, ``chosen``, ``rejected`` (lists of token ids) and ``row``, the
-            index in the source; rows that were dropped are missing.
+            index in the source, and one for each further role; rows that were dropped are
+            missing. A response that an unpaired row does not have is empty.
         counts: rows by :class:`Outcome`, under its lower-case names.
         fingerprint: hash of the rows and of everything that decides their tokens.
     """
@@ -54,6 +55,7 @@ def tokenize_rows(
     cache_dir: Path,
     num_proc: int | None = None,
     on_bad_row: OnBadRow = "error",
+    extra_responses: dict[str, str] | None = None,
 ) -> TokenizedRows:
     """Tokenise every row once: the result is kept on disk under a fingerprint.
 
@@ -67,13 +69,15 @@ def tokenize_rows(
         cache_dir: the cache's root.
         num_proc: worker processes; None takes one per 10,000 rows, up to the processors.
         on_bad_row: whether a row that cannot be used is an error, or dropped and counted.
+        extra_responses: column of each further response, by the name of its role.
 
     Raises:
         InputError: a row that cannot be used, with ``on_bad_row="error"``; no row is left.
     """
+    extra = extra_responses or {}
     digest = hashlib.sha256()
-    for part in (fingerprint_rows(rows), row_format.name, encoder.fingerprint(), on_bad_row):
-        digest.update(part.encode())
+    for part in (fingerprint_rows(rows), row_format.name, encoder.fingerprint(), on_bad_row, extra):
+        digest.update(str(part).encode())
     for code in (schemas.__file__, row_format.source_file):
         digest.update(Path(code).read_bytes())
     fingerprint = digest.hexdigest()[:32]
@@ -82,7 +86,7 @@ def tokenize_rows(
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unfinished-"))
         try:
-            mapped = _tokenize(rows, row_format, encoder, num_proc, on_bad_row, unfinished)
+            mapped = _tokenize(rows, row_format, encoder, num_proc, on_bad_row, extra, unfinished)
             _save(mapped, unfinished / "result")
             (unfinished / "result").rename(folder)
         except OSError:
@@ -112,6 +116,7 @@ def _tokenize(
     encoder: PairEncoder,
     num_proc: int | None,
     on_bad_row: OnBadRow,
+    extra: dict[str, str],
     folder: Path,
 ) -> Dataset:
     """All rows as tokens, with the outcome of each, in a file in the folder."""
@@ -120,13 +125,22 @@ def _tokenize(
     ids = List(Value("int32"))
     return rows.map(
         partial(
-            _tokenize_batch, row_format=row_format, encoder=encoder, drop_bad=on_bad_row == "drop"
+            _tokenize_batch,
+            row_format=row_format,
+            encoder=encoder,
+            drop_bad=on_bad_row == "drop",
+            extra=extra,
         ),
         batched=True,
         with_indices=True,
         remove_columns=rows.column_names,
         features=Features(
-            prompt=ids, chosen=ids, rejected=ids, row=Value("int64"), outcome=Value("int8")
+            prompt=ids,
+            chosen=ids,
+            rejected=ids,
+            **dict.fromkeys(extra, ids),
+            row=Value("int64"),
+            outcome=Value("int8"),
         ),
         num_proc=num_proc if num_proc > 1 else None,
         cache_file_name=str(folder / "mapped.arrow"),
@@ -157,14 +171,17 @@ def _tokenize_batch(
     row_format: Format,
     encoder: PairEncoder,
     drop_bad: bool,
+    extra: dict[str, str],
 ) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {"prompt": [], "chosen": [], "rejected": [], "outcome": []}
+    names = ["prompt", "chosen", "rejected", *extra, "outcome"]
+    columns: dict[str, list[Any]] = {name: [] for name in names}
     for number, values in zip(numbers, zip(*batch.values(), strict=True), strict=True):
         row = dict(zip(batch, values, strict=True))
         pair = TokenizedPair([], [], [])
         try:
             with naming_row(number):
-                pair, outcome = encoder.truncate(encoder.encode(read_row(row_format, row)))
+                preference = read_row(row_format, row, extra)
+                pair, outcome = encoder.truncate(encoder.encode(preference))
         except InputError:
             if not drop_bad:
                 raise
@@ -172,5 +189,7 @@ def _tokenize_batch(
         columns["prompt"].append(pair.prompt)
         columns["chosen"].append(pair.chosen)
         columns["rejected"].append(pair.rejected)
+        for role in extra:
+            columns[role].append(pair.extra.get(role, []))
         columns["outcome"].append(int(outcome))
     return columns | {"row": numbers}

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -33,11 +33,17 @@ _PLAIN = (
 
 @dataclass(frozen=True)
 class TokenizedPair:
-    """Token ids of a prompt and of its two responses."""
+    """Token ids of a prompt and of its responses; a response that is not there has none."""
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+    extra: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest response."""
+        return max(map(len, (self.chosen, self.rejected, *self.extra.values())))
 
 
 class Outcome(IntEnum):
@@ -169,10 +175,17 @@ class PairEncoder:
                 the prompt, or the text spells a control token.
         """
         prompt = self._render_prompt(preference.prompt)
+
+        def ids(response: list[Message] | None, field: str) -> list[int]:
+            if response is None:
+                return []
+            return self._response_ids(prompt, preference.prompt, response, field)
+
         return TokenizedPair(
             self._prompt_ids(prompt),
-            self._response_ids(prompt, preference.prompt, preference.chosen, "chosen"),
-            self._response_ids(prompt, preference.prompt, preference.rejected, "rejected"),
+            ids(preference.chosen, "chosen"),
+            ids(preference.rejected, "rejected"),
+            {role: ids(response, role) for role, response in preference.extra.items()},
         )
 
     def truncate(self, pair: TokenizedPair) -> tuple[TokenizedPair, Outcome]:
@@ -182,7 +195,7 @@ class PairEncoder:
             InputError: under ``response_right``, the prompt leaves no room for a response; or
                 nothing of the difference between the responses is left.
         """
-        prompt, longest = pair.prompt, max(len(pair.chosen), len(pair.rejected))
+        prompt, longest = pair.prompt, pair.longest
         room, outcome = longest, Outcome.WHOLE
         if len(prompt) + longest > self.max_length:
             if self.truncation == "drop":
@@ -199,7 +212,8 @@ class PairEncoder:
                     "'prompt_left' or 'drop'."
                 )
             outcome = Outcome.RESPONSE_CUT if room < longest else Outcome.PROMPT_CUT
-        cut = TokenizedPair(prompt, pair.chosen[:room], pair.rejected[:room])
+        extra = {role: ids[:room] for role, ids in pair.extra.items()}
+        cut = TokenizedPair(prompt, pair.chosen[:room], pair.rejected[:room], extra)
         if cut.chosen == cut.rejected:
             raise InputError(
                 "chosen and rejected are the same tokens within data.max_length "

@@ -19,6 +19,7 @@ from rotopo.data.batch import PairBatch, PromptBatch
 from rotopo.errors import InputError
 from rotopo.models.log_probs import Needs, PairLogProbs
 from rotopo.models.policy import Policy, PolicyConfig, Sampling
+from rotopo.models.reference_samples import sample_reference
 from rotopo.training import PairwiseModule
 
 
@@ -40,6 +41,8 @@ class PreferenceModule(PairwiseModule):
     needs: Needs = Needs()
     # The setting that holds the policy to its reference: what studies sweep.
     strength: ClassVar[str] = "beta"
+    # Tokens at most of a response drawn from the reference, for objectives that need one.
+    sample_tokens: int = 0
 
     def __init__(
         self,
@@ -64,11 +67,11 @@ class PreferenceModule(PairwiseModule):
         raise NotImplementedError(f"{type(self).__name__} has no rewards().")
 
     def observe(self, log_probs: PairLogProbs, step_ended: bool) -> None:
-        """See a micro-batch that was trained on; for objectives with running values.
+        """See a micro-batch whose loss has been computed; for objectives with running values.
 
         Args:
             log_probs: of the micro-batch, cut from the graph.
-            step_ended: whether the optimiser has just stepped.
+            step_ended: whether it is the last of an optimiser step.
         """
 
     @property
@@ -93,11 +96,11 @@ class PreferenceModule(PairwiseModule):
         return [callback for callback in always if type(callback) not in given]
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
-        return self._step(batch)
-
-    def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
-        ended = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
-        self.observe(outputs["log_probs"], ended)
+        outputs = self._step(batch)
+        # Here rather than in a later hook: a checkpoint may be written before that.
+        accumulation = self.trainer.accumulate_grad_batches if self._trainer else 1
+        self.observe(outputs["log_probs"], (batch_idx + 1) % accumulation == 0)
+        return outputs
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
         return self._step(batch)
@@ -110,6 +113,23 @@ class PreferenceModule(PairwiseModule):
         assert self.policy is not None
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         return self.policy.generate(batch, self.sampling, data.stop_ids, data.pad_id)
+
+    def sample_reference(self, prompts: list[list[int]], data: Any) -> list[list[int]]:
+        """A response drawn from the reference for each prompt, the end of turn included.
+
+        Args:
+            prompts: token ids.
+            data: the datamodule that they come from.
+        """
+        assert self.policy is not None
+        return sample_reference(
+            self.policy,
+            prompts,
+            self.sample_tokens,
+            data.encoder,
+            data.cache_dir / "reference_samples",
+            data.seed,
+        )
 
     def _step(self, batch: PairBatch) -> dict[str, Any]:
         assert self.policy is not None

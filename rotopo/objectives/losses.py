@@ -146,7 +146,8 @@ def length_regularized_dpo(margin: Tensor, extra_length: Tensor, alpha: float) -
         extra_length: |w| − |l| in tokens.
         alpha: α, nats of reward that a token costs.
     """
-    return -F.logsigmoid(margin + alpha * extra_length)
+    # An integer times a number is float32 for torch, also beside a float64 margin.
+    return -F.logsigmoid(margin + alpha * extra_length.to(margin))
 
 
 def exo(margin: Tensor, label_smoothing: float) -> Tensor:

@@ -4,7 +4,7 @@ from functools import reduce
 from operator import or_
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from rotopo.errors import InputError
 from rotopo.models.log_probs import PairLogProbs
@@ -45,12 +45,13 @@ class Mixture(PreferenceModule):
                     f"objectives: {type(part).__name__} has a policy or an optimizer of its own; "
                     "they belong to the mixture."
                 )
-        self.objectives = nn.ModuleList(objectives)
+        self.parts = list(objectives)
+        # Each a child of the mixture: Lightning hands its trainer on to children only, and not to
+        # the members of a list.
+        for i, part in enumerate(objectives):
+            self.add_module(f"objective_{i}", part)
         self.needs = reduce(or_, (part.needs for part in objectives))
-
-    @property
-    def parts(self) -> list[PreferenceModule]:
-        return list(self.objectives)  # type: ignore[arg-type]
+        self.sample_tokens = max(part.sample_tokens for part in objectives)
 
     def losses(self, log_probs: PairLogProbs) -> Tensor:
         terms = [part.losses(log_probs) for part in self.parts]
@@ -58,6 +59,11 @@ class Mixture(PreferenceModule):
 
     def rewards(self, log_probs: PairLogProbs) -> tuple[Tensor, Tensor]:
         return self.parts[0].rewards(log_probs)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        for part in self.parts:
+            part.on_train_start()
 
     def observe(self, log_probs: PairLogProbs, step_ended: bool) -> None:
         for part in self.parts:

@@ -239,8 +239,8 @@ class LengthRegularizedDPO(ReferenceObjective):
     def rewards(self, log_probs: PairLogProbs) -> tuple[Tensor, Tensor]:
         chosen, rejected = super().rewards(log_probs)
         return (
-            chosen + self.alpha * log_probs.chosen_length,
-            rejected + self.alpha * log_probs.rejected_length,
+            chosen + self.alpha * log_probs.chosen_length.to(chosen),
+            rejected + self.alpha * log_probs.rejected_length.to(rejected),
         )
 
 
@@ -317,7 +317,8 @@ class LDDPO(ReferenceObjective):
     def rewards(self, log_probs: PairLogProbs) -> tuple[Tensor, Tensor]:
         tokens = given(log_probs.tokens, "tokens")
         shorter = torch.minimum(log_probs.chosen_length, log_probs.rejected_length)
-        weights = torch.where(tokens.position < shorter[tokens.pair], 1.0, self.alpha)
+        whole = torch.ones_like(tokens.log_prob)
+        weights = whole.where(tokens.position < shorter[tokens.pair], self.alpha)
         return super().rewards(log_probs.weighted(weights))
 
 

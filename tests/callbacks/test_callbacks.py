@@ -116,9 +116,20 @@ def test_orthogonality_is_logged_for_each_module_and_the_largest(config):
 
 def test_means_over_uneven_batches():
     means = PairMeans(["a"])
-    means.update({"a": torch.tensor([1.0, 2.0, 3.0])})
-    means.update({"a": torch.tensor([10.0])})
+    means.update({"a": (torch.tensor([1.0, 2.0, 3.0]), torch.ones(3, dtype=torch.bool))})
+    means.update({"a": (torch.tensor([10.0]), torch.tensor([True]))})
     assert float(means.compute()["a"]) == 4.0
+
+
+def test_means_of_the_rows_that_have_a_value():
+    means = PairMeans(["a", "b", "c"])
+    values = torch.tensor([1.0, float("nan"), 3.0])
+    some, none = torch.tensor([True, False, True]), torch.zeros(3, dtype=torch.bool)
+    means.update({"a": (values, some), "b": (values, none), "c": (values, ~none)})
+    found = means.compute()
+    assert found.keys() == {"a", "c"}
+    assert float(found["a"]) == 2.0
+    assert found["c"].isnan()  # what is there and is not a number is not passed over
 
 
 def steps_of(callback: Displacement, up: float, down: float, n: int) -> list:
@@ -126,12 +137,14 @@ def steps_of(callback: Displacement, up: float, down: float, n: int) -> list:
         reference_chosen=torch.zeros(2),
         chosen_log_ratio=torch.full((2,), float(up)),
         rejected_log_ratio=torch.full((2,), -float(down)),
+        has_chosen=torch.ones(2, dtype=torch.bool),
+        has_rejected=torch.ones(2, dtype=torch.bool),
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(n):
             values = callback.values(None, {"log_probs": log_probs})
-            callback.after_step({name: value.mean() for name, value in values.items()})
+            callback.after_step({name: value.mean() for name, (value, _) in values.items()})
     return caught
 
 

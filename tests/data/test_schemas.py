@@ -53,6 +53,7 @@ ROWS = {
         "chosen": {"from": "gpt", "value": "good"},
         "rejected": {"from": "gpt", "value": "bad"},
     },
+    "kto": {"prompt": "q", "completion": "good", "label": True},
 }
 
 
@@ -61,7 +62,24 @@ def test_each_format_is_detected_and_read(name):
     rows = Dataset.from_list([ROWS[name]])
     found = resolve_format(None, rows)
     assert found.name == name
-    assert read_row(found, rows[0]) == EXPECTED
+    unpaired = Preference([user("q")], [assistant("good")], None)
+    assert read_row(found, rows[0]) == (unpaired if name == "kto" else EXPECTED)
+
+
+@pytest.mark.parametrize("label", [False, 0])
+def test_kto_label_says_which_response_it_is(label):
+    row = {"prompt": [user("q")], "completion": [assistant("bad")], "label": label}
+    assert resolve_format(None, Dataset.from_list([row])).name == "kto"
+    assert read_row(FORMATS["kto"], row) == Preference([user("q")], None, [assistant("bad")])
+
+
+def test_further_responses_come_from_their_columns():
+    row = ROWS["explicit"] | {"best": "gold one", "drawn": [assistant("sample")]}
+    found = read_row(FORMATS["explicit"], row, {"gold": "best", "reference_sample": "drawn"})
+    extra = {"gold": [assistant("gold one")], "reference_sample": [assistant("sample")]}
+    assert found == Preference(EXPECTED.prompt, EXPECTED.chosen, EXPECTED.rejected, extra)
+    with pytest.raises(InputError, match="'nowhere' is missing"):
+        read_row(FORMATS["explicit"], row, {"gold": "nowhere"})
 
 
 def test_every_format_has_a_row_here():
@@ -158,6 +176,9 @@ BAD_ROWS = {
     "label true": ("align_anything", {"overall_response": True}, "'overall_response'.*True"),
     "empty response of two": ("align_anything", {"response_1": ""}, "'response_1'.*empty"),
     "unknown speaker": ("sharegpt", {"chosen": {"from": "bot", "value": "x"}}, "'chosen'.*human"),
+    "kto without a label": ("kto", {"label": None}, "'label'.*None"),
+    "kto label of words": ("kto", {"label": "yes"}, "'label'.*'yes'"),
+    "kto empty": ("kto", {"completion": " "}, "'completion'.*empty"),
     "tools": ("sharegpt", {"tools": "[{}]"}, "'tools'"),
 }
 

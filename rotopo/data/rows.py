@@ -1,0 +1,114 @@
+"""Tokenised pairs -> the rows of a batch, with the responses that the objective asks for."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+
+from rotopo.data.batch import Role, TokenizedRow
+from rotopo.data.sampler import PairLength
+from rotopo.errors import InputError
+
+_PAIR = {"chosen": Role.CHOSEN, "rejected": Role.REJECTED}
+
+
+class Rows(torch.utils.data.Dataset[TokenizedRow]):
+    """Tokenised pairs, one by one.
+
+    With :attr:`Role.MISMATCHED` every row brings along the responses of another one, with another
+    prompt, which the seed chooses: so the mismatches depend neither on the batches nor on the
+    ranks. They are cut on their right where the row would be over ``max_length``.
+
+    Args:
+        pairs: columns ``prompt``, ``chosen``, ``rejected`` and ``row``; an empty response is none.
+        roles: further responses.
+        columns: token ids of those responses that each row has of its own [rows].
+        max_length: tokens of a prompt and a response at most.
+        seed: seed of the mismatches.
+
+    Raises:
+        InputError: mismatches are asked for, and all prompts are the same.
+    """
+
+    def __init__(
+        self,
+        pairs: Dataset,
+        roles: Sequence[Role] = (),
+        columns: Mapping[Role, Sequence[list[int]]] | None = None,
+        max_length: int = 0,
+        seed: int = 0,
+    ) -> None:
+        self.pairs = pairs
+        self.columns = columns or {}
+        self.max_length = max_length
+        self.partners = _partners(pairs, seed) if Role.MISMATCHED in roles else None
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> TokenizedRow:
+        pair = self.pairs[index]
+        prompt = pair["prompt"]
+        responses = [(role, pair[name]) for name, role in _PAIR.items()]
+        responses += [(role, column[index]) for role, column in self.columns.items()]
+        if self.partners is not None:
+            other, room = self.pairs[self.partners[index]], self.max_length - len(prompt)
+            responses += [(Role.MISMATCHED, other[name][:room]) for name in _PAIR]
+        responses = [(role, ids) for role, ids in responses if ids]
+        return TokenizedRow(
+            prompt, [ids for _, ids in responses], [role for role, _ in responses], pair["row"]
+        )
+
+    def lengths(self) -> list[PairLength]:
+        """Tokens of each row's prompt and of its responses."""
+        prompt, *pair = (_list_lengths(self.pairs, name) for name in ("prompt", *_PAIR))
+        columns = pair + [np.array([len(ids) for ids in c]) for c in self.columns.values()]
+        if self.partners is not None:
+            room = self.max_length - prompt
+            columns += [np.minimum(lengths[self.partners], room) for lengths in pair]
+        by_row = np.stack(columns, 1).tolist()
+        return [
+            (p, [n for n in lengths if n])
+            for p, lengths in zip(prompt.tolist(), by_row, strict=True)
+        ]
+
+
+def unpaired_rows(pairs: Dataset) -> int:
+    """How many rows have a single response."""
+    empty = [_list_lengths(pairs, name) == 0 for name in _PAIR]
+    return int((empty[0] | empty[1]).sum())
+
+
+def _column(pairs: Dataset, name: str) -> pa.ChunkedArray:
+    return pairs.with_format("arrow")[:].column(name)
+
+
+def _list_lengths(pairs: Dataset, name: str) -> np.ndarray:
+    return pc.list_value_length(_column(pairs, name)).to_numpy()
+
+
+def _partners(pairs: Dataset, seed: int) -> np.ndarray:
+    """For each row another one with another prompt; as good as every row is one's partner."""
+    hashes = [
+        hash(ids.values.to_numpy().tobytes())
+        for chunk in _column(pairs, "prompt").chunks
+        for ids in chunk
+    ]
+    prompts = np.unique(hashes, return_inverse=True)[1]
+    n = len(prompts)
+    if n == 0 or prompts.max() == 0:
+        raise InputError(
+            "all prompts are the same, so that no response belongs to another prompt, from which "
+            "KTO estimates z0: add rows with other prompts."
+        )
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).numpy()
+    partners = np.empty(n, dtype=np.int64)
+    for k, row in enumerate(order):
+        step = 1
+        while prompts[order[(k + step) % n]] == prompts[row]:
+            step += 1
+        partners[row] = order[(k + step) % n]
+    return partners

@@ -1,0 +1,93 @@
+"""Responses drawn from the reference once, and kept."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from rotopo.data.batch import collate_prompts
+from rotopo.data.tokens import PairEncoder
+from rotopo.errors import InputError
+from rotopo.models.policy import Policy, Sampling
+
+_PROMPTS_AT_ONCE = 32
+
+
+def sample_reference(
+    policy: Policy,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    encoder: PairEncoder,
+    cache_dir: Path,
+    seed: int,
+) -> list[list[int]]:
+    """One response to each prompt, at temperature 1 from the whole distribution.
+
+    Responses are kept on disk under a hash of the model, the prompts and every setting, in parts of
+    a few prompts each, so that a run that dies loses only the part at hand; the ranks share the
+    parts among them. The global random state is left as it was.
+
+    Args:
+        policy: whose reference.
+        prompts: token ids.
+        max_new_tokens: tokens of a response at most; one that does not end by then is cut, and has
+            no end-of-turn token.
+        encoder: how prompts became tokens.
+        cache_dir: where to keep the responses.
+        seed: seed of the draw.
+
+    Returns:
+        Token ids of each response, with the end-of-turn token.
+
+    Raises:
+        InputError: another rank's responses are not in this rank's cache folder.
+    """
+    digest = hashlib.sha256(json.dumps([max_new_tokens, seed, encoder.stop_ids]).encode())
+    digest.update(policy.base_fingerprint.encode())
+    for prompt in prompts:
+        digest.update(np.array([len(prompt), *prompt], dtype=np.int64).tobytes())
+    folder = cache_dir / digest.hexdigest()[:32]
+    folder.mkdir(parents=True, exist_ok=True)
+
+    # Prompts of similar lengths together: less padding.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    parts = [order[i : i + _PROMPTS_AT_ONCE] for i in range(0, len(order), _PROMPTS_AT_ONCE)]
+    files = [folder / f"{number}.json" for number in range(len(parts))]
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank() if distributed else 0
+    world_size = torch.distributed.get_world_size() if distributed else 1
+    missing = [n for n in range(rank, len(parts), world_size) if not files[n].exists()]
+    sampling = Sampling(max_new_tokens, temperature=1.0)
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    for number in tqdm(missing, desc="Sampling the reference", disable=not missing or rank > 0):
+        batch = collate_prompts([prompts[i] for i in parts[number]], encoder.pad_id, parts[number])
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed * 1_000_003 + number)
+            responses = policy.generate(
+                batch.to(next(policy.parameters()).device),
+                sampling,
+                encoder.stop_ids,
+                encoder.pad_id,
+                reference=True,
+            )
+        ended = [ids + [encoder.end_of_turn_id] * (len(ids) < max_new_tokens) for ids in responses]
+        unfinished = files[number].with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps(ended), "utf-8")
+        unfinished.replace(files[number])
+    if distributed:
+        torch.distributed.barrier()
+
+    samples: list[list[int]] = [[] for _ in prompts]
+    for file, part in zip(files, parts, strict=True):
+        if not file.exists():
+            raise InputError(
+                f"data.cache_dir: {file.name} of another rank's reference samples is not in "
+                f"{folder}: let data.cache_dir or $ROTOPO_CACHE name a folder that all nodes share."
+            )
+        for i, ids in zip(part, json.loads(file.read_text("utf-8")), strict=True):
+            samples[i] = ids
+    return samples
