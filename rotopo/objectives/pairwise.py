@@ -98,7 +98,7 @@ class RobustDPO(ReferenceObjective):
     loss :class:`ROPO`, and not R-DPO, which is :class:`LengthRegularizedDPO`.
 
     Args:
-        beta: β.
+        beta: β, how strongly the policy is held to the reference.
         flip_rate: ε, the rate of flipped labels, below ½.
         **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
 
@@ -192,7 +192,7 @@ class DPOP(ReferenceObjective):
     """DPO-Positive (Pal et al. 2024, Smaug): DPO that punishes a falling chosen response.
 
     Args:
-        beta: β.
+        beta: β, how strongly the policy is held to the reference.
         penalty: λ, on each nat that the chosen lies below the reference.
         **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
 
@@ -218,7 +218,7 @@ class LengthRegularizedDPO(ReferenceObjective):
     of which the loss is the maximum-likelihood fit.
 
     Args:
-        beta: β.
+        beta: β, how strongly the policy is held to the reference.
         alpha: α > 0, nats of reward that a token costs.
         **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
 
@@ -251,7 +251,7 @@ class SamPO(ReferenceObjective):
     that neither the batches nor a resumed run change the draw. [ours: how they are drawn]
 
     Args:
-        beta: β.
+        beta: β, how strongly the policy is held to the reference.
         seed: seed of the draw.
         **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
 
@@ -296,7 +296,7 @@ class LDDPO(ReferenceObjective):
     """LD-DPO (Liu et al. 2024): DPO in which tokens beyond the shorter response's length weigh α.
 
     Args:
-        beta: β.
+        beta: β, how strongly the policy is held to the reference.
         alpha: α from 0 (the tail does not count) to 1 (DPO).
         **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
 
@@ -326,7 +326,7 @@ class EXO(ReferenceObjective):
     """EXO (Ji et al. 2024): the reverse KL, from the policy's preference to smoothed labels.
 
     Args:
-        beta: β.
+        beta: β, how strongly the policy is held to the reference.
         label_smoothing: ε > 0, how far from certain the labels are taken.
         **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
 
@@ -349,7 +349,7 @@ class DiscoPOP(ReferenceObjective):
     """DiscoPOP (Lu et al. 2024): a mix of the logistic and the exponential loss, found by search.
 
     Args:
-        beta: β.
+        beta: β, how strongly the policy is held to the reference.
         tau: τ, the temperature of the mix.
         **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
 
@@ -373,7 +373,7 @@ class DrDPO(ReferenceObjective):
     Every pair's loss is logged as its micro-batch's.
 
     Args:
-        beta: β.
+        beta: β, how strongly the policy is held to the reference.
         temperature: β′ of the soft minimum; the larger, the nearer to DPO.
         **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
 
@@ -394,7 +394,7 @@ class HolderDPO(ReferenceObjective):
     """Hölder-DPO (Fujisawa et al. 2025): −(1+γ)p^γ + γ p^{γ+1}, p = σ(z); it forgets outliers.
 
     Args:
-        beta: β.
+        beta: β, how strongly the policy is held to the reference.
         gamma: γ > 0; the larger, the less a pair counts that the policy ranks the other way.
         **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
 
@@ -418,7 +418,7 @@ class ROPO(ReferenceObjective):
     nor rDPO (:class:`RobustDPO`), nor R-DPO (:class:`LengthRegularizedDPO`).
 
     Args:
-        beta: β.
+        beta: β, how strongly the policy is held to the reference.
         alpha: α > 2; the larger, the less a pair counts that the policy ranks the other way.
         **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
 
@@ -446,7 +446,7 @@ class AOT(ReferenceObjective):
     Couples the pairs of a micro-batch on one rank: accumulation and ranks change what is sorted.
 
     Args:
-        beta: β.
+        beta: β, how strongly the policy is held to the reference.
         paired: sort c − r of the policy against the reference's; else Δw against Δl.
         label_smoothing: ε, as in :class:`DPO`.
         **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.

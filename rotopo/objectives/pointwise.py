@@ -37,9 +37,10 @@ class KTO(ReferenceObjective):
     (``prompt, completion, label``).
 
     Args:
-        beta: β.
-        desirable_weight: λ_D.
-        undesirable_weight: λ_U; the paper balances the weights by the numbers of both.
+        beta: β, how strongly the policy is held to the reference.
+        desirable_weight: λ_D, the weight of desirable responses.
+        undesirable_weight: λ_U, the weight of undesirable ones; the paper balances the two by how
+            many there are of each.
         **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
 
     Raises:
@@ -96,7 +97,7 @@ class BCO(ReferenceObjective):
     ranks [ours: it moves after each optimiser step, so that batches and ranks do not change it].
 
     Args:
-        beta: β.
+        beta: β, how strongly the policy is held to the reference.
         reward_shift: use δ, as the paper; without it this is TRL's ``bco_pair``.
         **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
 
@@ -142,7 +143,7 @@ class NCA(ReferenceObjective):
     −log σ(βΔw) − ½log σ(−βΔw) − ½log σ(−βΔl), as TRL's ``nca_pair``.
 
     Args:
-        beta: β.
+        beta: β, how strongly the policy is held to the reference.
         **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
 
     Raises:
@@ -195,7 +196,7 @@ class APO(ReferenceObjective):
     takes unpaired rows (TRL's ``apo_zero_unpaired``).
 
     Args:
-        beta: β.
+        beta: β, how strongly the policy is held to the reference.
         variant: ``zero`` or ``down``.
         **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
 

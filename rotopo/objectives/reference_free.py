@@ -19,7 +19,7 @@ class SimPO(PreferenceModule):
     Rewards are β·c̄ and β·r̄.
 
     Args:
-        beta: β.
+        beta: β, the scale of the rewards.
         gamma: γ, the target margin; papers and TRL's CPO trainer also state γ/β.
         **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
 
@@ -48,7 +48,7 @@ class AlphaPO(PreferenceModule):
     Rewards are β times that; α → 0 is SimPO.
 
     Args:
-        beta: β.
+        beta: β, the scale of the rewards.
         gamma: γ, the target margin.
         alpha: α, how the reward bends.
         **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
@@ -85,7 +85,7 @@ class CPO(PreferenceModule):
     averages over all tokens of the batch]. Rewards are β·c and β·r.
 
     Args:
-        beta: β.
+        beta: β, the scale of the rewards.
         likelihood_weight: λ.
         **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
 
@@ -151,7 +151,7 @@ class TPO(PreferenceModule):
     times the log-probs that are compared.
 
     Args:
-        beta: β.
+        beta: β, the scale of the rewards.
         gold_weight: α, the weight of the gold response's likelihood.
         normalise: compare ``sum``s over tokens, or ``mean``s.
         gamma: γ, the target margin of ``mean``.
