@@ -12,6 +12,8 @@ and never an input. Nothing downstream strips by token value or counts from the 
 tensors of :class:`PairBatch` say which hidden state predicts which token of which response.
 """
 
+import hashlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
@@ -77,6 +79,7 @@ class PairBatch(_Transferable):
         pairs: the row (0..B-1) of each response [S].
         lengths: tokens of each response, the end-of-turn token included [S].
         rows: index of each row in the source data [B].
+        keys: :func:`response_key` of each response [S].
         layout: how the lines are laid out.
         loss_scale: what the sum of the pairs' losses is multiplied by, so that the micro-batches
             of one optimiser step add up to the mean over its pairs (contract 8 of the design).
@@ -92,6 +95,7 @@ class PairBatch(_Transferable):
     pairs: Tensor
     lengths: Tensor
     rows: Tensor
+    keys: tuple[bytes, ...]
     layout: Layout
     loss_scale: float
 
@@ -122,6 +126,12 @@ def line_shape(prompt: int, responses: Sequence[int], layout: Layout) -> tuple[i
     return len(responses), prompt + max(responses) - 1
 
 
+def response_key(prompt: Sequence[int], response: Sequence[int]) -> bytes:
+    """Hash of a response's token ids behind its prompt's, 16 bytes."""
+    tokens = array("q", [len(prompt), *prompt, *response])
+    return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
+
+
 def collate(
     rows: Sequence[TokenizedRow], pad_id: int, layout: Layout, loss_scale: float
 ) -> PairBatch:
@@ -129,7 +139,7 @@ def collate(
     lines: list[tuple[list[int], list[int], list[int]]] = []  # ids, positions, segments
     predictors: list[tuple[int, list[int]]] = []  # line and columns: flat once T is known
     targets: list[int] = []
-    roles, pairs, lengths = [], [], []
+    roles, pairs, lengths, keys = [], [], [], []
 
     for pair, row in enumerate(rows):
         start = len(row.prompt)
@@ -149,6 +159,7 @@ def collate(
             roles.append(int(role))
             pairs.append(pair)
             lengths.append(len(response))
+            keys.append(response_key(row.prompt, response))
 
     T = max(len(ids) for ids, _, _ in lines)
     response_lengths = torch.tensor(lengths)
@@ -165,6 +176,7 @@ def collate(
         pairs=torch.tensor(pairs),
         lengths=response_lengths,
         rows=torch.tensor([row.row for row in rows]),
+        keys=tuple(keys),
         layout=layout,
         loss_scale=loss_scale,
     )

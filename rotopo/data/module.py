@@ -1,5 +1,6 @@
 """PairwiseDataModule: preference data from its source to batches."""
 
+from collections.abc import Container
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, get_args
@@ -10,7 +11,7 @@ from datasets import Dataset
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from rotopo.data.batch import (
     Layout,
@@ -20,6 +21,7 @@ from rotopo.data.batch import (
     TokenizedRow,
     collate,
     collate_prompts,
+    response_key,
 )
 from rotopo.data.rows import Rows, unpaired_rows
 from rotopo.data.sampler import EvalSampler, StatefulLoader, StepSampler
@@ -374,6 +376,44 @@ class PairwiseDataModule(LightningDataModule):
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
+    def batches_without(self, name: str, known: Container[bytes]) -> DataLoader | None:
+        """A split's rows of which a response's key is not known, each once over all ranks.
+
+        Args:
+            name: ``train``, ``validation`` or ``test``.
+            known: keys as :func:`rotopo.data.batch.response_key` makes them.
+
+        Returns:
+            None where there is no such split or no such row.
+        """
+        if name not in self._pairs:
+            return None
+        rows = self._rows(name)
+        unknown = [
+            index
+            for index, row in enumerate(map(rows.__getitem__, range(len(rows))))
+            if any(response_key(row.prompt, response) not in known for response in row.responses)
+        ]
+        if not unknown:
+            return None
+        # Each rank takes part in every pass through a model that is divided among them.
+        unknown += unknown[:1] * (self._ranks()[0] - len(unknown))
+        lengths = rows.lengths()
+        sampler = EvalSampler(
+            [lengths[index] for index in unknown],
+            self.token_budget,
+            self.eval_pairs_per_batch,
+            *self._ranks(),
+            self.layout,
+        )
+        return DataLoader(
+            Subset(rows, unknown),
+            batch_sampler=sampler,
+            collate_fn=partial(_collate_mean, pad_id=self.pad_id, layout=self.layout),
+            num_workers=self.num_workers,
+            generator=torch.Generator(),
+        )
 
     def _rows(self, name: str) -> Rows:
         """A split's rows with the responses that the module which trains on them asks for.

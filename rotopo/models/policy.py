@@ -2,9 +2,10 @@
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
@@ -24,6 +25,11 @@ from rotopo.models.log_probs import (
     pair_log_probs,
     token_log_probs,
 )
+from rotopo.models.reference_cache import ReferenceCache, ReferenceMode
+from rotopo.pretrained import cache_dir
+
+# Of the reference's log-probs: what a run that dies loses at most.
+_BATCHES_PER_FILE = 200
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,14 @@ class PolicyConfig:
             of which ``sdpa`` and ``eager`` take both batch layouts, others only ``padded``.
         activation_checkpointing: compute each decoder layer's activations again in the backward
             pass rather than keep them.
+        reference: ``online`` computes the reference's log-probs in every step; ``cached`` computes
+            them before the first one, for every pair that is not in the cache yet, and keeps them
+            on disk for all runs; ``auto`` is ``cached`` unless the Trainer's limits keep the run
+            from seeing all pairs, or the objective needs more than log-probs. In half types a
+            cached value differs from one computed beside the policy's by rounding, since it comes
+            from a batch of other pairs; so margins before training are near 0, not at 0.
+        reference_cache: folder of the cache; None is one for each model in $ROTOPO_CACHE or
+            ~/.cache/rotopo.
     """
 
     path: str = ""
@@ -50,6 +64,8 @@ class PolicyConfig:
     dtype: DtypeName = "auto"
     attention: str = "segments"
     activation_checkpointing: bool = False
+    reference: ReferenceMode = "online"
+    reference_cache: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +107,7 @@ class Policy(nn.Module):
         self.model = model
         self.reference = reference
         self.base_fingerprint = base_fingerprint
+        self.cache: ReferenceCache | None = None
         self._checked: set[Layout] = set()
         if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
             raise InputError(
@@ -176,18 +193,46 @@ class Policy(nn.Module):
             self._check(batch.layout)
             self._checked.add(batch.layout)
         reference, reference_log_probs = None, None
-        if needs.reference:
+        if needs.reference and self.cache is not None:
+            reference_log_probs = self.cache.get(batch.keys)
+        if reference_log_probs is not None:
+            reference_log_probs = reference_log_probs.to(batch.targets.device, non_blocking=True)
+        elif needs.reference:
             with torch.no_grad(), self.reference_model() as model:
                 reference = _response_states(model, batch), _head(model)
                 reference_log_probs = token_log_probs(*reference, batch.targets).log_prob
         states = _response_states(self.language_model, batch)
         head = _head(self.language_model)
         if Role.REFERENCE_SAMPLE in needs.roles:
-            assert reference is not None, "a KL needs the reference"
+            assert reference is not None, "a KL needs the reference itself, not a cache"
             tokens = _with_kl(batch, states, head, reference, needs.moments)
         else:
             tokens = token_log_probs(states, head, batch.targets, moments=needs.moments)
         return pair_log_probs(batch, tokens, reference_log_probs)
+
+    def open_cache(self, folder: str | None) -> ReferenceCache:
+        """The reference's log-probs in this folder; None is the model's own in the cache folder."""
+        if self.cache is None:
+            dtype = _embeddings(self.language_model).dtype
+            name = f"{self.base_fingerprint}-{str(dtype).removeprefix('torch.')}"
+            path = Path(folder).expanduser() if folder else cache_dir() / "reference" / name
+            self.cache = ReferenceCache(path, self.base_fingerprint, dtype)
+        return self.cache
+
+    @torch.no_grad()
+    def cache_reference(self, batches: Iterable[PairBatch]) -> None:
+        """Compute the reference's log-probs of these batches, and keep them in the cache."""
+        assert self.cache is not None
+        device = _embeddings(self.language_model).device
+        with self.reference_model() as model:
+            for number, batch in enumerate(batches, 1):
+                here = batch.to(device)
+                states = _response_states(model, here)
+                log_probs = token_log_probs(states, _head(model), here.targets).log_prob
+                self.cache.add(batch.keys, batch.lengths.tolist(), log_probs)
+                if number % _BATCHES_PER_FILE == 0:
+                    self.cache.flush()
+        self.cache.flush()
 
     @contextmanager
     def reference_model(self) -> Iterator[PreTrainedModel]:

@@ -6,7 +6,9 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from rotopo.callbacks import (
     Displacement,
@@ -15,7 +17,7 @@ from rotopo.callbacks import (
     ResponseWriter,
     Speed,
 )
-from rotopo.data.batch import PairBatch, PromptBatch
+from rotopo.data.batch import PairBatch, PromptBatch, Role
 from rotopo.errors import InputError
 from rotopo.models.log_probs import Needs, PairLogProbs
 from rotopo.models.policy import Policy, PolicyConfig, Sampling
@@ -82,6 +84,45 @@ class PreferenceModule(PairwiseModule):
     def configure_model(self) -> None:
         if self.policy is None:
             self.policy = Policy.load(self.policy_config, self.needs.reference)
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self._cache_reference("train", "validation")
+
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == TrainerFn.VALIDATING:
+            self._cache_reference("validation")
+
+    def on_test_start(self) -> None:
+        self._cache_reference("test")
+
+    def _cache_reference(self, *splits: str) -> None:
+        """Before anything else, what ``policy.reference`` asks for.
+
+        Raises:
+            InputError: the objective needs what a cache does not hold.
+        """
+        assert self.policy is not None
+        mode, data = self.policy_config.reference, self.trainer.datamodule  # type: ignore[attr-defined]
+        if mode == "online" or not self.needs.reference or data is None:
+            return
+        if Role.REFERENCE_SAMPLE in self.needs.roles:
+            if mode == "auto":
+                return
+            raise InputError(
+                f"policy.reference is 'cached', but {type(self).__name__} needs the reference's "
+                "whole distributions: set it to 'online' or 'auto'."
+            )
+        if mode == "auto" and not _sees_all_pairs(self.trainer):
+            return
+        cache = self.policy.open_cache(self.policy_config.reference_cache)
+        for split in splits:
+            loader = data.batches_without(split, cache)
+            if loader is not None:
+                bar = tqdm(loader, f"Reference of {split}", disable=self.trainer.global_rank > 0)
+                self.policy.cache_reference(bar)
+            self.trainer.strategy.barrier()
+            cache.refresh()
 
     def configure_callbacks(self) -> list[Callback]:
         """What every run logs; one of the same class in ``trainer.callbacks`` takes precedence."""
@@ -157,6 +198,16 @@ class ReferenceObjective(PreferenceModule):
         """The chosen's reward less the rejected's [B]."""
         chosen, rejected = self.rewards(log_probs)
         return chosen - rejected
+
+
+def _sees_all_pairs(trainer: Any) -> bool:
+    """Whether no limit of the Trainer's keeps it from going over the data at least once."""
+    limits = trainer.limit_train_batches, trainer.limit_val_batches, trainer.limit_test_batches
+    data = trainer.datamodule
+    return all(limit in (None, 1.0) for limit in limits) and (
+        trainer.max_steps == -1
+        or trainer.max_steps * data.pairs_per_step >= data.describe()["pairs/train"]
+    )
 
 
 def positive(name: str, value: float) -> float:

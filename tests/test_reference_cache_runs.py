@@ -1,0 +1,92 @@
+"""Runs with the reference from the cache: the numbers of runs without, in every combination."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from rotopo.cli import run
+from rotopo.models.policy import Policy
+from tests.small_run import save_config
+from tests.test_training import assert_equal, fit, weights
+
+EXACT = ["--model.policy.dtype=float64", "--model.policy.adapter.lora_dropout=0"]
+CACHED = "--model.policy.reference=cached"
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_tokenizer, monkeypatch) -> Path:
+    monkeypatch.setenv("ROTOPO_CACHE", str(tmp_path / "home"))
+    return save_config(tmp_path, tiny_tokenizer)
+
+
+def log_of(cli) -> pd.DataFrame:
+    log = pd.read_csv(Path(cli.trainer.log_dir) / "metrics.csv")
+    return log[[c for c in log if c.startswith(("train/", "val/"))]]
+
+
+@pytest.fixture
+def reference_passes(monkeypatch):
+    """How many times the reference has been asked."""
+    original, calls = Policy.reference_model, []
+
+    def counted(self):
+        calls.append(1)
+        return original(self)
+
+    monkeypatch.setattr(Policy, "reference_model", counted)
+    return calls
+
+
+@pytest.mark.parametrize("layout", ["padded", "shared_prompt"])
+@pytest.mark.parametrize("objective", ["DPO", "KTO", "SamPO"])
+def test_cached_runs_are_online_runs(config, objective, layout):
+    options = [*EXACT, f"--model={objective}", f"--data.layout={layout}"]
+    online = fit(config, "online", *options)
+    cached = fit(config, "cached", *options, CACHED)
+    assert_equal(weights(cached), weights(online), rtol=1e-7, atol=1e-10)
+    pd.testing.assert_frame_equal(log_of(cached), log_of(online), rtol=1e-6, atol=1e-9)
+
+
+def test_so_are_those_of_full_fine_tuning(config):
+    options = ["--model.policy={adapter: null, dtype: float64}", "--trainer.max_epochs=1"]
+    online = fit(config, "online", *options)
+    cached = fit(config, "cached", *options, CACHED)
+    assert_equal(weights(cached), weights(online), rtol=1e-7, atol=1e-10)
+
+
+def test_the_reference_is_asked_once_for_all_runs_objectives_and_layouts(config, reference_passes):
+    fit(config, "first", CACHED)
+    assert reference_passes
+    reference_passes.clear()
+    fit(config, "again", CACHED, "--data.layout=padded")
+    fit(config, "other", CACHED, "--model=IPO", "--data.pairs_per_step=4", "--data.seed=0")
+    run(["validate", "--config", str(config), CACHED])
+    assert not reference_passes
+    run(["test", "--config", str(config), CACHED])  # pairs that no run has seen
+    assert len(reference_passes) == 1
+
+
+def test_auto_caches_what_will_all_be_seen(config, reference_passes):
+    auto = "--model.policy.reference=auto"
+    fit(config, "short", auto, "--trainer.max_steps=2")
+    fit(config, "limited", auto, "--trainer.limit_train_batches=2")
+    fit(config, "kl", auto, "--model=TYPO", "--model.sample_tokens=4")
+    assert not list((config.parent / "home").rglob("*.arrow"))
+    fit(config, "whole", auto)
+    assert list((config.parent / "home").rglob("*.arrow"))
+
+
+def test_a_kl_cannot_come_from_the_cache(config, capsys):
+    with pytest.raises(SystemExit):
+        run(["fit", "--config", str(config), CACHED, "--model=TYPO", "--model.sample_tokens=4"])
+    assert "policy.reference is 'cached', but TYPO" in capsys.readouterr().err
+
+
+def test_the_cache_can_be_named_and_belongs_to_its_model(config, tmp_path, capsys):
+    named = f"--model.policy.reference_cache={tmp_path / 'mine'}"
+    fit(config, "first", CACHED, named)
+    assert list((tmp_path / "mine").glob("*.arrow"))
+    with pytest.raises(SystemExit):
+        fit(config, "other", CACHED, named, "--model.policy.dtype=float64")
+    assert "another model" in capsys.readouterr().err
