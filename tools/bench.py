@@ -1,26 +1,28 @@
 """Time training steps of rotopo beside those of its peers, and its adapters beside LoRA.
 
-A step is the policy's forward pass, the online reference (the adapter switched off), the backward
-pass, clipping and AdamW. All rows of a table take their steps in one process, one after the other
-in every round, on the same batch of real pairs, from the same weights and in the same dtype; so
-whatever else the machine does hits all of them alike. Before anything is timed in float32, the
-peers' losses are compared, and a difference ends the run.
+A step is the policy's forward pass, the reference's (the adapter switched off) where it is online,
+the backward pass, clipping and AdamW. All rows of a table take their steps in one process, one
+after the other in every round, on the same batch of real pairs, from the same weights and in the
+same dtype; so whatever else the machine does hits all of them alike. Before anything is timed in
+float32, the peers' losses are compared, and a difference ends the run.
 
 Tables:
   peers     with LoRA: rotopo (prompts shared), rotopo's padded layout, a plain padded step of
             Hugging Face logits and log_softmax (class Plain), and TRL's DPOTrainer
+  cached    the same with the reference's log-probs computed before: rotopo, plain and TRL (its
+            precompute_ref_log_probs), and plain and TRL with the online reference once more
   adapters  rotopo with LoRA, with its rotation, and with PEFT's OFT, BOFT and HRA
 
 Columns, and the keys of --json (a list of rows):
   peer, model, dtype, adapter, reference; prompt_ratio: prompt tokens per response token
-  speed_ratio    pairs per second of rotopo with LoRA over the row's, the median over the rounds
-                 (between the quartiles, in the table)
-  memory_ratio   peak memory of rotopo with LoRA over the row's: what two steps take beyond the
+  speed_ratio    pairs per second of the table's first row over the row's, the median over the
+                 rounds (between the quartiles, in the table)
+  memory_ratio   peak memory of the first row over the row's: what two steps take beyond the
                  loaded model, each row in a process of its own
   floor_share    token passes that a pair needs at least, 2(P + 2C), over those that the row makes,
                  padding included; only with LoRA, whose own arithmetic is negligible
-  max_loss_difference  the largest difference in loss from rotopo's, over all timed steps; null for
-                 the other adapters, which are other functions
+  max_loss_difference  the largest difference in loss from the first row's, over all timed steps;
+                 null for the other adapters, which are other functions
 
 Pairs are cut out of film critics' sentences, with lengths of --prompt-tokens and --response-tokens
 give or take a quarter, so that padding costs something, as it does in practice. With one thread
@@ -47,7 +49,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import pandas as pd
@@ -83,11 +85,26 @@ ADAPTERS: dict[str, Callable[[], PeftConfig]] = {
     "BOFT": partial(BOFTConfig, boft_block_size=8, target_modules=_MODULES),
     "HRA r=8": partial(HRAConfig, r=8, target_modules=_MODULES),
 }
-Entry = tuple[str, str]  # peer and adapter: a row of a table
-OURS: Entry = ("rotopo", LORA)
+
+
+class Entry(NamedTuple):
+    """A row of a table; the first row is what the others are compared with."""
+
+    peer: str
+    adapter: str = LORA
+    reference: str = "online"
+
+
 TABLES: dict[str, list[Entry]] = {
-    "peers": [OURS, ("rotopo, padded", LORA), ("plain", LORA), ("trl", LORA)],
-    "adapters": [OURS, *(("rotopo", adapter) for adapter in ADAPTERS if adapter != LORA)],
+    "peers": [Entry("rotopo"), Entry("rotopo, padded"), Entry("plain"), Entry("trl")],
+    "cached": [
+        Entry("rotopo", reference="cached"),
+        Entry("plain", reference="cached"),
+        Entry("trl", reference="cached"),
+        Entry("plain"),
+        Entry("trl"),
+    ],
+    "adapters": [Entry("rotopo", adapter) for adapter in ADAPTERS],
 }
 
 
@@ -132,7 +149,7 @@ class Peer(ABC):
 
     @abstractmethod
     def prepare(self, rows: list[TokenizedRow]) -> Any:
-        """The batch, on its device; not timed."""
+        """The batch, on its device, with the reference's log-probs if cached; not timed."""
 
     @abstractmethod
     def tokens(self, batch: Any) -> int:
@@ -154,17 +171,23 @@ class Peer(ABC):
 
 
 class Rotopo(Peer):
-    def __init__(self, setting: Setting, adapter: str, layout: Layout) -> None:
-        config = PolicyConfig(setting.model, ADAPTERS[adapter](), setting.dtype)
+    def __init__(self, setting: Setting, entry: Entry, layout: Layout) -> None:
+        config = PolicyConfig(setting.model, ADAPTERS[entry.adapter](), setting.dtype)
         adamw = partial(torch.optim.AdamW, lr=LEARNING_RATE)
         self.module = DPO(BETA, policy=config, optimizer=adamw)
         policy = Policy.load(config, needs_reference=True).to(setting.device).train()
         self.module.policy, self.model = policy, policy.model
         self.optimizer = self.module.configure_optimizers()["optimizer"]
         self.setting, self.layout = setting, layout
+        self.policy, self.folder = policy, None
+        if entry.reference == "cached":
+            self.folder = tempfile.TemporaryDirectory()
+            policy.open_cache(self.folder.name)
 
     def prepare(self, rows: list[TokenizedRow]) -> PairBatch:
         batch = collate(rows, self.setting.pad_id, self.layout, loss_scale=1 / len(rows))
+        if self.folder is not None:
+            self.policy.cache_reference([batch])
         return batch.to(self.setting.device)
 
     def tokens(self, batch: PairBatch) -> int:
@@ -181,7 +204,8 @@ class Plain(Peer):
 
     model: PeftModel
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting, cached: bool) -> None:
+        self.cached = cached
         self.model = get_peft_model(setting.load_model(), ADAPTERS[LORA]())
         self.model.train()
         self.optimizer = torch.optim.AdamW(self.trained().values(), lr=LEARNING_RATE)
@@ -199,7 +223,13 @@ class Plain(Peer):
             attention[i, :end] = 1
             response_mask[i, len(prompt) : end] = True
         batch = {"ids": ids, "attention": attention, "response": response_mask}
-        return {name: tensor.to(self.setting.device) for name, tensor in batch.items()}
+        batch = {name: tensor.to(self.setting.device) for name, tensor in batch.items()}
+        return batch | ({"reference": self.reference(batch)} if self.cached else {})
+
+    @torch.no_grad()
+    def reference(self, batch: dict[str, Tensor]) -> Tensor:
+        with self.model.disable_adapter():
+            return self.log_probs(batch)
 
     def tokens(self, batch: dict[str, Tensor]) -> int:
         return batch["ids"].numel()
@@ -211,8 +241,7 @@ class Plain(Peer):
         return (tokens * batch["response"][:, 1:]).sum(1)
 
     def backward(self, batch: dict[str, Tensor]) -> Tensor:
-        with torch.no_grad(), self.model.disable_adapter():
-            reference = self.log_probs(batch)
+        reference = batch["reference"] if self.cached else self.reference(batch)
         chosen, rejected = (self.log_probs(batch) - reference).chunk(2)
         loss = -F.logsigmoid(BETA * (chosen - rejected)).mean()
         loss.backward()
@@ -222,7 +251,7 @@ class Plain(Peer):
 class Trl(Peer):
     """TRL's own trainer and training step, with the settings of the others."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting, cached: bool) -> None:
         self.folder = tempfile.TemporaryDirectory()
         args = DPOConfig(
             output_dir=self.folder.name,
@@ -250,11 +279,16 @@ class Trl(Peer):
         self.trainer.current_gradient_accumulation_steps = 1  # as its loop would set it
         self.model = self.trainer.model  # type: ignore[assignment]
         self.optimizer = self.trainer.create_optimizer()
+        self.trainer.precompute_ref_logps = cached
 
     def prepare(self, rows: list[TokenizedRow]) -> dict[str, Tensor]:
         names = ("prompt_ids", "chosen_ids", "rejected_ids")
         examples = [dict(zip(names, (r.prompt, *r.responses), strict=True)) for r in rows]
-        return self.trainer._prepare_inputs(self.trainer.data_collator(examples))
+        inputs = self.trainer._prepare_inputs(self.trainer.data_collator(examples))
+        if self.trainer.precompute_ref_logps:
+            chosen, rejected = self.trainer.compute_ref_log_probs(self.model, inputs)
+            inputs |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+        return inputs
 
     def tokens(self, batch: dict[str, Tensor]) -> int:
         return batch["input_ids"].numel()
@@ -265,20 +299,19 @@ class Trl(Peer):
 
 def build(entry: Entry, setting: Setting) -> Peer:
     """A peer a little away from its reference, with the same weights wherever adapters agree."""
-    peer, adapter = entry
     built: Peer
-    if peer == "trl":
-        built = Trl(setting)
-    elif peer == "plain":
-        built = Plain(setting)
+    if entry.peer == "trl":
+        built = Trl(setting, entry.reference == "cached")
+    elif entry.peer == "plain":
+        built = Plain(setting, entry.reference == "cached")
     else:
-        built = Rotopo(setting, adapter, "shared_prompt" if peer == "rotopo" else "padded")
+        built = Rotopo(setting, entry, "shared_prompt" if entry.peer == "rotopo" else "padded")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for _, parameter in sorted(built.trained().items()):
             noise = 0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
             # LoRA's own start is random, and the peers draw it differently.
-            parameter.copy_(noise if adapter == LORA else parameter + noise)
+            parameter.copy_(noise if entry.adapter == LORA else parameter + noise)
     return built
 
 
@@ -334,11 +367,11 @@ def check_losses(peers: dict[Entry, Peer], rows: list[TokenizedRow]) -> None:
         SystemExit: they do not.
     """
     losses = {}
-    for (name, _), peer in peers.items():
-        losses[name] = peer.backward(peer.prepare(rows)).item()
+    for entry, peer in peers.items():
+        losses[entry] = peer.backward(peer.prepare(rows)).item()
         peer.optimizer.zero_grad()
     spread = max(losses.values()) - min(losses.values())
-    if not spread <= 1e-4 or not abs(losses["rotopo"] - math.log(2)) > 1e-3:
+    if not spread <= 1e-4 or not abs(max(losses.values()) - math.log(2)) > 1e-3:
         sys.exit(f"The peers do not compute the same loss, or only ln 2: {losses}")
 
 
@@ -378,7 +411,7 @@ def measure(table: str, dtype: DtypeName, arguments: argparse.Namespace) -> list
     # The first batch warms up.
     setting = begin(arguments, dtype, batches=arguments.rounds + 1)
     peers = {entry: build(entry, setting) for entry in entries}
-    if table == "peers" and dtype == "float32":
+    if table != "adapters" and dtype == "float32":
         check_losses(peers, setting.batches[0])
     # With one thread, the time that the process ran leaves out what others took of the processor.
     alone = arguments.device == "cpu" and arguments.threads == 1
@@ -402,24 +435,25 @@ def measure(table: str, dtype: DtypeName, arguments: argparse.Namespace) -> list
 
     timed = [row for batch in setting.batches[1:] for row in batch]
     P, C = sum(len(r.prompt) for r in timed), sum(len(y) for r in timed for y in r.responses)
-    found = []
+    found, base = [], entries[0]
     for entry in entries:
-        ratios = [t / ours for t, ours in zip(seconds[entry], seconds[OURS], strict=True)]
-        differences = [abs(a - b) for a, b in zip(losses[entry], losses[OURS], strict=True)]
+        ratios = [t / ours for t, ours in zip(seconds[entry], seconds[base], strict=True)]
+        differences = [abs(a - b) for a, b in zip(losses[entry], losses[base], strict=True)]
         low, median, high = statistics.quantiles(ratios, n=4)
-        name, adapter = entry
-        lora = adapter == LORA
+        lora = entry.adapter == LORA
+        # Forward and backward through frozen weights, and the reference's forward if online.
+        passes = 2 if entry.reference == "cached" else 3
         found.append(
             {
-                "peer": name,
+                "peer": entry.peer,
                 "model": arguments.model,
                 "dtype": dtype,
-                "adapter": adapter,
-                "reference": "online",
+                "adapter": entry.adapter,
+                "reference": entry.reference,
                 "prompt_ratio": 2 * P / C,
                 "speed_ratio": median,
-                "memory_ratio": memory[OURS] / memory[entry],
-                "floor_share": 2 * (P + C) / (3 * tokens[entry]) if lora else None,
+                "memory_ratio": memory[base] / memory[entry],
+                "floor_share": 2 * (P + C) / (passes * tokens[entry]) if lora else None,
                 "max_loss_difference": max(differences) if lora else None,
                 "quartiles": f"{low:.2f} to {high:.2f}",
                 "pairs_per_second": arguments.pairs / statistics.median(seconds[entry]),
@@ -434,9 +468,9 @@ def show(found: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     print(
         f"\n{arguments.model}, {first['dtype']} on {arguments.device}, {arguments.threads} "
         f"thread(s), {arguments.pairs} pairs a step, {first['prompt_ratio']:.2f} prompt tokens per "
-        f"response token, online reference, {arguments.rounds} rounds"
+        f"response token, {arguments.rounds} rounds"
     )
-    shared = ("model", "dtype", "reference", "prompt_ratio")
+    shared = ("model", "dtype", "prompt_ratio")
     table = pd.DataFrame(found).drop(columns=list(shared))
     print(table.to_string(index=False, float_format="{:.4g}".format, na_rep="-"), flush=True)
 
@@ -448,7 +482,7 @@ def main() -> None:
     add = parser.add_argument
     dtypes = ["float32", "bfloat16"]
     add("--dtype", nargs="+", choices=dtypes, default=dtypes, help="of the weights (default: both)")
-    add("--table", nargs="+", choices=TABLES, default=list(TABLES), help="(default: both)")
+    add("--table", nargs="+", choices=TABLES, default=list(TABLES), help="(default: all)")
     add("--rounds", type=int, default=7, help="timed steps of every row (default: %(default)s)")
     add("--pairs", type=int, default=4, help="pairs a step (default: %(default)s)")
     add("--prompt-tokens", type=int, default=96, help="on average (default: %(default)s)")
