@@ -1,0 +1,465 @@
+"""What preference objectives converge to: the desiderata of arXiv 2407.09072, for any objective.
+
+Run it with ``python -m rotopo.studies.desiderata --output DIR``. On one prompt with K responses the
+minimiser of each objective is computed while λ, the setting that holds the policy to its reference,
+goes from nothing to everything, and three criteria are judged (:func:`criteria`).
+
+The criteria and TYPO's two terms are the paper's; π* = (.6, .3, .1), π_ref = (.4, .4, .2) and the
+prompts of the preservation criterion are the setting of the printed numbers, while the grids of λ,
+the thresholds of the verdicts and the sizes of the samples are ours.
+"""
+
+import inspect
+import math
+import os
+import sys
+import tempfile
+from itertools import product
+from pathlib import Path
+
+import pandas as pd
+import torch
+from jsonargparse import ArgumentParser
+from torch import Tensor
+from tqdm import tqdm
+
+import rotopo.objectives
+from rotopo.errors import InputError
+from rotopo.objectives import DPO, IPO, TYPO, Mixture
+from rotopo.objectives.base import PreferenceModule
+from rotopo.studies import desiderata_plots as plots
+from rotopo.studies.minimise import minimise
+from rotopo.studies.surfaces import surface
+from rotopo.studies.tabular import (
+    Convention,
+    Prompt,
+    Solution,
+    at_strength,
+    has_strength,
+    kl,
+    lowest,
+    population,
+    sampled,
+    solve,
+    starting_points,
+)
+
+Objectives = dict[str, PreferenceModule]
+
+LAMBDAS = tuple(10 ** (k / 10) for k in range(-20, 21))
+LOG_LAMBDAS = tuple(k / 6 for k in range(-18, 19))
+ALPHAS = tuple(k / 100 for k in (0, 1, 2, 5, 10, 20, 50, 100))
+SAMPLED_LAMBDAS = (0.1, 1.0, 10.0)
+
+# [ours] What stands for λ → 0 and λ → ∞, and how close is close enough.
+LIMITS = (1e-3, 1e3)
+REACHED = 0.01  # total variation
+PRESERVED = 1e-3  # nats
+
+# Δ in nats; both ends are inside of what surface() takes.
+SURFACE = torch.linspace(-5, 5, 25, dtype=torch.float64)
+
+_HELP = """What preference objectives converge to on one prompt with K responses, over λ.
+
+For each objective: its minimiser over λ, whether it interpolates between the reference and the
+truth, whether it preserves a prompt on which the reference is right, and how finite samples
+scatter around all that. Writes tables (csv) and pictures (png) and prints a summary.
+
+Any objective can be studied: --objective=SimPO, --objective=[IPO,TYPO],
+--objective=DPO --objective.divergence=js, --objective='[{class_path: DPO, init_args: {divergence:
+js}}]', a class path of your own, or --objective='[{class_path: Mixture, init_args: {objectives:
+[DPO, SFT]}}]'. λ replaces the setting that a class names as its strength (beta; kl_weight of TYPO,
+odds_weight of ORPO); a mixture passes it on to every part, and SFT has none. Responses have one
+token here, so that everything about lengths is out of reach: SamPO, LDDPO and normalise_length are
+DPO, R-DPO too, and normalise makes no difference. What belongs to the model (policy, optimizer,
+scheduler, sampling) is not used.
+"""
+
+
+def study(
+    output: Path,
+    objective: PreferenceModule | list[PreferenceModule] | None = None,
+    true: tuple[float, ...] = (0.6, 0.3, 0.1),
+    reference: tuple[float, ...] = (0.4, 0.4, 0.2),
+    good: tuple[float, ...] = (0.6, 0.3, 0.1),
+    bad_true: tuple[float, ...] = (0.6, 0.2, 0.2),
+    bad_reference: tuple[float, ...] = (0.4, 0.2, 0.4),
+    convention: Convention = "ordered_pairs",
+    lambdas: tuple[float, ...] = LAMBDAS,
+    log_lambdas: tuple[float, ...] = LOG_LAMBDAS,
+    alphas: tuple[float, ...] = ALPHAS,
+    samples: int = 1000,
+    draws: int = 8,
+    sampled_lambdas: tuple[float, ...] = SAMPLED_LAMBDAS,
+) -> None:
+    """Study objectives on single prompts: compute everything, and only then write.
+
+    Args:
+        output: folder for tables and pictures.
+        objective: one or several, by name or class path, with settings; none for the paper's four:
+            DPO, IPO, f-DPO (JS) and TYPO.
+        true: π*, probabilities of the K responses that the labels follow, in fractions such as .6.
+        reference: π_ref.
+        good: π* = π_ref of the prompt that is to be preserved.
+        bad_true: π* of the prompt beside it, on which the reference is wrong.
+        bad_reference: π_ref of that prompt.
+        convention: divide the sum over ordered pairs by their number, as the printed numbers have
+            it, or by the labelled pairs, an expectation. It matters to TYPO, whose KL counts twice
+            in the first.
+        lambdas: λ of the interpolation.
+        log_lambdas: natural logarithms of λ of the preservation.
+        alphas: α of the constraint, an added α‖θ‖² on the logits, at λ = 1.
+        samples: labelled pairs in a sample, and reference samples; 0 leaves the samples out.
+        draws: samples, of which the spread is taken.
+        sampled_lambdas: λ of the samples.
+
+    Raises:
+        InputError: a setting that cannot be used.
+    """
+    if output.exists() and not output.is_dir():
+        raise InputError(f"output: {output} is a file: name a folder.")
+    prompt = Prompt.of(true, reference)
+    good_prompt, bad_prompt = Prompt.of(good, good), Prompt.of(bad_true, bad_reference)
+    if (prompt.true == prompt.true.max()).sum() > 1:
+        raise InputError(f"true is {true}: one response has to be the most likely.")
+    for name, values in (("lambdas", lambdas), ("sampled_lambdas", sampled_lambdas)):
+        if not values or min(values) <= 0:
+            raise InputError(f"{name} is {values}: give values above zero.")
+    if not log_lambdas or not alphas or min(alphas) < 0:
+        raise InputError("log_lambdas or alphas: give values, and none of alphas below zero.")
+    if samples < 0 or draws < 2:
+        raise InputError(f"samples is {samples} and draws {draws}: give 0 or more, and 2 or more.")
+    objectives = paper_objectives() if objective is None else labelled(objective)
+
+    tables = {
+        "interpolation": interpolation(objectives, prompt, lambdas, convention),
+        "preservation": preservation(objectives, good_prompt, bad_prompt, log_lambdas, convention),
+        "constraint": constraint(prompt, alphas, convention),
+        "criteria": criteria(objectives, prompt, good_prompt, log_lambdas, convention),
+    }
+    if samples:
+        tables["sampled"] = samples_of(
+            objectives, prompt, sampled_lambdas, samples, draws, convention
+        )
+    surfaces = {
+        name: surface(at_strength(module, 1.0), SURFACE)
+        for name, module in tqdm(
+            (registered() | objectives).items(), "losses", leave=False, disable=None
+        )
+    }
+    figures = {
+        "interpolation": plots.interpolation(
+            tables["interpolation"], prompt, tables.get("sampled")
+        ),
+        "preservation": plots.preservation(
+            tables["preservation"], kl(bad_prompt.true, bad_prompt.reference.log())
+        ),
+        "constraint": plots.constraint(tables["constraint"]),
+        "losses": plots.losses(surfaces, SURFACE),
+    }
+
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output, prefix=".unfinished-") as folder:
+        for name, table in tables.items():
+            table.to_csv(Path(folder) / f"{name}.csv", index=False)
+        for name, figure in figures.items():
+            figure.savefig(Path(folder) / f"{name}.png", dpi=150)
+        for file in sorted(Path(folder).iterdir()):
+            os.replace(file, output / file.name)
+    print(summary(tables))
+    print(
+        f"In {output}: {', '.join(sorted(f'{n}.csv' for n in tables))}; "
+        f"{', '.join(sorted(f'{n}.png' for n in figures))}"
+    )
+
+
+def paper_objectives() -> Objectives:
+    """The four that the paper compares."""
+    return {"DPO": DPO(), "IPO": IPO(), "f-DPO": DPO(divergence="js"), "TYPO": TYPO()}
+
+
+def registered() -> Objectives:
+    """Every objective of :mod:`rotopo.objectives` in its default settings; a mixture has none."""
+    names = sorted(set(rotopo.objectives.__all__) - {"Mixture"}, key=str.lower)
+    return {name: getattr(rotopo.objectives, name)() for name in names}
+
+
+def labelled(objectives: PreferenceModule | list[PreferenceModule]) -> Objectives:
+    """Objectives under names that tell them apart."""
+    found: Objectives = {}
+    for module in objectives if isinstance(objectives, list) else [objectives]:
+        name = label(module)
+        same = sum(other == name or other.startswith(f"{name} #") for other in found)
+        found[f"{name} #{same + 1}" if same else name] = module
+    if not found:
+        raise InputError("objective is an empty list: name at least one objective.")
+    return found
+
+
+def label(objective: PreferenceModule) -> str:
+    """The class, and the settings that differ from their defaults."""
+    if isinstance(objective, Mixture):
+        terms = zip(objective.weights, objective.parts, strict=True)
+        return " + ".join(label(part) if w == 1 else f"{w:g} {label(part)}" for w, part in terms)
+    shared = inspect.signature(PreferenceModule).parameters
+    settings = [
+        f"{name}={getattr(objective, name)}"
+        for name, parameter in inspect.signature(type(objective)).parameters.items()
+        if name not in (objective.strength, *shared)
+        and parameter.default is not inspect.Parameter.empty
+        and getattr(objective, name, parameter.default) != parameter.default
+    ]
+    return type(objective).__name__ + (f" ({', '.join(settings)})" if settings else "")
+
+
+def interpolation(
+    objectives: Objectives,
+    prompt: Prompt,
+    lambdas: tuple[float, ...] = LAMBDAS,
+    convention: Convention = "ordered_pairs",
+) -> pd.DataFrame:
+    """The minimiser over λ, one row for each objective and λ."""
+    rows = population(prompt, convention)
+    table = []
+    jobs = list(product(objectives.items(), sorted(lambdas)))
+    for (name, objective), strength in tqdm(jobs, "interpolation", leave=False, disable=None):
+        found = solve(at_strength(objective, strength), rows)
+        table.append({"objective": name, "lambda": strength, **_columns(found)})
+    return pd.DataFrame(table)
+
+
+def preservation(
+    objectives: Objectives,
+    good: Prompt,
+    bad: Prompt,
+    log_lambdas: tuple[float, ...] = LOG_LAMBDAS,
+    convention: Convention = "ordered_pairs",
+) -> pd.DataFrame:
+    """KL(π* ‖ π_θ) in nats over ln λ, on a prompt where π_ref = π* and on one where it is not.
+
+    Each prompt has a policy of its own, so that nothing but the objective can spoil the good one.
+    """
+    table = []
+    jobs = list(product(objectives.items(), sorted(log_lambdas)))
+    both = {name: population(prompt, convention) for name, prompt in (("good", good), ("bad", bad))}
+    for (name, objective), log_lambda in tqdm(jobs, "preservation", leave=False, disable=None):
+        row = {"objective": name, "log_lambda": log_lambda}
+        remarks = []
+        for which, rows in both.items():
+            found = solve(at_strength(objective, math.exp(log_lambda)), rows)
+            row[f"kl_{which}"] = found.kl(rows.prompt.true)
+            remarks += [f"{which}: {found.remark}"] if found.remark else []
+        table.append({**row, "remark": "; ".join(remarks)})
+    return pd.DataFrame(table)
+
+
+def constraint(
+    prompt: Prompt,
+    alphas: tuple[float, ...] = ALPHAS,
+    convention: Convention = "ordered_pairs",
+    strength: float = 1.0,
+) -> pd.DataFrame:
+    """DPO and the RLHF loss that it stands for, both with an added α‖θ‖² on the logits θ.
+
+    π = softmax(θ). DPO's loss is, as the convention says, half of the mean over labelled pairs;
+    RLHF's is −E_π[r] + λ·KL(π ‖ π_ref) with Bradley and Terry's reward r = log π*. Without α both
+    have the minimiser π_ref·(π*)^{1/λ}, up to its norm. [ours: the constraint and its convention]
+    """
+    rows = population(prompt, convention)
+    dpo = at_strength(DPO(), strength)
+    reward, reference = prompt.true.log(), prompt.reference.log()
+    table = []
+    for alpha in sorted(alphas):
+
+        def rlhf(theta: Tensor, alpha: float = alpha) -> Tensor:
+            policy = theta.log_softmax(0)
+            gain = reward - strength * (policy - reference)
+            return -(policy.exp() @ gain) + alpha * theta.square().sum()
+
+        exact = lowest([minimise(rlhf, start) for start in starting_points(prompt)])
+        for name, found in (("DPO", solve(dpo, rows, alpha)), ("RLHF", exact)):
+            table.append({"loss_name": name, "alpha": alpha, **_columns(found)})
+    return pd.DataFrame(table)
+
+
+def criteria(
+    objectives: Objectives,
+    prompt: Prompt,
+    good: Prompt,
+    log_lambdas: tuple[float, ...] = LOG_LAMBDAS,
+    convention: Convention = "ordered_pairs",
+) -> pd.DataFrame:
+    """The paper's criteria, and the distances on which the verdicts rest.
+
+    - weak interpolation: λ → ∞ gives π_ref, and λ → 0 the point mass on the mode of π*;
+    - strong interpolation: λ → ∞ gives π_ref, and λ → 0 gives π*;
+    - preservation: where π_ref = π*, the minimiser is π* at every λ.
+
+    [ours] λ = ``LIMITS`` stand for the limits, reached within a total variation of ``REACHED``;
+    preserved is what stays within KL(π* ‖ π_θ) = ``PRESERVED`` nats over all ``log_lambdas``. Where
+    several minimisers have the same loss the farthest counts.
+    """
+    table = []
+    rows, kept = population(prompt, convention), population(good, convention)
+    for name, objective in tqdm(objectives.items(), "criteria", leave=False, disable=None):
+        low, high = (solve(at_strength(objective, limit), rows) for limit in LIMITS)
+        on_good = [solve(at_strength(objective, math.exp(x)), kept) for x in log_lambdas]
+        to_reference = high.distance(prompt.reference)
+        to_mode, to_true = low.distance(prompt.mode), low.distance(prompt.true)
+        spoiled = max(found.kl(good.true) for found in on_good)
+        remarks = [
+            f"λ = {limit:g}: {found.remark}"
+            for limit, found in zip(LIMITS, (low, high), strict=True)
+            if found.remark
+        ]
+        if not has_strength(objective):
+            remarks.append("no λ")
+        table.append(
+            {
+                "objective": name,
+                "weak": max(to_reference, to_mode) <= REACHED,
+                "strong": max(to_reference, to_true) <= REACHED,
+                "preservation": spoiled <= PRESERVED,
+                "high_to_reference": to_reference,
+                "low_to_mode": to_mode,
+                "low_to_true": to_true,
+                "worst_kl_good": spoiled,
+                "remark": "; ".join(remarks),
+            }
+        )
+    return pd.DataFrame(table)
+
+
+def samples_of(
+    objectives: Objectives,
+    prompt: Prompt,
+    lambdas: tuple[float, ...] = SAMPLED_LAMBDAS,
+    samples: int = 1000,
+    draws: int = 8,
+    convention: Convention = "ordered_pairs",
+) -> pd.DataFrame:
+    """Minimisers on samples of labelled pairs, beside that of the population (``seed`` −1)."""
+    table = []
+    data = {-1: population(prompt, convention)}
+    data |= {seed: sampled(prompt, samples, seed, convention) for seed in range(draws)}
+    jobs = list(product(objectives.items(), sorted(lambdas), data.items()))
+    for (name, objective), strength, (seed, rows) in tqdm(
+        jobs, "samples", leave=False, disable=None
+    ):
+        found = solve(at_strength(objective, strength), rows)
+        table.append({"objective": name, "lambda": strength, "seed": seed, **_columns(found)})
+    return pd.DataFrame(table)
+
+
+def spread(samples: pd.DataFrame) -> pd.DataFrame:
+    """Of :func:`samples_of`: population, mean and standard deviation of each π_θ(y_i)."""
+    policy = [name for name in samples if name.startswith("pi_")]
+    long = samples.melt(["objective", "lambda", "seed"], policy, "response", "value")
+    keys = ["objective", "lambda", "response"]
+    exact = long[long.seed == -1].set_index(keys)["value"].rename("population")
+    drawn = long[long.seed >= 0].groupby(keys, sort=False)["value"].agg(["mean", "std"])
+    return drawn.join(exact).reset_index()
+
+
+def summary(tables: dict[str, pd.DataFrame]) -> str:
+    """The tables in short, as text."""
+    table = tables["interpolation"]
+    at = _near(table["lambda"], (0.01, 0.1, 1, 100))
+    short = table[table["lambda"].isin(at)].assign(policy=_policies)
+    wide = short.pivot(index="objective", columns="lambda", values="policy")
+    parts = [
+        "Minimisers π_θ over λ (*: see the remarks in the tables)",
+        wide.loc[table.objective.unique()].to_string(),
+    ]
+
+    table = tables["preservation"]
+    short = table[table["log_lambda"].isin(_near(table["log_lambda"], (-1, 0, 1)))]
+    short = short.assign(
+        kl=[
+            f"{_nats(row.kl_good)} / {_nats(row.kl_bad)}{_mark(row.remark)}"
+            for row in short.itertuples()
+        ]
+    )
+    wide = short.pivot(index="objective", columns="log_lambda", values="kl")
+    parts += ["KL(π*‖π_θ) over ln λ, nats: π_ref = π* (good) / not (bad)"]
+    parts += [wide.loc[table.objective.unique()].to_string()]
+
+    table = tables["constraint"]
+    short = table[table.alpha.isin(_near(table.alpha, (0, 0.1)))].assign(policy=_policies)
+    wide = short.pivot(index="loss_name", columns="alpha", values="policy")
+    parts += ["With α‖θ‖² added, λ = 1", wide.to_string()]
+
+    table = tables["criteria"].copy()
+    for name in ("weak", "strong", "preservation"):
+        table[name] = table[name].map({True: "yes", False: "no"})
+    parts += [
+        f"Criteria: total variation to the limits at λ = {LIMITS[0]:g} and {LIMITS[1]:g} up to "
+        f"{REACHED:g}, KL on the good prompt up to {PRESERVED:g} nats",
+        table.to_string(index=False, float_format="{:.4f}".format),
+    ]
+    if "sampled" in tables:
+        table = spread(tables["sampled"])
+        off = (table["mean"] - table.population).abs()
+        within = (off <= 2 * table["std"] + 1e-9).mean()
+        numbers = zip(table.population, table["mean"], table["std"], strict=True)
+        table["value"] = [f"{exact:.3f} ({mean:.3f} ± {std:.3f})" for exact, mean, std in numbers]
+        wide = table.pivot(index=["objective", "response"], columns="lambda", values="value")
+        parts += [
+            "Samples: population (mean ± standard deviation over the draws); "
+            f"{within:.0%} of the means within two of them",
+            wide.loc[table.objective.unique()].to_string(),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _columns(found: Solution) -> dict[str, float | str]:
+    policy = {f"pi_{i}": p for i, p in enumerate(found.policy.tolist(), start=1)}
+    return {**policy, "loss": found.loss, "gradient": found.gradient, "remark": found.remark}
+
+
+def _policies(table: pd.DataFrame) -> list[str]:
+    policy = [name for name in table if name.startswith("pi_")]
+    rows = table[[*policy, "remark"]].itertuples(index=False)
+    return [f"({', '.join(f'{p:.4f}' for p in row)}){_mark(remark)}" for *row, remark in rows]
+
+
+def _mark(remark: str) -> str:
+    return "*" if remark else ""
+
+
+def _nats(kl: float) -> str:
+    """A divergence in print; a point mass is infinitely far, or as far as rounding lets it be."""
+    return f"{max(kl, 0):.4f}" if kl < 100 else ">100"
+
+
+def _near(grid: pd.Series, wanted: tuple[float, ...]) -> list[float]:
+    """Of the grid's values those nearest to the ones wanted."""
+    return sorted({min(grid.unique(), key=lambda value: abs(value - w)) for w in wanted})
+
+
+def main(args: list[str] | None = None) -> None:
+    """The command.
+
+    Args:
+        args: arguments without the program's name; None reads them from the process.
+
+    Raises:
+        SystemExit: with status 2 after bad input, whose message is printed without a traceback.
+    """
+    torch.set_num_threads(1)  # the tensors are tiny: more threads would wait for one another
+    parser = ArgumentParser(prog="python -m rotopo.studies.desiderata", description=_HELP)
+    parser.add_function_arguments(study)
+    parsed = parser.parse_args(args)
+    try:
+        settings = parser.instantiate(parsed)
+    except ValueError as error:  # an objective's InputError, of which jsonargparse makes its own
+        parser.error(str(error))
+    try:
+        study(**settings)
+    except InputError as error:
+        print(f"desiderata: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
