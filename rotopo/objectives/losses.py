@@ -18,8 +18,9 @@ from torch import Tensor
 
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 
-# Where exp() goes on as its tangent: far beyond any sound run, and far from overflow.
-_LARGEST_EXPONENT = 60.0
+# Where exp() goes on as its tangent: beyond any sound run, and so far from overflow that the square
+# of a gradient, which Adam keeps, is in float32 too.
+_LARGEST_EXPONENT = 30.0
 
 
 def dpo(margin: Tensor, label_smoothing: float = 0.0) -> Tensor:

