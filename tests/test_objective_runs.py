@@ -72,8 +72,8 @@ def test_pairs_are_asked_for_by_what_compares_them(config, unpaired, capsys):
     assert "KTO" in error
 
 
-def test_ktos_unpaired_rows_give_the_numbers_of_the_pairs(config, rows):
-    """Each pair split in two; without the baseline, which another choice of mismatches moves."""
+def test_unpaired_rows_give_the_numbers_of_the_pairs_that_they_come_from(config, rows):
+    """By an objective without a baseline, which another choice of mismatches would move."""
     split = [
         {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
         for row in rows
@@ -187,7 +187,7 @@ def test_parts_of_a_mixture_share_its_policy(config, capsys):
     (config.parent / "mixture.yaml").write_text(yaml.safe_dump(mixture))
     with pytest.raises(SystemExit):
         run(["fit", "--config", str(config), f"--config={config.parent / 'mixture.yaml'}"])
-    assert "BCO has a policy or an optimizer of its own" in capsys.readouterr().err
+    assert "BCO has a policy, optimizer, scheduler or" in capsys.readouterr().err
 
 
 @pytest.mark.slow

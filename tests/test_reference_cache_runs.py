@@ -1,11 +1,18 @@
 """Runs with the reference from the cache: the numbers of runs without, in every combination."""
 
+import json
+import math
+import subprocess
+import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 from rotopo.cli import run
+from rotopo.errors import InputError
 from rotopo.models.policy import Policy
 from tests.small_run import save_config
 from tests.test_training import assert_equal, fit, weights
@@ -71,10 +78,65 @@ def test_auto_caches_what_will_all_be_seen(config, reference_passes):
     auto = "--model.policy.reference=auto"
     fit(config, "short", auto, "--trainer.max_steps=2")
     fit(config, "limited", auto, "--trainer.limit_train_batches=2")
+    fit(config, "one batch", auto, "--trainer.limit_train_batches=1")
     fit(config, "kl", auto, "--model=TYPO", "--model.sample_tokens=4")
     assert not list((config.parent / "home").rglob("*.arrow"))
     fit(config, "whole", auto)
     assert list((config.parent / "home").rglob("*.arrow"))
+
+
+def test_a_model_that_is_refused_leaves_nothing_behind(config, monkeypatch, capsys):
+    """Or the other layout, which the message asks for, would find what the first one got wrong."""
+    monkeypatch.setattr(Policy, "_check", Mock(side_effect=InputError("not this family")))
+    with pytest.raises(SystemExit):
+        fit(config, "refused", CACHED)
+    assert "not this family" in capsys.readouterr().err
+    assert not list((config.parent / "home").rglob("*.arrow"))
+
+
+def test_the_same_weights_under_another_configuration_are_another_reference(config):
+    fit(config, "first", *EXACT, CACHED)
+    file = config.parent / "model" / "config.json"
+    settings = json.loads(file.read_text())
+    settings["rope_parameters"]["rope_theta"] = 10.0
+    file.write_text(json.dumps(settings))
+    online, cached = (fit(config, name, *EXACT, *o) for name, o in (("o", []), ("c", [CACHED])))
+    pd.testing.assert_frame_equal(log_of(cached), log_of(online), rtol=1e-6, atol=1e-9)
+
+
+def test_a_precision_that_casts_has_a_cache_of_its_own(config):
+    options = ["--trainer.precision=bf16-mixed", "--model.optimizer.lr=0", CACHED]
+    fit(config, "float32", CACHED)
+    log = log_of(fit(config, "mixed", *options, "--model.policy.adapter.lora_dropout=0"))
+    assert len(list((config.parent / "home" / "reference").iterdir())) == 2
+    assert log["train/loss"].dropna().map(lambda loss: abs(loss - math.log(2)) < 1e-2).all()
+
+
+@pytest.mark.slow
+def test_two_ranks_fill_one_cache_and_miss_nothing(config):
+    """Every response is in the files, once the run is over, and the numbers are one rank's."""
+    command = [Path(sys.executable).with_name("rotopo"), "fit", f"--config={config}", *EXACT]
+    ranks = ["--trainer.devices=2", "--trainer.strategy=ddp", CACHED]
+    root = f"--trainer.default_root_dir={config.parent / 'two'}"
+    done = subprocess.run([*command, *ranks, root], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one = fit(config, "one", *EXACT)
+    two = pd.read_csv(next((config.parent / "two").rglob("metrics.csv")))
+    expected = log_of(one)
+    pd.testing.assert_frame_equal(two[expected.columns], expected, rtol=1e-6, atol=1e-9)
+    keys = [
+        key
+        for file in (config.parent / "home").rglob("*.arrow")
+        for key in pa.ipc.open_file(str(file)).read_all().column("key").to_pylist()
+    ]
+    pairs = one.datamodule.describe()
+    assert len(set(keys)) == 2 * (pairs["pairs/train"] + pairs["pairs/validation"])
+
+
+def test_a_folder_that_nothing_would_use_is_refused(config, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        fit(config, "first", f"--model.policy.reference_cache={tmp_path / 'mine'}")
+    assert "policy.reference is 'online' and uses none" in capsys.readouterr().err
 
 
 def test_a_kl_cannot_come_from_the_cache(config, capsys):

@@ -1,8 +1,16 @@
-"""What a run logs and writes beside its loss."""
+"""What a run does, logs and writes beside its loss."""
 
 from rotopo.callbacks.orthogonality import Orthogonality
 from rotopo.callbacks.pair_metrics import Displacement, ImplicitRewards
+from rotopo.callbacks.reference import CacheReference
 from rotopo.callbacks.responses import ResponseWriter
 from rotopo.callbacks.speed import Speed
 
-__all__ = ["Displacement", "ImplicitRewards", "Orthogonality", "ResponseWriter", "Speed"]
+__all__ = [
+    "CacheReference",
+    "Displacement",
+    "ImplicitRewards",
+    "Orthogonality",
+    "ResponseWriter",
+    "Speed",
+]

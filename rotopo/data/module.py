@@ -377,38 +377,36 @@ class PairwiseDataModule(LightningDataModule):
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
-    def batches_without(self, name: str, known: Container[bytes]) -> DataLoader | None:
-        """A split's rows of which a response's key is not known, each once over all ranks.
+    def rows_without(self, name: str, known: Container[bytes]) -> list[int]:
+        """A split's rows of which a response's key is not known, by their place in it.
 
         Args:
-            name: ``train``, ``validation`` or ``test``.
+            name: ``train``, ``validation`` or ``test``; one that there is not has no rows.
             known: keys as :func:`rotopo.data.batch.response_key` makes them.
-
-        Returns:
-            None where there is no such split or no such row.
         """
         if name not in self._pairs:
-            return None
+            return []
         rows = self._rows(name)
-        unknown = [
+        return [
             index
             for index, row in enumerate(map(rows.__getitem__, range(len(rows))))
             if any(response_key(row.prompt, response) not in known for response in row.responses)
         ]
-        if not unknown:
-            return None
-        # Each rank takes part in every pass through a model that is divided among them.
-        unknown += unknown[:1] * (self._ranks()[0] - len(unknown))
+
+    def batches_of(self, name: str, places: list[int]) -> DataLoader:
+        """Some rows of a split, each once over all ranks, in as many batches on each rank."""
+        rows = self._rows(name)
+        places = places + places[:1] * (self._ranks()[0] - len(places))
         lengths = rows.lengths()
         sampler = EvalSampler(
-            [lengths[index] for index in unknown],
+            [lengths[place] for place in places],
             self.token_budget,
             self.eval_pairs_per_batch,
             *self._ranks(),
             self.layout,
         )
         return DataLoader(
-            Subset(rows, unknown),
+            Subset(rows, places),
             batch_sampler=sampler,
             collate_fn=partial(_collate_mean, pad_id=self.pad_id, layout=self.layout),
             num_workers=self.num_workers,

@@ -1,12 +1,14 @@
 """Policy: a batch of pairs -> their log-probs, under θ and under the reference; generation."""
 
 import copy
+import hashlib
+import json
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self, cast, get_args
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -149,6 +151,16 @@ class Policy(nn.Module):
     @classmethod
     def build(cls, model: PreTrainedModel, config: PolicyConfig, needs_reference: bool) -> Self:
         """As :meth:`load`, from a model in memory."""
+        if config.reference not in get_args(ReferenceMode):
+            raise InputError(
+                f"policy.reference is {config.reference!r}: it has to be one of "
+                f"{', '.join(get_args(ReferenceMode))}."
+            )
+        if config.reference_cache and config.reference == "online":
+            raise InputError(
+                "policy.reference_cache is set, but policy.reference is 'online' and uses none: "
+                "set it to 'cached' or 'auto'."
+            )
         base = fingerprint(model)
         own = list(model.parameters())
         adapted: PreTrainedModel | PeftModel = model
@@ -189,9 +201,7 @@ class Policy(nn.Module):
             batch: B rows.
             needs: what beside the policy's log-probs; under the reference there is no gradient.
         """
-        if batch.layout not in self._checked:
-            self._check(batch.layout)
-            self._checked.add(batch.layout)
+        self._check_once(batch.layout)
         reference, reference_log_probs = None, None
         if needs.reference and self.cache is not None:
             reference_log_probs = self.cache.get(batch.keys)
@@ -210,13 +220,30 @@ class Policy(nn.Module):
             tokens = token_log_probs(states, head, batch.targets, moments=needs.moments)
         return pair_log_probs(batch, tokens, reference_log_probs)
 
-    def open_cache(self, folder: str | None) -> ReferenceCache:
-        """The reference's log-probs in this folder; None is the model's own in the cache folder."""
-        if self.cache is None:
-            dtype = _embeddings(self.language_model).dtype
-            name = f"{self.base_fingerprint}-{str(dtype).removeprefix('torch.')}"
-            path = Path(folder).expanduser() if folder else cache_dir() / "reference" / name
-            self.cache = ReferenceCache(path, self.base_fingerprint, dtype)
+    @property
+    def reference_fingerprint(self) -> str:
+        """Hash of all that the reference's log-probs follow from: weights, dtype, configuration."""
+        config = self.language_model.config.to_dict()
+        for name in ("_name_or_path", "transformers_version", "dtype", "use_cache"):
+            config.pop(name, None)
+        dtype = _embeddings(self.language_model).dtype
+        parts = [self.base_fingerprint, str(dtype), json.dumps(config, sort_keys=True, default=str)]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+
+    def open_cache(self, folder: str | None = None, precision: str = "") -> ReferenceCache:
+        """The reference's log-probs on disk, which :meth:`forward` reads from then on.
+
+        Args:
+            folder: where; None is the model's own in the cache folder.
+            precision: what the Trainer casts to, if it casts.
+
+        Raises:
+            InputError: the folder belongs to another model, or a file in it cannot be read.
+        """
+        reference = self.reference_fingerprint + (f"-{precision}" if precision else "")
+        path = Path(folder).expanduser() if folder else cache_dir() / "reference" / reference
+        wide = _embeddings(self.language_model).dtype == torch.float64
+        self.cache = ReferenceCache(path, reference, torch.float64 if wide else torch.float32)
         return self.cache
 
     @torch.no_grad()
@@ -226,6 +253,7 @@ class Policy(nn.Module):
         device = _embeddings(self.language_model).device
         with self.reference_model() as model:
             for number, batch in enumerate(batches, 1):
+                self._check_once(batch.layout)
                 here = batch.to(device)
                 states = _response_states(model, here)
                 log_probs = token_log_probs(states, _head(model), here.targets).log_prob
@@ -290,6 +318,11 @@ class Policy(nn.Module):
             model.train(training)
         responses = output[:, prompts.input_ids.shape[1] :].tolist()
         return [_until(response, stop_ids) for response in responses]
+
+    def _check_once(self, layout: Layout) -> None:
+        if layout not in self._checked:
+            self._check(layout)
+            self._checked.add(layout)
 
     @torch.no_grad()
     def _check(self, layout: Layout) -> None:

@@ -1,7 +1,6 @@
 """Reference log-probs on disk: computed once, found by content, for all who have the folder."""
 
 import json
-import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,17 +25,17 @@ class ReferenceCache:
 
     Args:
         folder: where the files are; made if there is none.
-        base_fingerprint: of the reference, see :func:`rotopo.models.backbone.fingerprint`.
-        dtype: of the reference's weights.
+        reference: fingerprint of the reference, see :class:`~rotopo.models.policy.Policy`.
+        dtype: of the log-probs, float32 or float64.
 
     Raises:
         InputError: the folder belongs to another model, or a file in it cannot be read.
     """
 
-    def __init__(self, folder: Path, base_fingerprint: str, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, reference: str, dtype: torch.dtype) -> None:
         self.folder = folder
-        self.model = {"base_fingerprint": base_fingerprint, "dtype": str(dtype)}
-        self.value_type = pa.float64() if dtype == torch.float64 else pa.float32()
+        self.model = {"reference": reference}
+        self.dtype = dtype
         self._places: dict[bytes, tuple[pa.ChunkedArray, int]] = {}
         self._new: dict[bytes, np.ndarray] = {}
         self._read: set[Path] = set()
@@ -50,7 +49,7 @@ class ReferenceCache:
                     f"{self.model}): name another folder."
                 )
         else:
-            unfinished = label.with_suffix(f".{os.getpid()}")
+            unfinished = label.with_suffix(f".{uuid.uuid4().hex}")
             unfinished.write_text(json.dumps(self.model), "utf-8")
             unfinished.replace(label)
         self.refresh()
@@ -90,10 +89,7 @@ class ReferenceCache:
 
     def add(self, keys: Sequence[bytes], lengths: Sequence[int], log_probs: Tensor) -> None:
         """Keep the log-probs [N] of responses of these lengths, until :meth:`flush` in memory."""
-        values = log_probs.to(
-            "cpu", torch.float64 if self.value_type == pa.float64() else torch.float32
-        )
-        parts = np.split(values.numpy(), np.cumsum(lengths)[:-1])
+        parts = np.split(log_probs.to("cpu", self.dtype).numpy(), np.cumsum(lengths)[:-1])
         self._new.update(
             (key, part) for key, part in zip(keys, parts, strict=True) if key not in self._places
         )
@@ -102,10 +98,11 @@ class ReferenceCache:
         """Write what is new to a file of its own."""
         if not self._new:
             return
+        value_type = pa.float64() if self.dtype == torch.float64 else pa.float32()
         table = pa.table(
             {
                 "key": pa.array(list(self._new), pa.binary(16)),
-                "log_probs": pa.array(list(self._new.values()), pa.list_(self.value_type)),
+                "log_probs": pa.array(list(self._new.values()), pa.list_(value_type)),
             }
         )
         file = self.folder / f"{uuid.uuid4().hex}.arrow"

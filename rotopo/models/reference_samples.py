@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import os
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +46,9 @@ def sample_reference(
     Raises:
         InputError: another rank's responses are not in this rank's cache folder.
     """
-    digest = hashlib.sha256(json.dumps([max_new_tokens, seed, encoder.stop_ids]).encode())
-    digest.update(policy.base_fingerprint.encode())
+    settings = [policy.reference_fingerprint, max_new_tokens, seed]
+    settings += [encoder.stop_ids, encoder.end_of_turn_id]
+    digest = hashlib.sha256(json.dumps(settings).encode())
     for prompt in prompts:
         digest.update(np.array([len(prompt), *prompt], dtype=np.int64).tobytes())
     folder = cache_dir / digest.hexdigest()[:32]
@@ -75,7 +76,7 @@ def sample_reference(
                 reference=True,
             )
         ended = [ids + [encoder.end_of_turn_id] * (len(ids) < max_new_tokens) for ids in responses]
-        unfinished = files[number].with_suffix(f".{os.getpid()}")
+        unfinished = files[number].with_suffix(f".{uuid.uuid4().hex}")
         unfinished.write_text(json.dumps(ended), "utf-8")
         unfinished.replace(files[number])
     if distributed:

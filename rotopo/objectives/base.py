@@ -6,18 +6,18 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from rotopo.callbacks import (
+    CacheReference,
     Displacement,
     ImplicitRewards,
     Orthogonality,
     ResponseWriter,
     Speed,
 )
-from rotopo.data.batch import PairBatch, PromptBatch, Role
+from rotopo.data.batch import PairBatch, PromptBatch
 from rotopo.errors import InputError
 from rotopo.models.log_probs import Needs, PairLogProbs
 from rotopo.models.policy import Policy, PolicyConfig, Sampling
@@ -85,45 +85,6 @@ class PreferenceModule(PairwiseModule):
         if self.policy is None:
             self.policy = Policy.load(self.policy_config, self.needs.reference)
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        self._cache_reference("train", "validation")
-
-    def on_validation_start(self) -> None:
-        if self.trainer.state.fn == TrainerFn.VALIDATING:
-            self._cache_reference("validation")
-
-    def on_test_start(self) -> None:
-        self._cache_reference("test")
-
-    def _cache_reference(self, *splits: str) -> None:
-        """Before anything else, what ``policy.reference`` asks for.
-
-        Raises:
-            InputError: the objective needs what a cache does not hold.
-        """
-        assert self.policy is not None
-        mode, data = self.policy_config.reference, self.trainer.datamodule  # type: ignore[attr-defined]
-        if mode == "online" or not self.needs.reference or data is None:
-            return
-        if Role.REFERENCE_SAMPLE in self.needs.roles:
-            if mode == "auto":
-                return
-            raise InputError(
-                f"policy.reference is 'cached', but {type(self).__name__} needs the reference's "
-                "whole distributions: set it to 'online' or 'auto'."
-            )
-        if mode == "auto" and not _sees_all_pairs(self.trainer):
-            return
-        cache = self.policy.open_cache(self.policy_config.reference_cache)
-        for split in splits:
-            loader = data.batches_without(split, cache)
-            if loader is not None:
-                bar = tqdm(loader, f"Reference of {split}", disable=self.trainer.global_rank > 0)
-                self.policy.cache_reference(bar)
-            self.trainer.strategy.barrier()
-            cache.refresh()
-
     def configure_callbacks(self) -> list[Callback]:
         """What every run logs; one of the same class in ``trainer.callbacks`` takes precedence."""
         given = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
@@ -133,6 +94,7 @@ class PreferenceModule(PairwiseModule):
             Orthogonality(),
             Speed(),
             ResponseWriter(),
+            CacheReference(),
         ]
         return [callback for callback in always if type(callback) not in given]
 
@@ -161,8 +123,17 @@ class PreferenceModule(PairwiseModule):
         Args:
             prompts: token ids.
             data: the datamodule that they come from.
+
+        Raises:
+            InputError: the model is divided among ranks.
         """
         assert self.policy is not None
+        if isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            raise InputError(
+                f"{type(self).__name__} draws responses from the reference, which a model that is "
+                "divided among ranks does not support yet: draw them before, and name their "
+                "column in data.extra_responses, {reference_sample: COLUMN}."
+            )
         return sample_reference(
             self.policy,
             prompts,
@@ -198,16 +169,6 @@ class ReferenceObjective(PreferenceModule):
         """The chosen's reward less the rejected's [B]."""
         chosen, rejected = self.rewards(log_probs)
         return chosen - rejected
-
-
-def _sees_all_pairs(trainer: Any) -> bool:
-    """Whether no limit of the Trainer's keeps it from going over the data at least once."""
-    limits = trainer.limit_train_batches, trainer.limit_val_batches, trainer.limit_test_batches
-    data = trainer.datamodule
-    return all(limit in (None, 1.0) for limit in limits) and (
-        trainer.max_steps == -1
-        or trainer.max_steps * data.pairs_per_step >= data.describe()["pairs/train"]
-    )
 
 
 def positive(name: str, value: float) -> float:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 
-# Where exp() goes on as its tangent: beyond any sound run, and so far from overflow that the square
-# of a gradient, which Adam keeps, is in float32 too.
+# Where exp() goes on as its tangent [ours]: so far from overflow that the square of a gradient,
+# which Adam keeps, is finite in float32 too.
 _LARGEST_EXPONENT = 30.0
 
 
@@ -41,7 +41,8 @@ def divergence_score(log_ratio: Tensor, divergence: Divergence, alpha: float = 0
     """f′(u) of f-DPO, Wang et al. 2023, up to a constant, at u = π_θ/π_ref = exp Δ.
 
     reverse_kl: Δ. forward_kl: 1 − 1/u. js: log(2u/(1+u)). alpha: (u^{α−1} − 1)/(α−1), as TRL
-    writes it; Δ in the limit α → 1.
+    writes it; Δ in the limit α → 1. Where u to the power is over e^30, its tangent in Δ stands for
+    it [ours; TRL caps the α-divergence at e^80, without a gradient].
 
     Args:
         log_ratio: Δ.
@@ -81,7 +82,7 @@ def ipo(difference: Tensor, beta: float) -> Tensor:
 
 
 def hinge(margin: Tensor, delta: float = 1.0) -> Tensor:
-    """The hinge of SLiC, Zhao et al. 2023: max(0, δ − margin)."""
+    """SLiC's hinge, Zhao et al. 2023: max(0, δ − margin)."""
     return F.relu(delta - margin)
 
 
@@ -96,7 +97,10 @@ def simpo(margin: Tensor, gamma: float) -> Tensor:
 
 
 def alpha_reward(mean_log_prob: Tensor, alpha: float) -> Tensor:
-    """AlphaPO's reward, Gupta et al. 2025: (1 − p^{−α})/α with p = exp c̄; c̄ itself at α = 0."""
+    """AlphaPO's reward, Gupta et al. 2025: (1 − p^{−α})/α with p = exp c̄; c̄ itself at α = 0.
+
+    Where p^{−α} is over e^30, its tangent in c̄ stands for it [ours].
+    """
     if alpha == 0:
         return mean_log_prob
     return (1 - _exp(-alpha * mean_log_prob)) / alpha

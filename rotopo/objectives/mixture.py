@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rotopo.errors import InputError
 from rotopo.models.log_probs import PairLogProbs
+from rotopo.models.policy import PolicyConfig, Sampling
 from rotopo.objectives.base import PreferenceModule
 
 
@@ -40,10 +41,11 @@ class Mixture(PreferenceModule):
                 "least one objective, and a weight for each."
             )
         for part in objectives:
-            if part.policy_config.path or part.optimizer is not None:
+            own = (part.policy_config, part.optimizer, part.scheduler, part.sampling)
+            if own != (PolicyConfig(), None, None, Sampling()):
                 raise InputError(
-                    f"objectives: {type(part).__name__} has a policy or an optimizer of its own; "
-                    "they belong to the mixture."
+                    f"objectives: {type(part).__name__} has a policy, optimizer, scheduler or "
+                    "sampling of its own; they belong to the mixture."
                 )
         self.parts = list(objectives)
         # Each a child of the mixture: Lightning hands its trainer on to children only, and not to

@@ -1,5 +1,6 @@
 """Objectives on the margin between the chosen and the rejected response, against a reference."""
 
+import math
 from typing import Any, Literal, get_args
 
 import torch
@@ -148,10 +149,11 @@ class IPO(ReferenceObjective):
 
 
 class SLiC(ReferenceObjective):
-    """SLiC (Zhao et al. 2023): a hinge, with the reference max(0, δ − z), without it SLiC-HF's
-    max(0, δ − c + r) − λ·c̄.
+    """SLiC's hinge (Zhao et al. 2023, SLiC-HF): max(0, δ − c + r), or of the margin z, plus −λ·c̄.
 
-    Rewards are β·Δ, without the reference the log-probs themselves.
+    With the reference it is TRL's ``hinge``, max(0, δ − z). The likelihood term is on the chosen
+    response, per token [ours; SLiC-HF's is on a supervised target]. Rewards are β·Δ, without the
+    reference the log-probs themselves.
 
     Args:
         beta: β; only with the reference.
@@ -175,7 +177,7 @@ class SLiC(ReferenceObjective):
         super().__init__(**kwargs)
         self.beta = positive("beta", beta)
         self.delta = positive("delta", delta)
-        self.likelihood_weight = likelihood_weight
+        self.likelihood_weight = in_range("likelihood_weight", likelihood_weight, 0, math.inf)
         self.needs = Needs(reference=reference)
 
     def losses(self, log_probs: PairLogProbs) -> Tensor:
@@ -203,7 +205,7 @@ class DPOP(ReferenceObjective):
     def __init__(self, beta: float = 0.3, penalty: float = 50.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.beta = positive("beta", beta)
-        self.penalty = in_range("penalty", penalty, 0, float("inf"))
+        self.penalty = in_range("penalty", penalty, 0, math.inf)
 
     def losses(self, log_probs: PairLogProbs) -> Tensor:
         return losses.dpop(

@@ -29,9 +29,10 @@ class KTO(ReferenceObjective):
 
     λ_D(1 − σ(βΔ − z0)) for a desirable response, λ_U(1 − σ(z0 − βΔ)) for an undesirable one; a
     row's loss is the mean over its responses. z0 = max(0, β·mean Δ) over responses to *other*
-    prompts, without gradient: every row brings the responses of one other row along. Its scope is
-    the micro-batches that all ranks compute at the same time, of which it is one mean, clamped
-    afterwards; with a single row there, training is refused.
+    prompts, without gradient: every row brings the responses of one other row along, which cost a
+    pass of their own. Its scope is the micro-batches that all ranks compute at the same time, of
+    which it is one mean, clamped afterwards; steps that leave them fewer than two rows on average
+    are refused.
 
     Rows are pairs, each split into a desirable and an undesirable response, or unpaired
     (``prompt, completion, label``).
@@ -44,7 +45,7 @@ class KTO(ReferenceObjective):
         **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
 
     Raises:
-        InputError: a setting out of its range; in training, a micro-batch of one row.
+        InputError: a setting out of its range; in training, micro-batches of one row.
     """
 
     needs = Needs(pairs=False, roles=(Role.MISMATCHED,))
@@ -224,7 +225,8 @@ class APO(ReferenceObjective):
 class SFT(PreferenceModule):
     """Supervised fine-tuning on the chosen responses: −c̄, the mean over each response's tokens.
 
-    Rewards are the log-probs per token. Undesirable responses of unpaired rows do not count.
+    Rewards are the log-probs per token. An unpaired row without a chosen response has a loss of 0
+    and counts in the mean, so that the more of them there are, the smaller the steps.
 
     Args:
         **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.

@@ -116,7 +116,7 @@ class ORPO(PreferenceModule):
     the log-odds.
 
     Args:
-        odds_weight: λ, TRL's and OpenRLHF's ``beta``.
+        odds_weight: λ, TRL's ``beta``.
         **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
 
     Raises:

@@ -406,7 +406,7 @@ def summary(tables: dict[str, pd.DataFrame]) -> str:
         wide = table.pivot(index=["objective", "response"], columns="lambda", values="value")
         parts += [
             "Samples: population (mean ± standard deviation over the draws); "
-            f"{within:.0%} of the means within two of them",
+            f"{within:.0%} of the populations within two of them",
             wide.loc[table.objective.unique()].to_string(),
         ]
     return "\n\n".join(parts) + "\n"

@@ -81,7 +81,8 @@ def minimise(loss: Callable[[Tensor], Tensor], start: Tensor) -> Minimum:
                 break
             size = 2 * low if high == float("inf") else (low + high) / 2
             if (x + size * step).abs().max() > _FARTHEST:
-                x, value, gradient = x + low * step, new_value, new_gradient
+                x = x + low * step
+                value, gradient = at(x)
                 status = "unbounded"
                 break
         else:

@@ -1,0 +1,78 @@
+"""Fills the cache of reference log-probs before the first step."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from tqdm.auto import tqdm
+
+from rotopo.data.batch import Role
+from rotopo.errors import InputError
+
+
+class CacheReference(Callback):
+    """Does what ``policy.reference`` asks for: ``cached``, ``auto`` or ``online``.
+
+    Raises:
+        InputError: the reference cannot be cached, or the ranks do not share the cache's folder.
+    """
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        limits = [trainer.limit_train_batches, trainer.limit_val_batches]
+        self._fill(trainer, pl_module, ("train", "validation"), limits)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._fill(trainer, pl_module, ("validation",), [trainer.limit_val_batches])
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._fill(trainer, pl_module, ("test",), [trainer.limit_test_batches])
+
+    def _fill(self, trainer: Trainer, module: Any, splits: tuple[str, ...], limits: list) -> None:
+        mode, data = module.policy_config.reference, getattr(trainer, "datamodule", None)
+        if mode == "online" or not module.needs.reference or data is None:
+            return
+        reason = _why_not(trainer, module)
+        if mode == "auto" and (reason or not _sees_all_pairs(trainer, data, limits)):
+            return
+        if reason:
+            raise InputError(f"policy.reference is 'cached', but {reason}: set it to 'online'.")
+        precision = "" if trainer.precision == "32-true" else str(trainer.precision)
+        cache = module.policy.open_cache(module.policy_config.reference_cache, precision)
+        for split in splits:
+            # One rank decides for all, since another run may be writing to the folder meanwhile.
+            first = trainer.is_global_zero
+            unknown = data.rows_without(split, cache) if first else None
+            unknown = trainer.strategy.broadcast(unknown)
+            if unknown:
+                bar = tqdm(
+                    data.batches_of(split, unknown), f"Reference of {split}", disable=not first
+                )
+                with trainer.precision_plugin.forward_context():
+                    module.policy.cache_reference(bar)
+            trainer.strategy.barrier()
+            cache.refresh()
+            if trainer.world_size > 1 and data.rows_without(split, cache):
+                raise InputError(
+                    f"{cache.folder} does not hold what other ranks have computed: let "
+                    "policy.reference_cache or $ROTOPO_CACHE name a folder that all nodes share."
+                )
+
+
+def _why_not(trainer: Trainer, module: Any) -> str:
+    """Why the reference cannot be cached; empty where it can."""
+    if Role.REFERENCE_SAMPLE in module.needs.roles:
+        return f"{type(module).__name__} needs the reference's whole distributions"
+    if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+        return "filling the cache from a model that is divided among ranks is not supported yet"
+    return ""
+
+
+def _sees_all_pairs(trainer: Trainer, data: Any, limits: list[Any]) -> bool:
+    """Whether no limit of the Trainer's keeps it from going over the data at least once."""
+    # A share of 1.0 is all batches; the integer 1 is one of them, and no batch at all costs none.
+    if not all(limit is None or limit == 0 or repr(limit) == "1.0" for limit in limits):
+        return False
+    pairs = data.describe()["pairs/train"]
+    return trainer.max_steps == -1 or trainer.max_steps * data.pairs_per_step >= pairs
