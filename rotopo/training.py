@@ -7,9 +7,9 @@ from importlib import metadata
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -48,6 +48,11 @@ class Warmup(LambdaLR):
             return 1 - done if decay == "linear" else 1.0
 
         super().__init__(optimizer, factor)
+
+
+def divided_among_ranks(trainer: Trainer) -> bool:
+    """Whether no rank holds the whole model."""
+    return isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
 
 
 class PairwiseModule(LightningModule):

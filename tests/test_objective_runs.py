@@ -13,10 +13,9 @@ import yaml
 from rotopo.cli import run
 from rotopo.objectives import __all__ as names
 from tests.small_run import save_config
-from tests.test_training import CHECKPOINTS, assert_equal, fit, last_checkpoint, weights
+from tests.test_training import CHECKPOINTS, EXACT, assert_equal, fit, last_checkpoint, weights
 
 ROOT = Path(__file__).parents[1]
-EXACT = ["--model.policy.dtype=float64", "--model.policy.adapter.lora_dropout=0"]
 
 
 @pytest.fixture
@@ -144,15 +143,19 @@ model:
 """
 
 
+def swap_to(objective: str, config: Path) -> str:
+    """The option that swaps the objective; a mixture comes from a file."""
+    if objective != "Mixture":
+        return f"--model={objective}"
+    file = config.parent / "mixture.yaml"
+    file.write_text(MIXTURE)
+    return f"--config={file}"
+
+
 @pytest.mark.parametrize("objective", ["BCO", "SamPO", "TYPO", "Mixture"])
 def test_accumulation_changes_no_number_of(config, objective):
     """Running values, draws and samples belong to steps and rows, not to micro-batches."""
-    options = [*EXACT, "--trainer.max_epochs=2"]
-    if objective == "Mixture":
-        (config.parent / "mixture.yaml").write_text(MIXTURE)
-        options.append(f"--config={config.parent / 'mixture.yaml'}")
-    else:
-        options.append(f"--model={objective}")
+    options = [*EXACT, "--trainer.max_epochs=2", swap_to(objective, config)]
     runs = [
         fit(config, f"a{n}", *options, f"--trainer.accumulate_grad_batches={n}") for n in (1, 3)
     ]
@@ -164,12 +167,7 @@ def test_accumulation_changes_no_number_of(config, objective):
 
 @pytest.mark.parametrize("objective", ["BCO", "Mixture"])
 def test_running_values_are_resumed(config, objective):
-    options = [*CHECKPOINTS, "--model.scheduler=null"]
-    if objective == "Mixture":
-        (config.parent / "mixture.yaml").write_text(MIXTURE)
-        options.append(f"--config={config.parent / 'mixture.yaml'}")
-    else:
-        options.append(f"--model={objective}")
+    options = [*CHECKPOINTS, "--model.scheduler=null", swap_to(objective, config)]
     whole = fit(config, "whole", *options)
     fit(config, "part", *options, "--trainer.max_steps=2", "--trainer.max_epochs=2")
     last = last_checkpoint(config.parent / "part")

@@ -15,9 +15,8 @@ from rotopo.cli import run
 from rotopo.errors import InputError
 from rotopo.models.policy import Policy
 from tests.small_run import save_config
-from tests.test_training import assert_equal, fit, weights
+from tests.test_training import EXACT, assert_equal, fit, weights
 
-EXACT = ["--model.policy.dtype=float64", "--model.policy.adapter.lora_dropout=0"]
 CACHED = "--model.policy.reference=cached"
 
 

@@ -24,6 +24,9 @@ CHECKPOINTS = [
     "--trainer.callbacks.save_top_k=-1",
 ]
 
+# Where two runs ought to differ by rounding only.
+EXACT = ["--model.policy.dtype=float64", "--model.policy.adapter.lora_dropout=0"]
+
 
 class Killed(BaseException):
     pass
@@ -73,8 +76,7 @@ def assert_equal(a: dict, b: dict, **tolerance) -> None:
 
 @pytest.mark.parametrize("layout", ["padded", "shared_prompt"])
 def test_accumulation_changes_no_number(config, layout):
-    options = ["--model.policy.dtype=float64", "--model.policy.adapter.lora_dropout=0"]
-    options += [f"--data.layout={layout}", "--trainer.max_epochs=1"]
+    options = [*EXACT, f"--data.layout={layout}", "--trainer.max_epochs=1"]
     runs = [
         fit(config, f"a{n}", *options, f"--trainer.accumulate_grad_batches={n}")
         for n in (1, 2, 3, 6)

@@ -3,12 +3,12 @@
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from tqdm.auto import tqdm
 
 from rotopo.data.batch import Role
 from rotopo.errors import InputError
+from rotopo.training import divided_among_ranks
 
 
 class CacheReference(Callback):
@@ -64,7 +64,7 @@ def _why_not(trainer: Trainer, module: Any) -> str:
     """Why the reference cannot be cached; empty where it can."""
     if Role.REFERENCE_SAMPLE in module.needs.roles:
         return f"{type(module).__name__} needs the reference's whole distributions"
-    if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+    if divided_among_ranks(trainer):
         return "filling the cache from a model that is divided among ranks is not supported yet"
     return ""
 

@@ -164,7 +164,7 @@ class PairwiseDataModule(LightningDataModule):
         }
         self._pairs: dict[str, Dataset] = {}
         self._tokenized: dict[str, TokenizedRows] = {}
-        self._samples: dict[str, list[list[int]]] = {}
+        self._rows_of: dict[tuple[str, Any], Rows] = {}
 
     @cached_property
     def encoder(self) -> PairEncoder:
@@ -421,8 +421,14 @@ class PairwiseDataModule(LightningDataModule):
         """
         module: Any = self.trainer.lightning_module if self.trainer else None
         needs = getattr(module, "needs", None)
-        if needs is None:
-            return Rows(self._pairs[name])
+        # Kept: loaders are made more than once, and mismatches and samples take their time.
+        if (name, needs) not in self._rows_of:
+            made = Rows(self._pairs[name]) if needs is None else self._rows_for(name, module)
+            self._rows_of[name, needs] = made
+        return self._rows_of[name, needs]
+
+    def _rows_for(self, name: str, module: Any) -> Rows:
+        needs = module.needs
         pairs, objective = self._pairs[name], type(module).__name__
         single = unpaired_rows(pairs)
         if needs.pairs and single:
@@ -447,12 +453,10 @@ class PairwiseDataModule(LightningDataModule):
 
     def _sampled(self, name: str, module: Any) -> list[list[int]]:
         """Responses from the module's reference to a split's prompts."""
-        if name not in self._samples:
-            prompts = self._pairs[name]["prompt"][:]
-            room = [self.encoder.max_length - len(prompt) for prompt in prompts]
-            samples = module.sample_reference(prompts, self)
-            self._samples[name] = [ids[:n] for ids, n in zip(samples, room, strict=True)]
-        return self._samples[name]
+        prompts = self._pairs[name]["prompt"][:]
+        room = [self.encoder.max_length - len(prompt) for prompt in prompts]
+        samples = module.sample_reference(prompts, self)
+        return [ids[:n] for ids, n in zip(samples, room, strict=True)]
 
     def _eval_loader(self, name: str) -> DataLoader:
         rows = self._rows(name)

@@ -351,8 +351,8 @@ class PairLogProbs:
         tokens = given(self.tokens, "tokens")
 
         def total(values: Tensor, role: Role) -> Tensor:
-            of_role = torch.where(tokens.role == role, weights * values, 0)
-            return values.new_zeros(len(self.chosen)).index_add(0, tokens.pair, of_role)
+            B = len(self.chosen)
+            return sum_of_role(weights * values, role, tokens.role, tokens.pair, B)
 
         sums: dict[str, Any] = {
             "chosen": total(tokens.log_prob, Role.CHOSEN),
@@ -365,6 +365,20 @@ class PairLogProbs:
 
     def detach(self) -> Self:
         return _detached(self)
+
+
+def sum_of_role(values: Tensor, role: Role, roles: Tensor, rows: Tensor, n_rows: int) -> Tensor:
+    """Each row's sum of the values that have the role [n_rows].
+
+    Args:
+        values: of tokens or of responses [n].
+        role: which of them count.
+        roles: the role of each value [n].
+        rows: the row of each value [n].
+        n_rows: B.
+    """
+    of_role = torch.where(roles == role, values, 0)
+    return values.new_zeros(n_rows).index_add(0, rows, of_role)
 
 
 T = TypeVar("T")
@@ -386,7 +400,10 @@ def given(value: T | None, name: str) -> T:
 
 
 def pair_log_probs(
-    batch: PairBatch, tokens: TokenLogProbs, reference: Tensor | None = None
+    batch: PairBatch,
+    tokens: TokenLogProbs,
+    reference: Tensor | None = None,
+    roles: tuple[Role, ...] = (),
 ) -> PairLogProbs:
     """Sum per-token values over the responses of each row.
 
@@ -394,6 +411,8 @@ def pair_log_probs(
         batch: B rows with N response tokens.
         tokens: of the policy, each [N].
         reference: log-probs under the reference [N], or None.
+        roles: :attr:`Needs.roles`; mismatched responses are picked out only for who asks, since
+            picking waits for a GPU.
     """
     S, B = len(batch.roles), batch.n_pairs
     first = batch.lengths.cumsum(0) - batch.lengths
@@ -402,8 +421,7 @@ def pair_log_probs(
         return values.new_zeros(S).index_add(0, batch.owners, values)
 
     def per_row(values: Tensor, role: Role) -> Tensor:
-        of_role = torch.where(batch.roles == role, values, 0)
-        return values.new_zeros(B).index_add(0, batch.pairs, of_role)
+        return sum_of_role(values, role, batch.roles, batch.pairs, B)
 
     policy = per_response(tokens.log_prob)
     optional: dict[str, Tensor] = {}
@@ -411,8 +429,9 @@ def pair_log_probs(
         base = per_response(reference)
         optional["reference_chosen"] = per_row(base, Role.CHOSEN)
         optional["reference_rejected"] = per_row(base, Role.REJECTED)
-        mismatched = batch.roles == Role.MISMATCHED
-        optional["mismatched_log_ratio"] = (policy.detach() - base)[mismatched]
+        if Role.MISMATCHED in roles:
+            mismatched = batch.roles == Role.MISMATCHED
+            optional["mismatched_log_ratio"] = (policy.detach() - base)[mismatched]
     if tokens.kl is not None:
         optional["reference_kl"] = per_row(per_response(tokens.kl), Role.REFERENCE_SAMPLE)
     return PairLogProbs(

@@ -218,7 +218,7 @@ class Policy(nn.Module):
             tokens = _with_kl(batch, states, head, reference, needs.moments)
         else:
             tokens = token_log_probs(states, head, batch.targets, moments=needs.moments)
-        return pair_log_probs(batch, tokens, reference_log_probs)
+        return pair_log_probs(batch, tokens, reference_log_probs, needs.roles)
 
     @property
     def reference_fingerprint(self) -> str:

@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
 from rotopo.callbacks import (
@@ -22,7 +21,7 @@ from rotopo.errors import InputError
 from rotopo.models.log_probs import Needs, PairLogProbs
 from rotopo.models.policy import Policy, PolicyConfig, Sampling
 from rotopo.models.reference_samples import sample_reference
-from rotopo.training import PairwiseModule
+from rotopo.training import PairwiseModule, divided_among_ranks
 
 
 class PreferenceModule(PairwiseModule):
@@ -128,7 +127,7 @@ class PreferenceModule(PairwiseModule):
             InputError: the model is divided among ranks.
         """
         assert self.policy is not None
-        if isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+        if divided_among_ranks(self.trainer):
             raise InputError(
                 f"{type(self).__name__} draws responses from the reference, which a model that is "
                 "divided among ranks does not support yet: draw them before, and name their "
@@ -182,6 +181,13 @@ def in_range(name: str, value: float, low: float, high: float) -> float:
     """The value of a setting that has to lie in [low, high)."""
     if not low <= value < high:
         raise InputError(f"{name} is {value}: it has to be at least {low} and below {high}.")
+    return value
+
+
+def either(name: str, value: str, one: str, other: str) -> str:
+    """The value of a setting that has to be one of two."""
+    if value not in (one, other):
+        raise InputError(f"{name} is {value!r}: it has to be {one!r} or {other!r}.")
     return value
 
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from rotopo.data.batch import Role
 from rotopo.errors import InputError
-from rotopo.models.log_probs import Needs, PairLogProbs, given
+from rotopo.models.log_probs import Needs, PairLogProbs, given, sum_of_role
 from rotopo.objectives import losses
-from rotopo.objectives.base import ReferenceObjective, in_range, positive
+from rotopo.objectives.base import ReferenceObjective, either, in_range, positive
 
 
 class DPO(ReferenceObjective):
@@ -87,8 +87,8 @@ def _wpo_weights(log_probs: PairLogProbs) -> Tensor:
         (Role.CHOSEN, log_probs.chosen_length),
         (Role.REJECTED, log_probs.rejected_length),
     ):
-        of_role = torch.where(tokens.role == role, values, 0)
-        log_weight += torch.zeros_like(log_weight).index_add(0, tokens.pair, of_role) / length
+        total = sum_of_role(values, role, tokens.role, tokens.pair, len(log_weight))
+        log_weight += total / length
     return log_weight.exp()
 
 
@@ -133,10 +133,8 @@ class IPO(ReferenceObjective):
         self, beta: float = 0.1, normalise: Literal["sum", "mean"] = "mean", **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        if normalise not in ("sum", "mean"):
-            raise InputError(f"normalise is {normalise!r}: it has to be 'sum' or 'mean'.")
         self.beta = positive("beta", beta)
-        self.normalise = normalise
+        self.normalise = either("normalise", normalise, "sum", "mean")
 
     def losses(self, log_probs: PairLogProbs) -> Tensor:
         return losses.ipo(self.margin(log_probs) / self.beta, self.beta)

@@ -12,6 +12,7 @@ from rotopo.objectives import losses
 from rotopo.objectives.base import (
     PreferenceModule,
     ReferenceObjective,
+    either,
     positive,
     sum_over_ranks,
 )
@@ -209,10 +210,8 @@ class APO(ReferenceObjective):
         self, beta: float = 0.1, variant: Literal["zero", "down"] = "zero", **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        if variant not in ("zero", "down"):
-            raise InputError(f"variant is {variant!r}: it has to be 'zero' or 'down'.")
         self.beta = positive("beta", beta)
-        self.variant = variant
+        self.variant = either("variant", variant, "zero", "down")
         self.needs = Needs(pairs=variant == "down")
 
     def losses(self, log_probs: PairLogProbs) -> Tensor:

@@ -5,10 +5,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from rotopo.data.batch import Role
-from rotopo.errors import InputError
 from rotopo.models.log_probs import Needs, PairLogProbs, given
 from rotopo.objectives import losses
-from rotopo.objectives.base import PreferenceModule, in_range, positive
+from rotopo.objectives.base import PreferenceModule, either, in_range, positive
 
 _NO_REFERENCE = Needs(reference=False)
 
@@ -172,11 +171,9 @@ class TPO(PreferenceModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if normalise not in ("sum", "mean"):
-            raise InputError(f"normalise is {normalise!r}: it has to be 'sum' or 'mean'.")
         self.beta = positive("beta", beta)
         self.gold_weight = in_range("gold_weight", gold_weight, 0, float("inf"))
-        self.normalise = normalise
+        self.normalise = either("normalise", normalise, "sum", "mean")
         self.gamma = gamma
 
     def losses(self, log_probs: PairLogProbs) -> Tensor:

@@ -7,9 +7,8 @@ from rotopo.data.batch import Role
 from rotopo.models.log_probs import PairLogProbs, ResponseTokens
 from rotopo.objectives.base import PreferenceModule
 
-_REFERENCE = (
-    -6.0
-)  # log π_ref of both responses, nats: log-probs stay below 0 over the whole surface
+# log π_ref of both responses, nats: log-probs stay below 0 over the whole surface.
+_REFERENCE = -6.0
 
 
 def surface(objective: PreferenceModule, log_ratios: Tensor) -> Tensor:
