@@ -74,7 +74,7 @@ def assert_equal(a: dict, b: dict, **tolerance) -> None:
         torch.testing.assert_close(a[name], b[name], **tolerance)
 
 
-@pytest.mark.parametrize("layout", ["padded", "shared_prompt"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_accumulation_changes_no_number(config, layout):
     options = [*EXACT, f"--data.layout={layout}", "--trainer.max_epochs=1"]
     runs = [

@@ -62,7 +62,11 @@ class PairwiseDataModule(LightningDataModule):
         pairs_per_step: pairs of one optimiser step, over all micro-batches and ranks.
         eval_pairs_per_batch: pairs of a validation, test or prediction batch at most.
         token_budget: tokens of a micro-batch at most, padding included; None for no limit.
-        layout: ``shared_prompt`` computes a prompt once for both responses, ``padded`` twice.
+        layout: ``packed`` computes a prompt once for both responses, and no padding;
+            ``shared_prompt`` a prompt once, on a line for each row, which costs less under a dense
+            attention mask (``policy.attention`` sdpa or eager); ``padded`` a prompt twice.
+        length_window: make the pairs of a step similar in length: those of so many steps are
+            sorted before they are cut into steps. 1 leaves a step's pairs to chance, as papers do.
         chat_template: Jinja text, or a file that holds it; None takes the tokenizer's.
         system_message: put before prompts that have no system turn of their own.
         pad_token: the token of the vocabulary to pad with; None takes the tokenizer's.
@@ -91,7 +95,8 @@ class PairwiseDataModule(LightningDataModule):
         pairs_per_step: int = 32,
         eval_pairs_per_batch: int = 16,
         token_budget: int | None = None,
-        layout: Layout = "shared_prompt",
+        layout: Layout = "packed",
+        length_window: int = 1,
         chat_template: str | None = None,
         system_message: str | None = None,
         pad_token: str | None = None,
@@ -109,6 +114,7 @@ class PairwiseDataModule(LightningDataModule):
             ("pairs_per_step", pairs_per_step),
             ("eval_pairs_per_batch", eval_pairs_per_batch),
             ("token_budget", token_budget),
+            ("length_window", length_window),
         ):
             if count is not None and count < 1:
                 raise InputError(f"data.{name} is {count}: it has to be at least 1.")
@@ -150,6 +156,7 @@ class PairwiseDataModule(LightningDataModule):
         self.eval_pairs_per_batch = eval_pairs_per_batch
         self.token_budget = token_budget
         self.layout = layout
+        self.length_window = length_window
         self.on_bad_row = on_bad_row
         self.num_workers = num_workers
         self.num_proc = num_proc
@@ -223,6 +230,7 @@ class PairwiseDataModule(LightningDataModule):
             self.seed,
             self.token_budget,
             self.layout,
+            self.length_window,
         )
         scale = accumulation * world_size / self.pairs_per_step
         return StatefulLoader(
@@ -270,6 +278,7 @@ class PairwiseDataModule(LightningDataModule):
             "data_fingerprint": self.data_fingerprint,
             "seed": self.seed,
             "pairs_per_step": self.pairs_per_step,
+            "length_window": self.length_window,
             "accumulate_grad_batches": self._accumulation(),
             "ranks": self._ranks()[0],
         }

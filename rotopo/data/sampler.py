@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from rotopo.data.batch import Layout, line_shape
+from rotopo.data.batch import Layout, Sizes
 from rotopo.errors import InputError
 
 # Tokens of the prompt, and of each response.
@@ -33,6 +33,8 @@ class StepSampler(Sampler[list[int]]):
         seed: seed of the permutations.
         token_budget: tokens of one micro-batch at most, padding included; None for no limit.
         layout: the batch layout, which decides what a pair costs.
+        length_window: sort the pairs of so many steps by length before they are cut into steps,
+            and put these steps in random order.
 
     Raises:
         InputError: fewer pairs than one step takes, fewer pairs in a step than micro-batches, or
@@ -50,12 +52,13 @@ class StepSampler(Sampler[list[int]]):
         seed: int,
         token_budget: int | None,
         layout: Layout,
+        length_window: int = 1,
     ) -> None:
-        self.shapes = [line_shape(prompt, responses, layout) for prompt, responses in lengths]
-        if len(self.shapes) < pairs_per_step:
+        self.sizes = Sizes(lengths, layout)
+        if len(lengths) < pairs_per_step:
             raise InputError(
                 f"data.pairs_per_step is {pairs_per_step}, but the training split holds only "
-                f"{len(self.shapes)} pairs: lower it or add pairs."
+                f"{len(lengths)} pairs: lower it or add pairs."
             )
         if pairs_per_step < accumulation * world_size:
             raise InputError(
@@ -63,7 +66,7 @@ class StepSampler(Sampler[list[int]]):
                 f"{accumulation} (trainer.accumulate_grad_batches) × {world_size} (ranks) "
                 "micro-batches a pair."
             )
-        largest = max(lines * tokens for lines, tokens in self.shapes)
+        largest = max(self.sizes.tokens([i]) for i in range(len(lengths)))
         if token_budget is not None and largest > token_budget:
             raise InputError(
                 f"data.token_budget is {token_budget}, but one pair alone takes {largest} tokens: "
@@ -75,6 +78,7 @@ class StepSampler(Sampler[list[int]]):
         self.rank = rank
         self.seed = seed
         self.token_budget = token_budget
+        self.length_window = length_window
         self.epoch = 0
         self.skip = 0  # micro-batches that the next epoch leaves out, see StatefulLoader
 
@@ -89,17 +93,25 @@ class StepSampler(Sampler[list[int]]):
     @property
     def steps(self) -> int:
         """Optimiser steps of an epoch."""
-        return len(self.shapes) // self.pairs_per_step
+        return len(self.sizes) // self.pairs_per_step
 
     def __len__(self) -> int:
         return self.steps * self.accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.shapes), generator=generator).tolist()
+        order = torch.randperm(len(self.sizes), generator=generator).tolist()
         skip, self.skip = self.skip, 0
         G = self.pairs_per_step
+        order = order[: self.steps * G]
+        if self.length_window > 1:
+            W = self.length_window * G
+            windows = [order[start : start + W] for start in range(0, len(order), W)]
+            order = [i for window in windows for i in self.sizes.longest_first(window)]
         steps = [order[step * G : (step + 1) * G] for step in range(self.steps)]
+        if self.length_window > 1:
+            shuffled = torch.randperm(len(steps), generator=generator).tolist()
+            steps = [steps[i] for i in shuffled]
         self._check_budget(steps)  # all of them now, rather than hours into the epoch
         for step in range(skip // self.accumulation, self.steps):
             parts = self._split(steps[step])
@@ -107,14 +119,11 @@ class StepSampler(Sampler[list[int]]):
             for turn in range(start, self.accumulation):
                 yield parts[turn * self.world_size + self.rank]
 
-    def _longest_first(self, pairs: list[int]) -> list[int]:
-        return sorted(pairs, key=lambda i: (self.shapes[i][1], i), reverse=True)
-
     def _check_budget(self, steps: list[list[int]]) -> None:
         if self.token_budget is None:
             return
         parts = max(
-            len(_cut(self._longest_first(step), self.shapes, self.token_budget)) for step in steps
+            len(self.sizes.cut(self.sizes.longest_first(step), self.token_budget)) for step in steps
         )
         needed = -(-parts // self.world_size)
         if needed > self.accumulation:
@@ -126,23 +135,24 @@ class StepSampler(Sampler[list[int]]):
     def _split(self, pairs: list[int]) -> list[list[int]]:
         """Cut one step into micro-batches whose padded sizes are near-equal, largest first."""
         n_parts = self.accumulation * self.world_size
-        pairs = self._longest_first(pairs)
-        low = max(lines * tokens for lines, tokens in (self.shapes[i] for i in pairs))
+        sizes = self.sizes
+        pairs = sizes.longest_first(pairs)
+        low = max(sizes.tokens([i]) for i in pairs)
         high = len(pairs) * low
         while low < high:  # the smallest bound under which contiguous parts suffice
             middle = (low + high) // 2
-            if len(_cut(pairs, self.shapes, middle)) <= n_parts:
+            if len(sizes.cut(pairs, middle)) <= n_parts:
                 high = middle
             else:
                 low = middle + 1
-        parts = _cut(pairs, self.shapes, low)
+        parts = sizes.cut(pairs, low)
         while len(parts) < n_parts:
-            widest = max((p for p in parts if len(p) > 1), key=lambda p: _cost(p, self.shapes))
+            widest = max((p for p in parts if len(p) > 1), key=sizes.tokens)
             at = parts.index(widest)
             half = len(widest) // 2
             parts[at : at + 1] = [widest[:half], widest[half:]]
         # Ranks that work at the same time get neighbours in size.
-        return sorted(parts, key=lambda p: _cost(p, self.shapes), reverse=True)
+        return sorted(parts, key=sizes.tokens, reverse=True)
 
 
 class EvalSampler(Sampler[list[int]]):
@@ -173,12 +183,12 @@ class EvalSampler(Sampler[list[int]]):
     ) -> None:
         if len(lengths) < world_size:
             raise InputError(f"{len(lengths)} pairs to evaluate on {world_size} ranks: too few.")
-        shapes = [line_shape(prompt, responses, layout) for prompt, responses in lengths]
-        order = sorted(range(len(shapes)), key=lambda i: (shapes[i][1], i), reverse=True)
-        budget = token_budget if token_budget is not None else sum(a * b for a, b in shapes) + 1
+        sizes = Sizes(lengths, layout)
+        order = sizes.longest_first(range(len(lengths)))
+        budget = token_budget if token_budget is not None else sizes.tokens(order)
         batches = [
             part[start : start + pairs_per_batch]
-            for part in _cut(order, shapes, budget)
+            for part in sizes.cut(order, budget)
             for start in range(0, len(part), pairs_per_batch)
         ]
         missing = -len(batches) % world_size
@@ -197,28 +207,6 @@ class EvalSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter(self.batches)
-
-
-def _cost(part: Sequence[int], shapes: Sequence[tuple[int, int]]) -> int:
-    """Tokens of a batch of these rows, padding included."""
-    return sum(shapes[i][0] for i in part) * max(shapes[i][1] for i in part)
-
-
-def _cut(pairs: list[int], shapes: Sequence[tuple[int, int]], bound: int) -> list[list[int]]:
-    """Cut rows sorted by length, longest first, into as few runs of ≤ bound tokens as possible.
-
-    A row that is over the bound by itself is a run of its own.
-    """
-    parts: list[list[int]] = []
-    lines = longest = 0
-    for i in pairs:
-        if parts and (lines + shapes[i][0]) * longest <= bound:
-            parts[-1].append(i)
-            lines += shapes[i][0]
-        else:
-            parts.append([i])
-            lines, longest = shapes[i]
-    return parts
 
 
 class StatefulLoader(DataLoader):

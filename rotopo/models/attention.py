@@ -1,19 +1,23 @@
-"""The attention mask that a batch needs, per family of models.
+"""What a batch's attention needs beside its tokens, per implementation and per family of models.
 
-The padded layout needs none: with padding on the right, a causal model's real tokens never see
-it. The shared-prompt layout needs a 4-D mask, and a family that slides a window over the past
-must get the window in the mask, because transformers takes a 4-D mask as it is.
+The padded layout needs nothing: with padding on the right, a causal model's real tokens never see
+it. In the others several responses share a line, and often several rows: positions say where a
+token is in its own sequence, and the mask which tokens are of that sequence. A family that slides
+a window over the past must get the window in the mask, because transformers takes a mask that is
+made already as it is.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PretrainedConfig
 
 from rotopo.data.batch import PairBatch
 from rotopo.errors import InputError
-from rotopo.models.segment_attention import with_segments
+from rotopo.models.segment_attention import segment_mask
 
 
 def attention_inputs(batch: PairBatch, config: PretrainedConfig, dtype: torch.dtype) -> dict:
@@ -22,63 +26,83 @@ def attention_inputs(batch: PairBatch, config: PretrainedConfig, dtype: torch.dt
     Args:
         batch: R lines of T tokens.
         config: the decoder's configuration.
-        dtype: dtype of the attention scores, for the additive mask [R, 1, T, T].
+        dtype: dtype of the attention scores, for additive masks.
 
     Raises:
-        InputError: the shared-prompt layout under an attention that a mask cannot express.
+        InputError: responses share a line under an attention that cannot keep them apart.
     """
     if batch.layout == "padded":
         return {}
-    if config._attn_implementation not in ("segments", "sdpa", "eager"):
+    make = _MASKS.get(config._attn_implementation)
+    if make is None:
         raise InputError(
-            f"policy.attention {config._attn_implementation!r} takes no 4-D mask: "
-            "use 'segments', or set data.layout to 'padded'."
+            f"policy.attention {config._attn_implementation!r} takes no mask of its own: "
+            f"use {' or '.join(_MASKS)}, or set data.layout to 'padded'."
         )
-    inputs: dict[str, Any] = {"position_ids": batch.position_ids}
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ())
     unknown = kinds - {"full_attention", "sliding_attention"}
     if unknown:
         raise InputError(
             f"Layers of type {', '.join(sorted(unknown))} ({config.model_type}) cannot share a "
-            "prompt between responses: set data.layout to 'padded'."
+            "line between responses: set data.layout to 'padded'."
         )
-    seen = _visible(batch)
-
-    def mask(seen: Tensor) -> Tensor:
-        additive = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        additive = additive.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
-        blocks = config._attn_implementation == "segments"
-        return with_segments(additive, batch) if blocks else additive
-
+    mask: Any
     if "sliding_attention" in kinds:
         assert window is not None
-        inputs["attention_mask"] = {
-            "full_attention": mask(seen),
-            "sliding_attention": mask(seen & _within(batch, window)),
+        mask = {
+            "full_attention": make(batch, dtype, None),
+            "sliding_attention": make(batch, dtype, window),
         }
-    elif kinds or window is None:
-        inputs["attention_mask"] = mask(seen)
-    else:  # one window for every layer
-        inputs["attention_mask"] = mask(seen & _within(batch, window))
-    return inputs
+    else:
+        mask = make(batch, dtype, None if kinds else window)
+    return {"position_ids": batch.position_ids, "attention_mask": mask}
 
 
-def _visible(batch: PairBatch) -> Tensor:
-    """Which key each query sees [R, T, T]: earlier tokens of the prompt and of its own response.
+def _rows(batch: PairBatch) -> Tensor:
+    """The row (0..B-1) of each token [R, T]: a row begins with the first token of its prompt."""
+    begins = (batch.segment_ids == 0) & (batch.position_ids == 0)
+    return begins.flatten().cumsum(0).view_as(begins) - 1
+
+
+def dense_mask(batch: PairBatch, dtype: torch.dtype, window: int | None) -> Tensor:
+    """Additive mask [R, 1, T, T]: earlier tokens of the prompt and of the token's own response.
 
     Padding sees itself, so that no row of the softmax is empty.
     """
-    segments = batch.segment_ids
+    rows, segments, positions = _rows(batch), batch.segment_ids, batch.position_ids
     T = segments.shape[1]
-    causal = torch.ones(T, T, dtype=torch.bool, device=segments.device).tril()
-    prompt = segments[:, None, :] == 0
-    own = segments[:, None, :] == segments[:, :, None]
-    return causal & (own | prompt & (segments[:, :, None] > 0))
+    seen = torch.ones(T, T, dtype=torch.bool, device=segments.device).tril()
+    seen = seen & (rows[:, :, None] == rows[:, None, :])
+    own = segments[:, :, None] == segments[:, None, :]
+    seen &= own | (segments[:, None, :] == 0) & (segments[:, :, None] > 0)
+    if window is not None:
+        distance = positions[:, :, None] - positions[:, None, :]
+        seen &= (distance < window) | (segments < 0)[:, :, None]
+    additive = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return additive.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
 
-def _within(batch: PairBatch, window: int) -> Tensor:
-    """Whether query and key are fewer than ``window`` positions apart [R, T, T]."""
-    positions = batch.position_ids
-    distance = positions[:, :, None] - positions[:, None, :]
-    return (distance < window) | (batch.segment_ids < 0)[:, :, None]
+def flex_mask(batch: PairBatch, dtype: torch.dtype, window: int | None) -> BlockMask:
+    """The same as a rule, of which FlexAttention computes the blocks of scores that it leaves."""
+    rows, segments, positions = _rows(batch), batch.segment_ids, batch.position_ids
+
+    def seen(line: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        own = segments[line, query] == segments[line, key]
+        shared = (segments[line, key] == 0) & (segments[line, query] > 0)
+        together = (rows[line, query] == rows[line, key]) & (own | shared) & (key <= query)
+        if window is not None:
+            near = positions[line, query] - positions[line, key] < window
+            together = together & (near | (segments[line, query] < 0))
+        return together
+
+    R, T = segments.shape
+    return create_block_mask(seen, B=R, H=None, Q_LEN=T, KV_LEN=T, device=str(segments.device))
+
+
+_MASKS: dict[str, Callable[[PairBatch, torch.dtype, int | None], Tensor | BlockMask]] = {
+    "segments": segment_mask,
+    "flex_attention": flex_mask,
+    "sdpa": dense_mask,
+    "eager": dense_mask,
+}

@@ -1,9 +1,10 @@
-"""Attention over shared-prompt lines, one block per segment rather than one mask per line.
+"""Attention over lines that several responses share, one block per group of segments.
 
-In a line ``prompt | response 1 | response 2`` most of the T × T scores are masked: a response sees
-the prompt and itself only. Here the queries of each segment meet just the keys that they may see.
-Registered with transformers as the attention implementation ``segments``; without the blocks that
-:func:`with_segments` hangs on a mask (generation, padded batches) it is transformers' ``sdpa``.
+In a line ``prompt | response 1 | response 2 | prompt | ...`` most of the T × T scores are masked: a
+response sees its prompt and itself only. Here the queries of each segment meet just the keys that
+they may see. Registered with transformers as the attention implementation ``segments``; without
+the blocks that :func:`segment_mask` hangs on a mask (generation, padded batches) it is
+transformers' ``sdpa``.
 """
 
 from dataclasses import dataclass
@@ -47,48 +48,33 @@ class Segments:
     source: Tensor
 
 
-def with_segments(mask: Tensor, batch: PairBatch) -> Tensor:
-    """The additive mask [R, 1, T, T] of a shared-prompt batch, with its blocks on it."""
-    R, T = batch.input_ids.shape
-    device = mask.device
-    prompts = (batch.segment_ids == 0).sum(1)
-    inputs = batch.lengths - 1  # the last token of a response is no input
-    ends = inputs.cumsum(0)
-    # A response begins behind its prompt and the responses before it on its line.
-    before = ends - inputs
-    first = torch.searchsorted(batch.pairs, torch.arange(R, device=device))
-    starts = prompts[batch.pairs] + before - before[first[batch.pairs]]
+def segment_mask(batch: PairBatch, dtype: torch.dtype, window: int | None) -> Tensor:
+    """An empty mask [1, 1, 0, 0] for transformers to pass on, with the batch's blocks on it.
 
-    P, C = int(prompts.max()), int(inputs.max())
-    prompt_columns, prompt_valid = _columns(torch.zeros_like(prompts), prompts, P, T)
-    lines = torch.arange(R, device=device)
-    groups = [(lines, prompt_columns, prompt_valid, prompt_columns, prompt_valid)]
-    if C > 0:
-        columns, valid = _columns(starts, inputs, C, T)
-        key_columns = torch.cat([prompt_columns[batch.pairs], columns], 1)
-        key_valid = torch.cat([prompt_valid[batch.pairs], valid], 1)
-        groups.append((batch.pairs, columns, valid, key_columns, key_valid))
-
+    Args:
+        batch: R lines of T tokens, in a layout with blocks.
+        dtype: dtype of the attention scores.
+        window: how far back a query sees, itself included; None for all the way.
+    """
+    positions = batch.position_ids.flatten()
     blocks, targets = [], []
-    for line, columns, valid, key_columns, key_valid in groups:
-        visible = mask[line[:, None, None], 0, columns[:, :, None], key_columns[:, None, :]]
-        visible = visible.masked_fill(~key_valid[:, None, :], torch.finfo(mask.dtype).min)
-        at = T * line[:, None]
-        blocks.append(Block(at + columns, at + key_columns, visible[:, None]))
-        targets.append(torch.where(valid, at + columns, R * T).flatten())
+    for block in batch.blocks:
+        queries, keys = block.queries.clamp(min=0), block.keys.clamp(min=0)
+        distance = positions[queries][:, :, None] - positions[keys][:, None, :]
+        hidden = (distance < 0) | (block.keys < 0)[:, None, :]
+        if window is not None:
+            hidden |= distance >= window
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=positions.device)
+        mask.masked_fill_(hidden, torch.finfo(dtype).min)
+        blocks.append(Block(queries, keys, mask[:, None]))
+        targets.append(torch.where(block.queries < 0, len(positions), queries).flatten())
     target = torch.cat(targets)
     # Fill-up goes to a slot of its own, and padding takes the output of whatever comes first.
-    source = torch.zeros(R * T + 1, dtype=torch.long, device=device)
-    source.scatter_(0, target, torch.arange(len(target), device=device))
-    mask.segments = Segments(blocks, source[: R * T])  # type: ignore[attr-defined]
-    return mask
-
-
-def _columns(starts: Tensor, lengths: Tensor, longest: int, T: int) -> tuple[Tensor, Tensor]:
-    """Columns of segments filled up to the longest [G, longest], and which are real."""
-    steps = torch.arange(longest, device=starts.device)
-    valid = steps < lengths[:, None]
-    return (starts[:, None] + torch.where(valid, steps, 0)).clamp(max=T - 1), valid
+    source = torch.zeros(len(positions) + 1, dtype=torch.long, device=positions.device)
+    source.scatter_(0, target, torch.arange(len(target), device=positions.device))
+    carrier = torch.empty(1, 1, 0, 0, dtype=dtype, device=positions.device)
+    carrier.segments = Segments(blocks, source[:-1])  # type: ignore[attr-defined]
+    return carrier
 
 
 def segment_attention(

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rotopo.data.batch import PairBatch, Role, TokenizedRow, collate, collate_prompts, line_shape
+from rotopo.data.batch import PairBatch, Role, Sizes, TokenizedRow, collate, collate_prompts
 
 token_lists = st.lists(st.integers(1, 90), min_size=1, max_size=9)
 row_lists = st.lists(
@@ -19,16 +19,19 @@ row_lists = st.lists(
     min_size=1,
     max_size=5,
 )
-layouts = pytest.mark.parametrize("layout", ["padded", "shared_prompt"])
+LAYOUTS = ("padded", "shared_prompt", "packed")
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def history(batch: PairBatch, index: int) -> list[int]:
     """The tokens that the hidden state at a flat index may see, in order of position."""
     line, column = divmod(index, batch.input_ids.shape[1])
-    segments = batch.segment_ids[line]
+    segments, positions = batch.segment_ids[line], batch.position_ids[line]
+    # The row begins at the last prompt's first token, of those up to here.
+    begins = [j for j in range(column + 1) if segments[j] == 0 and positions[j] == 0][-1]
     seen = [
         j
-        for j in range(column + 1)
+        for j in range(begins, column + 1)
         if segments[j] in (0, segments[column]) and (segments[column] > 0 or segments[j] == 0)
     ]
     positions = batch.position_ids[line, seen].tolist()
@@ -69,11 +72,41 @@ def test_owners_roles_and_lengths_tell_the_responses(layout, rows):
 
 @layouts
 @given(rows=row_lists)
-def test_line_shape_is_what_collate_makes(layout, rows):
-    for row in rows:
-        batch = collate([row], pad_id=0, layout=layout, loss_scale=1.0)
-        lengths = [len(r) for r in row.responses]
-        assert tuple(batch.input_ids.shape) == line_shape(len(row.prompt), lengths, layout)
+def test_sizes_are_what_collate_makes(layout, rows):
+    sizes = Sizes([(len(row.prompt), [len(r) for r in row.responses]) for row in rows], layout)
+    batch = collate(rows, pad_id=0, layout=layout, loss_scale=1.0)
+    assert batch.input_ids.numel() == sizes.tokens(range(len(rows)))
+    if layout == "packed":
+        assert (batch.segment_ids >= 0).all()
+
+
+@pytest.mark.parametrize("layout", ["shared_prompt", "packed"])
+@given(rows=row_lists)
+def test_blocks_hold_each_token_once_and_all_that_it_may_see(layout, rows):
+    batch = collate(rows, pad_id=0, layout=layout, loss_scale=1.0)
+    ids, positions = batch.input_ids.flatten(), batch.position_ids.flatten()
+    found = {}
+    for block in batch.blocks:
+        for queries, keys in zip(block.queries.tolist(), block.keys.tolist(), strict=True):
+            for query in queries:
+                if query >= 0:
+                    assert query not in found
+                    near = [k for k in keys if k >= 0 and positions[k] <= positions[query]]
+                    found[query] = [int(ids[k]) for k in near]
+    real = (batch.segment_ids.flatten() >= 0).nonzero().squeeze(1).tolist()
+    assert found == {index: history(batch, index) for index in real}
+
+
+def test_segments_of_very_different_length_are_not_filled_up_to_one_another():
+    rows = [
+        TokenizedRow([1] * n, [[2] * n, [3] * n], [Role.CHOSEN, Role.REJECTED], 0)
+        for n in (2000, 10, 12, 11)
+    ]
+    batch = collate(rows, pad_id=0, layout="packed", loss_scale=1.0)
+    scores = sum(len(b.queries) * b.queries.shape[1] * b.keys.shape[1] for b in batch.blocks)
+    needed = sum(n * n + 2 * (n - 1) * (2 * n - 1) for n in (2000, 10, 12, 11))
+    assert scores - needed < 20_000
+    assert len(batch.blocks) == 4
 
 
 def test_a_row_may_hold_one_response_or_many():
@@ -81,7 +114,7 @@ def test_a_row_may_hold_one_response_or_many():
         TokenizedRow([1, 2], [[3]], [Role.CHOSEN], 0),
         TokenizedRow([4], [[5, 6], [7], [8, 9]], [Role.REJECTED, Role.CHOSEN, Role.REJECTED], 1),
     ]
-    for layout in ("padded", "shared_prompt"):
+    for layout in LAYOUTS:
         batch = collate(rows, pad_id=0, layout=layout, loss_scale=1.0)
         assert batch.pairs.tolist() == [0, 1, 1, 1]
         assert batch.responses(Role.CHOSEN).tolist() == [0, 2]

@@ -321,7 +321,7 @@ def test_describe(make, source):
         ({"pairs_per_step": 0}, r"data\.pairs_per_step is 0"),
         ({"train_pairs": 0}, r"data\.train_pairs is 0"),
         ({"token_budget": 0}, r"data\.token_budget is 0"),
-        ({"layout": "packed"}, r"data\.layout is 'packed'.*shared_prompt or padded"),
+        ({"layout": "dense"}, r"data\.layout is 'dense'.*packed or shared_prompt or padded"),
         ({"on_bad_row": "skip"}, r"data\.on_bad_row is 'skip'.*error or drop"),
         ({"group_by": "movie"}, r"data\.group_by.*'movie'.*film"),
         ({"validation": "dev"}, "no split 'dev'"),
@@ -362,7 +362,7 @@ def test_settings_parse_and_have_help():
     )
     assert parsed.data.validation == 0.25
     assert parsed.data.test == "dev"
-    assert parsed.data.layout == "shared_prompt"
+    assert parsed.data.layout == "packed"
     for action in parser._actions:
         if action.dest.startswith("data."):
             assert action.help

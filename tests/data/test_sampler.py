@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rotopo.data.batch import line_shape
+from rotopo.data.batch import Sizes
 from rotopo.data.sampler import EvalSampler, StatefulLoader, StepSampler
 from rotopo.errors import InputError
 
@@ -14,7 +14,19 @@ lengths_lists = st.lists(
 )
 
 
-def samplers(lengths, pairs_per_step=6, accumulation=1, world_size=1, budget=None, seed=0):
+layouts = pytest.mark.parametrize("layout", ["shared_prompt", "packed"])
+
+
+def samplers(
+    lengths,
+    pairs_per_step=6,
+    accumulation=1,
+    world_size=1,
+    budget=None,
+    seed=0,
+    layout="shared_prompt",
+    length_window=1,
+):
     return [
         StepSampler(
             lengths,
@@ -24,7 +36,8 @@ def samplers(lengths, pairs_per_step=6, accumulation=1, world_size=1, budget=Non
             rank=rank,
             seed=seed,
             token_budget=budget,
-            layout="shared_prompt",
+            layout=layout,
+            length_window=length_window,
         )
         for rank in range(world_size)
     ]
@@ -63,22 +76,27 @@ def test_accumulation_and_ranks_do_not_change_the_steps(lengths, accumulation, w
     assert len(set(together)) == len(together)  # no pair twice in an epoch
 
 
+@layouts
 @settings(deadline=None, max_examples=30)
 @given(lengths=lengths_lists)
-def test_micro_batches_of_a_step_are_near_equal(lengths):
+def test_micro_batches_of_a_step_are_near_equal(layout, lengths):
     """No cut of the sorted step into contiguous parts has a smaller largest part."""
-    (sampler,) = samplers(lengths, accumulation=3)
+    (sampler,) = samplers(lengths, accumulation=3, layout=layout)
     batches = list(sampler)
 
+    def tokens(i):
+        prompt, responses = lengths[i]
+        return prompt + sum(responses) - len(responses)
+
     def cost(part):
-        shapes = [line_shape(*lengths[i], "shared_prompt") for i in part]
-        return len(part) * max(tokens for _, tokens in shapes)
+        sizes = [tokens(i) for i in part]
+        return sum(sizes) if layout == "packed" else len(part) * max(sizes)
 
     for start in range(0, len(batches), 3):
         parts = batches[start : start + 3]
         ordered = sorted(
             (i for part in parts for i in part),
-            key=lambda i: line_shape(*lengths[i], "shared_prompt")[1],
+            key=tokens,
         )
         best = min(
             max(cost(ordered[:a]), cost(ordered[a:b]), cost(ordered[b:]))
@@ -86,6 +104,25 @@ def test_micro_batches_of_a_step_are_near_equal(lengths):
             for b in range(a + 1, 6)
         )
         assert max(map(cost, parts)) == best
+
+
+def test_a_length_window_makes_the_pairs_of_a_step_similar_and_keeps_chance():
+    lengths = [(5, (n, n)) for n in range(1, 64)]
+
+    def spread(window, epoch=0):
+        (sampler,) = samplers(lengths, pairs_per_step=4, length_window=window)
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        seen = sorted(i for batch in batches for i in batch)
+        assert len(set(seen)) == len(seen) == 60
+        return batches, sum(max(batch) - min(batch) for batch in batches)
+
+    one, four = spread(1), spread(4)
+    assert four[1] < one[1] / 2
+    longest = [max(batch) for batch in four[0]]
+    assert longest != sorted(longest, reverse=True)
+    assert spread(4)[0] == four[0]
+    assert set(map(frozenset, spread(4, epoch=1)[0])).isdisjoint(map(frozenset, four[0]))
 
 
 def test_epochs_differ_and_repeat_by_seed():
@@ -113,6 +150,7 @@ def test_what_cannot_be_a_step_is_refused():
     )
 
 
+@layouts
 @settings(deadline=None, max_examples=30)
 @given(
     lengths=lengths_lists,
@@ -120,9 +158,9 @@ def test_what_cannot_be_a_step_is_refused():
     budget=st.one_of(st.none(), st.integers(150, 500)),
     pairs_per_batch=st.integers(1, 7),
 )
-def test_evaluation_sees_every_pair_once(lengths, world_size, budget, pairs_per_batch):
+def test_evaluation_sees_every_pair_once(layout, lengths, world_size, budget, pairs_per_batch):
     ranks = [
-        list(EvalSampler(lengths, budget, pairs_per_batch, world_size, rank, "shared_prompt"))
+        list(EvalSampler(lengths, budget, pairs_per_batch, world_size, rank, layout))
         for rank in range(world_size)
     ]
     assert len({len(batches) for batches in ranks}) == 1
@@ -131,8 +169,7 @@ def test_evaluation_sees_every_pair_once(lengths, world_size, budget, pairs_per_
         if pairs_per_batch == 1 and len(lengths) % world_size:
             continue  # single pairs that do not divide among the ranks have to share
         assert len(batch) <= pairs_per_batch
-        cost = len(batch) * max(line_shape(*lengths[i], "shared_prompt")[1] for i in batch)
-        assert budget is None or cost <= budget
+        assert budget is None or Sizes(lengths, layout).tokens(batch) <= budget
 
 
 def loader(workers: int) -> StatefulLoader:

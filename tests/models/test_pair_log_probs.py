@@ -18,7 +18,7 @@ ROWS = [
     TokenizedRow([26, 27], [[28, 2], [29], [30, 31, 32, 2], [33, 2]], [S, C, R, G], 12),
 ]
 NEEDS = Needs(moments=True, roles=(M, S, G))
-layouts = pytest.mark.parametrize("layout", ["padded", "shared_prompt"])
+layouts = pytest.mark.parametrize("layout", ["padded", "shared_prompt", "packed"])
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_only_the_policys_own_log_probs_and_kl_have_a_gradient(policy, layout):
 
 def test_the_kls_gradient_is_that_of_its_definition(policy):
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    found = policy(collate(ROWS, 0, "shared_prompt", 1.0), NEEDS).reference_kl.sum()
+    found = policy(collate(ROWS, 0, "packed", 1.0), NEEDS).reference_kl.sum()
     expected = torch.zeros((), dtype=torch.float64)
     for row in ROWS:
         for response, role in zip(row.responses, row.roles, strict=True):

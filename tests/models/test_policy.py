@@ -127,7 +127,7 @@ def assert_batches_do_not_matter(policy: Policy, family: str, attention: str) ->
     expected_grads = torch.autograd.grad(expected_loss, names.values())
     largest = max(g.abs().max() for g in expected_grads)
 
-    for layout in ("padded", "shared_prompt"):
+    for layout in ("padded", "shared_prompt", "packed"):
         # Another order, batches of other sizes, and with them other padding.
         for split in ([[0, 1, 2, 3, 4]], [[4, 2], [0, 3, 1]], [[1], [0], [4], [3], [2]]):
             found: dict[int, tuple] = {}
@@ -158,7 +158,7 @@ def test_the_matrix_would_notice_a_missing_window():
 
 def test_a_frozen_copy_is_the_reference_of_full_fine_tuning():
     policy = policy_of("llama")
-    batch = collate(some_rows(), 0, "shared_prompt", 1.0)
+    batch = collate(some_rows(), 0, "packed", 1.0)
     before = policy(batch)
     torch.testing.assert_close(before.chosen, before.reference_chosen, rtol=0, atol=0)
     with torch.no_grad():
@@ -171,7 +171,7 @@ def test_a_frozen_copy_is_the_reference_of_full_fine_tuning():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", ["padded", "shared_prompt"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_an_identity_adapter_gives_the_reference_exactly(dtype, layout):
     policy = policy_of("llama", LoraConfig(r=2, target_modules=["q_proj"]), dtype=dtype)
     log_probs = policy(collate(some_rows(), 0, layout, 1.0))
@@ -189,7 +189,7 @@ def test_adapter_dropout_touches_the_policy_only():
     assert torch.equal(first.reference_chosen, second.reference_chosen)
 
 
-@pytest.mark.parametrize("layout", ["padded", "shared_prompt"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_activation_checkpointing_changes_no_gradient(layout):
     batch = collate(some_rows(), 0, layout, 1.0)
     grads = []
@@ -213,7 +213,7 @@ def test_a_family_that_does_not_follow_the_mask_is_refused():
     policy = Policy.build(model, PolicyConfig(path="", adapter=lora("")), needs_reference=True)
     policy(collate(some_rows(), 0, "padded", 1.0))
     with pytest.raises((InputError, RuntimeError, ValueError)):
-        policy(collate(some_rows(), 0, "shared_prompt", 1.0))
+        policy(collate(some_rows(), 0, "packed", 1.0))
 
 
 def test_adapters_that_cannot_work_are_refused_by_their_setting():
@@ -229,12 +229,12 @@ def test_adapters_that_cannot_work_are_refused_by_their_setting():
         policy_of("llama", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
 
 
-def test_flash_attention_and_shared_prompts_are_refused_together():
+def test_flash_attention_and_shared_lines_are_refused_together():
     policy = policy_of("llama", lora(""))
     policy.language_model.config._attn_implementation = "flash_attention_2"
-    policy._checked.add("shared_prompt")  # whose own forward pass would need a GPU
+    policy._checked.add("packed")  # whose own forward pass would need a GPU
     with pytest.raises(InputError, match=r"data\.layout to 'padded'"):
-        policy(collate(some_rows(), 0, "shared_prompt", 1.0))
+        policy(collate(some_rows(), 0, "packed", 1.0))
 
 
 def test_generation_stops_where_it_should_and_ignores_padding():

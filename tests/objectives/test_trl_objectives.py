@@ -167,7 +167,7 @@ class Bench:
             kind, self.policy, self.model, self.adapter, self.tokenizer, self.folder, **settings
         )
 
-    def log_probs(self, objective: PreferenceModule, rows, layout="shared_prompt") -> PairLogProbs:
+    def log_probs(self, objective: PreferenceModule, rows, layout="packed") -> PairLogProbs:
         batch = collate(rows, self.tokenizer.pad_token_id, layout, 1.0)
         return self.policy(batch, objective.needs)
 

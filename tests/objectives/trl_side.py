@@ -26,7 +26,7 @@ from rotopo.data.schemas import explicit
 from rotopo.data.tokens import PairEncoder
 from rotopo.models.policy import Policy, PolicyConfig
 
-LAYOUTS = ("padded", "shared_prompt")
+LAYOUTS = ("padded", "packed")
 PAIRS = [
     ("A word on the plot?", "It moves.", "Plain, and long for what it is."),
     ("The cast?", "All of them shine, the young ones most.", "No."),
