@@ -84,7 +84,15 @@ def dense_mask(batch: PairBatch, dtype: torch.dtype, window: int | None) -> Tens
 
 
 def flex_mask(batch: PairBatch, dtype: torch.dtype, window: int | None) -> BlockMask:
-    """The same as a rule, of which FlexAttention computes the blocks of scores that it leaves."""
+    """The same as a rule, of which FlexAttention computes the blocks of scores that it leaves.
+
+    Raises:
+        InputError: training on a processor, for which torch has no backward pass of it.
+    """
+    if batch.input_ids.device.type == "cpu" and torch.is_grad_enabled():
+        raise InputError(
+            "policy.attention 'flex_attention' trains on a GPU only: 'segments' trains anywhere."
+        )
     rows, segments, positions = _rows(batch), batch.segment_ids, batch.position_ids
 
     def seen(line: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

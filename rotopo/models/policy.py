@@ -47,8 +47,9 @@ class PolicyConfig:
             fast in it and an adapter trains, else float32. Adapters are float32 at least. Keep
             ``trainer.precision`` at its default: it would cast the adapter too.
         attention: ``segments`` computes only the scores that a shared-prompt batch needs, see
-            :mod:`rotopo.models.segment_attention`; or an implementation as transformers names it,
-            of which ``sdpa`` and ``eager`` take both batch layouts, others only ``padded``.
+            :mod:`rotopo.models.segment_attention`; ``flex_attention`` does so in one compiled
+            kernel on a GPU; or another implementation as transformers names it, of which ``sdpa``
+            and ``eager`` take every batch layout, others only ``padded``.
         activation_checkpointing: compute each decoder layer's activations again in the backward
             pass rather than keep them.
         reference: ``online`` computes the reference's log-probs in every step; ``cached`` computes

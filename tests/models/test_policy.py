@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import transformers.integrations.flex_attention
 from peft import HRAConfig, LoraConfig, OFTConfig
+from torch.nn.attention.flex_attention import flex_attention
 
 from rotopo.data.batch import Role, TokenizedRow, collate, collate_prompts
 from rotopo.errors import InputError
@@ -87,6 +89,43 @@ def test_large_blocks_go_through_the_fused_kernel(family, monkeypatch):
     monkeypatch.setattr(segment_attention, "_products", None)
     policy = policy_of(family, lora(family), attn_implementation="segments")
     assert_batches_do_not_matter(policy, family, "segments")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral-window"])
+def test_flex_attention_follows_the_same_rule(family, monkeypatch):
+    """Its values, uncompiled; torch has no backward pass of it on a processor."""
+    monkeypatch.setattr(
+        transformers.integrations.flex_attention,
+        "compile_friendly_flex_attention",
+        lambda query, key, value, training, **settings: flex_attention(
+            query, key, value, **settings
+        ),
+    )
+    policy = policy_of(family, lora(family), attn_implementation="flex_attention")
+    eager = policy_of(family, lora(family), attn_implementation="eager")
+    for layout in ("shared_prompt", "packed"):
+        batch = collate(some_rows(), 0, layout, 1.0)
+        with torch.no_grad():
+            found, expected = policy(batch), eager(batch)
+        for name in ("chosen", "rejected", "reference_chosen", "reference_rejected"):
+            torch.testing.assert_close(
+                getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-5
+            )
+    with pytest.raises(InputError, match="trains on a GPU only"):
+        policy(batch)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("layout", ["shared_prompt", "packed"])
+def test_flex_attention_trains_on_a_gpu(layout):
+    grads = []
+    for attention in ("flex_attention", "segments", "sdpa"):
+        policy = policy_of("llama", lora("llama"), attn_implementation=attention).float().cuda()
+        loss = dpo_loss(policy(collate(some_rows(), 0, layout, 1.0).to("cuda")))
+        grads.append(torch.autograd.grad(loss, trained(policy).values()))
+    for found in grads[1:]:
+        for a, b in zip(found, grads[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_soft_capped_scores_are_refused():
