@@ -1,11 +1,12 @@
 """Hidden states -> per-token log-probs: the only code that applies the output head.
 
-Training, the reference, evaluation and scoring all come through here. The op works on chunks of
-tokens, so that no tensor of shape tokens × vocabulary outlives a chunk.
+Training, the reference, evaluation and scoring all come through here. The op works on tiles of
+some tokens × some of the vocabulary, small enough to stay in a processor's cache, and carries the
+softmax from tile to tile; so its memory grows with neither tokens × vocabulary nor the vocabulary.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from rotopo.data.batch import PairBatch, Role
 
-# Logits of one chunk: large enough to keep the cores busy, small enough to stay near them.
-_CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
+# Tokens of a tile, and logits of it, by the kind of device.
+_TILE = {"cpu": (512, 2**20), "cuda": (8192, 2**26)}
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,19 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
+    def part(self, entries: slice) -> "Head":
+        """The head of a part of the vocabulary."""
+        bias = None if self.bias is None else self.bias[entries]
+        return replace(self, weight=self.weight[entries], bias=bias)
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [N, V] of hidden states [N, D], in at least float32."""
+        """Logits [N, V] of hidden states [N, D], in at least float32; a tensor of its own."""
         raw = F.linear(hidden, self.weight, self.bias)
         logits = raw.to(torch.promote_types(raw.dtype, torch.float32))
         if self.scale != 1.0:
-            logits = logits * self.scale
+            logits = logits.mul_(self.scale)
         if self.softcap is not None:
-            logits = (logits / self.softcap).tanh() * self.softcap
+            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits
 
 
@@ -69,7 +75,7 @@ def token_log_probs(
     *,
     moments: bool = False,
     reference: tuple[Tensor, Head] | None = None,
-    chunk_tokens: int | None = None,
+    tile: tuple[int, int] | None = None,
 ) -> TokenLogProbs:
     """Log-probs of the targets, without keeping the logits.
 
@@ -82,11 +88,12 @@ def token_log_probs(
         targets: token ids [N].
         moments: also return ``sum_squared`` and ``entropy``.
         reference: hidden states [N, D] and head of the reference, for ``kl``; no gradient.
-        chunk_tokens: tokens whose logits exist at once; None sizes it by the vocabulary.
+        tile: tokens and entries of the vocabulary whose logits exist at once; None chooses.
     """
-    if chunk_tokens is None:
-        elements = _CHUNK_ELEMENTS["cuda" if hidden.is_cuda else "cpu"]
-        chunk_tokens = max(1, elements // head.weight.shape[0])
+    if tile is None:
+        tokens, elements = _TILE["cuda" if hidden.is_cuda else "cpu"]
+        tokens = max(1, min(tokens, len(targets)))
+        tile = tokens, max(1, elements // tokens)
     reference_hidden, reference_head = reference if reference is not None else (None, None)
     with torch.autocast(hidden.device.type, enabled=False):
         outputs = _FusedHead.apply(
@@ -98,7 +105,7 @@ def token_log_probs(
             moments,
             reference_hidden,
             reference_head,
-            chunk_tokens,
+            tile,
         )
     return TokenLogProbs(*outputs)
 
@@ -117,52 +124,45 @@ class _FusedHead(torch.autograd.Function):
         moments: bool,
         reference_hidden: Tensor | None,
         reference_head: Head | None,
-        chunk_tokens: int,
+        tile: tuple[int, int],
     ) -> tuple[Tensor | None, ...]:
         # A log-prob alone, over a frozen head: its gradient with respect to the hidden state is
         # one vector per token up to the incoming factor, so it is made here and the backward
         # pass need not compute the logits again.
         plain = not moments and reference_hidden is None
         eager = plain and ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:3])
-        columns: list[list[Tensor]] = []
-        jacobian = torch.empty_like(hidden) if eager else None
-        for start in range(0, len(targets), chunk_tokens):
-            part = slice(start, start + chunk_tokens)
-            logits = head.logits(hidden[part])
-            p, log_z = _softmax(logits)
-            column = [(logits.gather(1, targets[part, None]) - log_z).squeeze(1)]
-            if jacobian is not None:
-                one_hot_minus_p = p.neg_()
-                one_hot_minus_p[torch.arange(len(column[0])), targets[part]] += 1
-                jacobian[part] = _through_head(one_hot_minus_p, logits, head) @ weight
-            elif not plain:
-                log_p = logits - log_z
-                if moments:
-                    column += [p.square().sum(-1), -(p * log_p).sum(-1)]
-                if reference_hidden is not None and reference_head is not None:
-                    reference_logits = reference_head.logits(reference_hidden[part])
-                    q, log_z = _softmax(reference_logits)
-                    column.append((q * (reference_logits - log_z - log_p)).sum(-1))
-            columns.append(column)
-        outputs: list[Tensor | None] = [torch.cat(c) for c in zip(*columns, strict=True)]
-        if not moments:
-            outputs[1:1] = [None, None]
-        if reference_hidden is None:
-            outputs.append(None)
-
-        ctx.eager, ctx.head, ctx.moments = eager, head, moments
-        ctx.reference_head, ctx.chunk_tokens = reference_head, chunk_tokens
+        scans = []
+        for start in range(0, len(targets), tile[0]):
+            part = slice(start, start + tile[0])
+            reference = None
+            if reference_hidden is not None and reference_head is not None:
+                reference = reference_hidden[part], reference_head
+            scans.append(
+                _scan(hidden[part], head, targets[part], tile[1], moments, reference, eager)
+            )
+        found = _Scan(*(None if c[0] is None else torch.cat(c) for c in zip(*scans, strict=True)))
+        ctx.eager, ctx.head, ctx.reference_head, ctx.tile = eager, head, reference_head, tile
         if eager:
-            ctx.save_for_backward(jacobian)
+            ctx.save_for_backward(found.jacobian)
         else:
-            ctx.save_for_backward(hidden, weight, bias, targets, reference_hidden)
-        return tuple(outputs)
+            ctx.save_for_backward(
+                hidden,
+                weight,
+                bias,
+                targets,
+                reference_hidden,
+                found.log_z,
+                found.sum_squared,
+                found.entropy,
+                found.reference_log_z,
+            )
+        return found.log_prob, found.sum_squared, found.entropy, found.kl
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any,
-        g_log_prob: Tensor | None,
+        g_log_prob: Tensor,
         g_squared: Tensor | None,
         g_entropy: Tensor | None,
         g_kl: Tensor | None,
@@ -170,59 +170,163 @@ class _FusedHead(torch.autograd.Function):
         nothing = (None,) * 6
         if ctx.eager:
             (jacobian,) = ctx.saved_tensors
-            assert g_log_prob is not None
             return (g_log_prob.to(jacobian.dtype)[:, None] * jacobian, None, None, *nothing)
 
-        hidden, weight, bias, targets, reference_hidden = ctx.saved_tensors
+        hidden, weight, bias, targets, reference_hidden, *saved = ctx.saved_tensors
+        log_z, sum_squared, entropy, reference_log_z = (
+            None if x is None else x[:, None] for x in saved
+        )
+        g_log_prob, g_squared, g_entropy, g_kl = (
+            None if g is None else g[:, None] for g in (g_log_prob, g_squared, g_entropy, g_kl)
+        )
         head = replace(ctx.head, weight=weight, bias=bias)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        # The sum over chunks is kept in float32; half types would lose the small terms.
+        # Sums over tiles are kept in float32; half types would lose the small terms.
         wide = torch.promote_types(weight.dtype, torch.float32)
-        g_hidden = torch.empty_like(hidden) if need_hidden else None
-        g_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
-        g_bias = torch.zeros_like(bias, dtype=wide) if need_bias and bias is not None else None
-        for start in range(0, len(targets), ctx.chunk_tokens):
-            part = slice(start, start + ctx.chunk_tokens)
-            logits = head.logits(hidden[part])
-            p, log_z = _softmax(logits)
-            g_logits = torch.zeros_like(p)
-            if g_log_prob is not None:
-                g = g_log_prob[part, None]
-                g_logits -= g * p
-                g_logits.scatter_add_(1, targets[part, None], g)
-            if ctx.moments and g_squared is not None:
-                g_logits += g_squared[part, None] * 2 * p * (p - p.square().sum(-1, keepdim=True))
-            if ctx.moments and g_entropy is not None:
-                log_p = logits - log_z
-                entropy = -(p * log_p).sum(-1, keepdim=True)
-                g_logits -= g_entropy[part, None] * p * (log_p + entropy)
-            if reference_hidden is not None and g_kl is not None:
-                q, _ = _softmax(ctx.reference_head.logits(reference_hidden[part]))
-                g_logits += g_kl[part, None] * (p - q)
-            g_raw = _through_head(g_logits, logits, head)
-            if g_hidden is not None:
-                g_hidden[part] = g_raw @ weight
-            if g_weight is not None:
-                g_weight += g_raw.T @ hidden[part]
+        g_hidden = torch.zeros_like(hidden, dtype=wide) if need_hidden else None
+        g_weight = torch.empty_like(weight) if need_weight else None
+        g_bias = torch.empty_like(bias) if need_bias and bias is not None else None
+
+        # With respect to a logit, by the chain rule: p × (what the token says + what the entry
+        # says) − KL's q, and the log-prob's own factor on the target.
+        of_token = -g_log_prob
+        if g_kl is not None:
+            of_token = of_token + g_kl
+        if g_squared is not None:
+            of_token = of_token - 2 * g_squared * sum_squared - g_entropy * entropy
+        n_tokens, n_entries = ctx.tile
+        for first in range(0, len(weight), n_entries):
+            entries = slice(first, first + n_entries)
+            part_head = head.part(entries)
+            of_weight, of_bias = [], []
+            for start in range(0, len(targets), n_tokens):
+                part = slice(start, start + n_tokens)
+                logits = part_head.logits(hidden[part])
+                log_p = logits - log_z[part]
+                if g_squared is None:
+                    g_logits = log_p.exp_().mul_(of_token[part])
+                else:
+                    p = log_p.exp()
+                    of_entry = 2 * g_squared[part] * p - g_entropy[part] * log_p
+                    g_logits = of_entry.add_(of_token[part]).mul_(p)
+                if g_kl is not None:
+                    other = ctx.reference_head.part(entries).logits(reference_hidden[part])
+                    q = other.sub_(reference_log_z[part]).exp_()
+                    g_logits.addcmul_(q, g_kl[part], value=-1)
+                place, inside = _place(targets[part], first, logits.shape[1])
+                g_logits.scatter_add_(1, place, torch.where(inside, g_log_prob[part], 0))
+                g_raw = _through_head(g_logits, logits, head)
+                if g_hidden is not None:
+                    g_hidden[part] += g_raw @ part_head.weight
+                if g_weight is not None and len(targets) <= n_tokens:
+                    torch.mm(g_raw.T, hidden, out=g_weight[entries])
+                elif g_weight is not None:
+                    of_weight.append((g_raw.T @ hidden[part]).to(wide))
+                if g_bias is not None:
+                    of_bias.append(g_raw.sum(0, dtype=wide))
+            if g_weight is not None and of_weight:
+                g_weight[entries] = sum(of_weight[1:], of_weight[0])
             if g_bias is not None:
-                g_bias += g_raw.sum(0)
-        if g_weight is not None:
-            g_weight = g_weight.to(weight.dtype)
-        if g_bias is not None:
-            g_bias = g_bias.to(bias.dtype)
+                g_bias[entries] = sum(of_bias[1:], of_bias[0])
+        if g_hidden is not None:
+            g_hidden = g_hidden.to(hidden.dtype)
         return (g_hidden, g_weight, g_bias, *nothing)
 
 
-def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """p [N, V] and log Σ exp(logits) [N, 1].
+class _Scan(NamedTuple):
+    """What one pass over the vocabulary finds for N tokens, all [N] but the jacobian [N, D]."""
 
-    torch's own kernels add the vocabulary up one by one on a CPU: in float32 that moves every
-    log-prob by about 1e-5, all to the same side, at V = 49,152. Its sum() adds pairwise.
+    log_prob: Tensor
+    log_z: Tensor
+    sum_squared: Tensor | None
+    entropy: Tensor | None
+    kl: Tensor | None
+    reference_log_z: Tensor | None
+    jacobian: Tensor | None
+
+
+def _scan(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    n_entries: int,
+    moments: bool,
+    reference: tuple[Tensor, Head] | None,
+    jacobian: bool,
+) -> _Scan:
+    """The softmax over the vocabulary, tile by tile, with what depends on it.
+
+    Sums run over e = exp(logit - top), top the largest logit so far, and shrink when top grows.
+    The target is left out of them until the end: with p near 1, 1 - p is what its gradient
+    consists of, and it must not come from a difference.
     """
-    top = logits.amax(-1, keepdim=True)
-    p = (logits - top).exp_()
-    total = p.sum(-1, keepdim=True)
-    return p.div_(total), top + total.log()
+    N = len(targets)
+    wide = torch.promote_types(head.weight.dtype, torch.float32)
+
+    def column(value: float = 0.0) -> Tensor:
+        return torch.full((N, 1), value, dtype=wide, device=hidden.device)
+
+    lowest = torch.finfo(wide).min / 4  # not -inf, whose product with 0 is not a number
+    top, others, at_target = column(lowest), column(), column()
+    squares, slope = column(), column()
+    away = torch.zeros_like(hidden, dtype=wide) if jacobian else None
+    reference_top, reference_total, gap = column(lowest), column(), column()
+    for first in range(0, len(head.weight), n_entries):
+        entries = slice(first, first + n_entries)
+        part = head.part(entries)
+        logits = part.logits(hidden)
+        if reference is not None:
+            reference_logits = reference[1].part(entries).logits(reference[0])
+            difference = reference_logits - logits
+            reference_top, shrink = _raised(reference_top, reference_logits)
+            e = reference_logits.sub_(reference_top).exp_()
+            reference_total = shrink * reference_total + e.sum(-1, keepdim=True)
+            gap = shrink * gap + difference.mul_(e).sum(-1, keepdim=True)
+        place, inside = _place(targets, first, logits.shape[1])
+        at_target = torch.where(inside, logits.gather(1, place), at_target)
+        lower = top
+        top, shrink = _raised(top, logits)
+        kept = logits if head.softcap is None else logits.clone()
+        shifted = logits.sub_(top)
+        e = shifted.exp() if moments else shifted.exp_()
+        e.scatter_(1, place, torch.where(inside, 0, e.gather(1, place)))
+        if moments:
+            squares = shrink.square() * squares + e.square().sum(-1, keepdim=True)
+            slope = shrink * (slope + (lower - top) * others)
+            slope += shifted.mul_(e).sum(-1, keepdim=True)
+        if away is not None:
+            away.mul_(shrink).add_(_through_head(e, kept, head) @ part.weight)
+        others = shrink * others + e.sum(-1, keepdim=True)
+
+    e = (at_target - top).exp()
+    total = others + e
+    log_total = total.log()
+    found: dict[str, Tensor | None] = dict.fromkeys(_Scan._fields)
+    found["log_prob"] = at_target - top - log_total
+    found["log_z"] = top + log_total
+    if moments:
+        found["sum_squared"] = (squares + e.square()) / total.square()
+        found["entropy"] = log_total - (slope + e * (at_target - top)) / total
+    if reference is not None:
+        found["reference_log_z"] = reference_top + reference_total.log()
+        found["kl"] = gap / reference_total - found["reference_log_z"] + found["log_z"]
+    found = {name: None if value is None else value.squeeze(1) for name, value in found.items()}
+    if away is not None:
+        own = _through_head(others, at_target, head) * head.weight[targets]
+        found["jacobian"] = ((own - away) / total).to(hidden.dtype)
+    return _Scan(**found)
+
+
+def _raised(top: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit so far [N, 1], and what sums relative to the last one shrink by."""
+    raised = torch.maximum(top, logits.amax(-1, keepdim=True))
+    return raised, (top - raised).exp()
+
+
+def _place(targets: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
+    """Each target's place in a part of the vocabulary, and whether it is there, both [N, 1]."""
+    place = targets[:, None] - first
+    return place.clamp(0, size - 1), (place >= 0) & (place < size)
 
 
 def _through_head(g_logits: Tensor, logits: Tensor, head: Head) -> Tensor:

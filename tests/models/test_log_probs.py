@@ -39,13 +39,11 @@ heads = pytest.mark.parametrize(
 
 
 @heads
-@pytest.mark.parametrize("chunk", [1, 3, 100])
-def test_values_equal_the_definition(settings, chunk):
+@pytest.mark.parametrize("tile", [(1, 3), (3, 1), (4, 100), (100, 4)])
+def test_values_equal_the_definition(settings, tile):
     hidden, head, targets = make(**settings)
     reference = (torch.randn(N, D, dtype=torch.float64), Head(torch.randn_like(head.weight)))
-    found = token_log_probs(
-        hidden, head, targets, moments=True, reference=reference, chunk_tokens=chunk
-    )
+    found = token_log_probs(hidden, head, targets, moments=True, reference=reference, tile=tile)
     expected = plain(hidden, head, targets, reference)
     for a, b in zip(
         (found.log_prob, found.sum_squared, found.entropy, found.kl), expected, strict=True
@@ -65,12 +63,12 @@ def test_gradients_equal_autograd_through_the_definition(settings, train_head, e
     reference = (torch.randn(N, D, dtype=torch.float64), Head(torch.randn_like(head.weight)))
     if extras:
         found = token_log_probs(
-            hidden, head, targets, moments=True, reference=reference, chunk_tokens=2
+            hidden, head, targets, moments=True, reference=reference, tile=(3, 4)
         )
         outputs = [found.log_prob, found.sum_squared, found.entropy, found.kl]
         expected = plain(hidden, head, targets, reference)
     else:
-        outputs = [token_log_probs(hidden, head, targets, chunk_tokens=2).log_prob]
+        outputs = [token_log_probs(hidden, head, targets, tile=(3, 4)).log_prob]
         expected = plain(hidden, head, targets)[:1]
     factors = [torch.randn(N, dtype=torch.float64) for _ in outputs]
     ours = torch.autograd.grad(
@@ -88,7 +86,7 @@ def test_gradcheck():
     weight = head.weight.requires_grad_()
 
     def outputs(h, w):
-        found = token_log_probs(h, Head(w, softcap=3.0), targets, moments=True, chunk_tokens=3)
+        found = token_log_probs(h, Head(w, softcap=3.0), targets, moments=True, tile=(3, 4))
         return found.log_prob, found.sum_squared, found.entropy
 
     assert gradcheck(outputs, (hidden.requires_grad_(), weight))
