@@ -1,6 +1,8 @@
 """Hugging Face models and tokenizers by name, folder, GGUF file or package resource."""
 
 import hashlib
+import os
+import shutil
 from typing import Literal
 
 import torch
@@ -11,8 +13,10 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rotopo.errors import InputError
+from rotopo.models.segment_attention import segment_attention
 from rotopo.pretrained import first_line, pretrained_folder
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
@@ -72,6 +76,28 @@ def load_model(path: str, dtype: torch.dtype, attention: str) -> PreTrainedModel
             f"Cannot load policy.path {path!r} with policy.attention {attention!r}: "
             f"{first_line(error)}"
         ) from error
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile each decoder layer for batches of any shape; equal layers share the result.
+
+    Raises:
+        InputError: no C++ compiler here, or the model does not say which modules its layers are.
+    """
+    if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
+        raise InputError("policy.compile: torch.compile needs a C++ compiler; install g++.")
+    names = model._no_split_modules or ()
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise InputError(f"policy.compile: {type(model).__name__} does not name its layers.")
+    # Its blocks hang on the mask, where the compiler does not see them.
+    outside = torch.compiler.disable(segment_attention, reason="blocks that hang on the mask")
+    ALL_ATTENTION_FUNCTIONS.register("segments", outside)
+    # A graph each for policy and reference, training and evaluation, the first layer and the rest;
+    # beyond torch's limit of 8 it would go on uncompiled.
+    torch._dynamo.config.recompile_limit = 32
+    for layer in layers:
+        layer.compile(dynamic=True)
 
 
 def fingerprint(model: nn.Module) -> str:

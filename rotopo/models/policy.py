@@ -5,7 +5,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast, get_args
@@ -18,7 +18,13 @@ from transformers import PreTrainedModel
 from rotopo.data.batch import Layout, PairBatch, PromptBatch, Role, TokenizedRow, collate
 from rotopo.errors import InputError
 from rotopo.models.attention import attention_inputs
-from rotopo.models.backbone import DtypeName, fingerprint, load_model, resolve_dtype
+from rotopo.models.backbone import (
+    DtypeName,
+    compile_layers,
+    fingerprint,
+    load_model,
+    resolve_dtype,
+)
 from rotopo.models.log_probs import (
     Head,
     Needs,
@@ -52,6 +58,9 @@ class PolicyConfig:
             and ``eager`` take every batch layout, others only ``padded``.
         activation_checkpointing: compute each decoder layer's activations again in the backward
             pass rather than keep them.
+        compile: compile each decoder layer with ``torch.compile``, for which a C++ compiler has to
+            be there. The first steps then take a minute or more (torch keeps the result on disk
+            for later runs) and the others less; losses move by rounding.
         reference: ``online`` computes the reference's log-probs in every step; ``cached`` computes
             them before the first one, for every pair that is not in the cache yet, and keeps them
             on disk for all runs; ``auto`` is ``cached`` unless the Trainer's limits keep the run
@@ -67,6 +76,7 @@ class PolicyConfig:
     dtype: DtypeName = "auto"
     attention: str = "segments"
     activation_checkpointing: bool = False
+    compile: bool = False
     reference: ReferenceMode = "online"
     reference_cache: str | None = None
 
@@ -111,6 +121,7 @@ class Policy(nn.Module):
         self.reference = reference
         self.base_fingerprint = base_fingerprint
         self.cache: ReferenceCache | None = None
+        self.compiled = False
         self._checked: set[Layout] = set()
         if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
             raise InputError(
@@ -185,7 +196,21 @@ class Policy(nn.Module):
             reference = copy.deepcopy(model).requires_grad_(False).eval()
         if config.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        return cls(adapted.train(), reference, base)
+        policy = cls(adapted.train(), reference, base)
+        if config.compile:
+            policy.compile_layers()
+        return policy
+
+    def compile_layers(self) -> None:
+        """Compile each decoder layer, see :func:`rotopo.models.backbone.compile_layers`."""
+        for model in (self.language_model, self.reference):
+            if model is not None:
+                compile_layers(model)
+        self.compiled = True
+
+    def _uncompiled(self) -> AbstractContextManager:
+        """For what runs rarely or in a new shape every time, and is not worth compiling."""
+        return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
 
     @property
     def language_model(self) -> PreTrainedModel:
@@ -306,7 +331,7 @@ class Policy(nn.Module):
         training = model.training
         model.eval()
         try:
-            with model.disable_adapter() if off else nullcontext():
+            with self._uncompiled(), model.disable_adapter() if off else nullcontext():
                 output = model.generate(
                     input_ids=prompts.input_ids,
                     attention_mask=prompts.attention_mask,
@@ -322,7 +347,8 @@ class Policy(nn.Module):
 
     def _check_once(self, layout: Layout) -> None:
         if layout not in self._checked:
-            self._check(layout)
+            with self._uncompiled():
+                self._check(layout)
             self._checked.add(layout)
 
     @torch.no_grad()
