@@ -4,8 +4,6 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rotopo.rotation.geometry import orthogonality_errors
-
 
 class Orthogonality(Callback):
     """Logs max |RᵀR − I| of each adapted module, and ``orthogonality/max`` over them.
@@ -23,6 +21,8 @@ class Orthogonality(Callback):
         self.every_n_steps = every_n_steps
 
     def _log(self, module: LightningModule, each: bool = True) -> None:
+        from rotopo.rotation.geometry import orthogonality_errors  # slow to import: PEFT
+
         errors = orthogonality_errors(module)
         if each:
             for name, error in errors.items():

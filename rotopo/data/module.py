@@ -3,11 +3,10 @@
 from collections.abc import Container
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
-from datasets import Dataset
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -26,12 +25,15 @@ from rotopo.data.batch import (
 from rotopo.data.rows import Rows, unpaired_rows
 from rotopo.data.sampler import EvalSampler, StatefulLoader, StepSampler
 from rotopo.data.schemas import resolve_format
-from rotopo.data.sources import load_rows
-from rotopo.data.token_cache import OnBadRow, TokenizedRows, fingerprint_rows, tokenize_rows
-from rotopo.data.tokens import PairEncoder, Truncation
+from rotopo.data.tokens import OnBadRow, PairEncoder, Truncation
 from rotopo.errors import InputError
 from rotopo.pretrained import cache_dir as default_cache_dir
 from rotopo.pretrained import load_tokenizer
+
+if TYPE_CHECKING:  # else rotopo --help would wait for datasets, pandas and pyarrow
+    from datasets import Dataset
+
+    from rotopo.data.token_cache import TokenizedRows
 
 _EXTRA_ROLES = {"gold": Role.GOLD, "reference_sample": Role.REFERENCE_SAMPLE}
 
@@ -184,6 +186,8 @@ class PairwiseDataModule(LightningDataModule):
     @cached_property
     def data_fingerprint(self) -> str:
         """Hash of the tokenised training pairs."""
+        from rotopo.data.token_cache import fingerprint_rows
+
         return fingerprint_rows(self._pairs["train"])[:16]
 
     def prepare_data(self) -> None:
@@ -301,7 +305,10 @@ class PairwiseDataModule(LightningDataModule):
     def _source_splits(self) -> list[str]:
         return [self.train_split, *(s for s in self.held_out.values() if isinstance(s, str))]
 
-    def _load(self, split: str) -> tuple[Dataset, TokenizedRows]:
+    def _load(self, split: str) -> "tuple[Dataset, TokenizedRows]":
+        from rotopo.data.sources import load_rows
+        from rotopo.data.token_cache import tokenize_rows
+
         rows = load_rows(self.source, split)
         try:
             tokenized = tokenize_rows(
@@ -317,7 +324,7 @@ class PairwiseDataModule(LightningDataModule):
             raise InputError(f"{self.source} [{split}]: {error}") from error
         return rows, tokenized
 
-    def _choose(self, rows: dict[str, Dataset]) -> dict[str, tuple[str, np.ndarray]]:
+    def _choose(self, rows: "dict[str, Dataset]") -> dict[str, tuple[str, np.ndarray]]:
         """For train, validation and test: the source's split, and the rows of it."""
         pool = rows[self.train_split]
         labels = np.arange(len(pool)) if self.group_by is None else self._groups(pool)
@@ -345,7 +352,7 @@ class PairwiseDataModule(LightningDataModule):
                 chosen[name] = self.train_split, np.flatnonzero(held_out)
         return {"train": (self.train_split, np.flatnonzero(rest)), **chosen}
 
-    def _groups(self, rows: Dataset) -> np.ndarray:
+    def _groups(self, rows: "Dataset") -> np.ndarray:
         if self.group_by not in rows.column_names:
             raise InputError(
                 f"data.group_by: {self.source} has no column {self.group_by!r}, only "
@@ -354,7 +361,7 @@ class PairwiseDataModule(LightningDataModule):
         return np.array([repr(value) for value in rows[self.group_by]])
 
     def _check_groups(
-        self, rows: dict[str, Dataset], chosen: dict[str, tuple[str, np.ndarray]]
+        self, rows: "dict[str, Dataset]", chosen: dict[str, tuple[str, np.ndarray]]
     ) -> None:
         """Splits that the source names may share groups, which no choice of ours can mend."""
         if self.group_by is None:

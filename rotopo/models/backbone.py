@@ -1,7 +1,6 @@
 """Hugging Face models and tokenizers by name, folder, GGUF file or package resource."""
 
 import hashlib
-from typing import Literal
 
 import torch
 from torch import nn
@@ -13,9 +12,8 @@ from transformers import (
 )
 
 from rotopo.errors import InputError
+from rotopo.models.settings import DtypeName
 from rotopo.pretrained import first_line, pretrained_folder
-
-DtypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
 
 def resolve_dtype(name: DtypeName) -> torch.dtype:
