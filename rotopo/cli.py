@@ -81,8 +81,10 @@ def run(args: list[str] | None = None) -> RotopoCLI:
             auto_configure_optimizers=False,  # they are the model's settings
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"description": _DESCRIPTION},
-            # Our samplers know the ranks themselves.
-            trainer_defaults={"use_distributed_sampler": False},
+            trainer_defaults={
+                "use_distributed_sampler": False,  # our samplers know the ranks themselves
+                "num_sanity_val_steps": 1,  # the longest batch comes first, and the others fit too
+            },
             args=args,
         )
     except ValueError as error:

@@ -40,7 +40,8 @@ class Orthogonality(Callback):
             self._log(pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log(pl_module)
+        if not trainer.sanity_checking:  # of which nothing is logged
+            self._log(pl_module)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log(pl_module, each=False)  # the test prints what it logs

@@ -189,6 +189,15 @@ def test_prompts_are_of_the_test_split_in_order(make, tiny_tokenizer):
     )
 
 
+def test_workers_outlive_an_epoch_and_forget_one_that_was_broken_off(make):
+    alone = rows_of(make().train_dataloader())
+    loader = make(num_workers=1).train_dataloader()
+    next(iter(loader))  # as a Trainer's limit, or its sanity check, leaves a loader
+    (worker,) = (process.pid for process in loader._iterator._workers)
+    assert rows_of(loader) == alone
+    assert [process.pid for process in loader._iterator._workers] == [worker]
+
+
 def test_workers_change_nothing(make):
     alone, together = (list(make(num_workers=n).train_dataloader()) for n in (0, 1))
     for a, b in zip(alone, together, strict=True):
@@ -321,6 +330,7 @@ def test_describe(make, source):
         ({"pairs_per_step": 0}, r"data\.pairs_per_step is 0"),
         ({"train_pairs": 0}, r"data\.train_pairs is 0"),
         ({"token_budget": 0}, r"data\.token_budget is 0"),
+        ({"num_workers": -1}, r"data\.num_workers is -1"),
         ({"layout": "packed"}, r"data\.layout is 'packed'.*shared_prompt or padded"),
         ({"on_bad_row": "skip"}, r"data\.on_bad_row is 'skip'.*error or drop"),
         ({"group_by": "movie"}, r"data\.group_by.*'movie'.*film"),
