@@ -23,6 +23,8 @@ from rotopo.models.settings import PolicyConfig, Sampling
 from rotopo.training import PairwiseModule, divided_among_ranks
 
 if TYPE_CHECKING:  # else rotopo --help would wait for PEFT and transformers
+    from transformers import PreTrainedModel
+
     from rotopo.models.policy import Policy
 
 
@@ -81,6 +83,11 @@ class PreferenceModule(PairwiseModule):
     def base_fingerprint(self) -> str:
         assert self.policy is not None
         return self.policy.base_fingerprint
+
+    @property
+    def language_model(self) -> "PreTrainedModel":
+        assert self.policy is not None
+        return self.policy.language_model
 
     def configure_model(self) -> None:
         from rotopo.models.policy import Policy
