@@ -1,5 +1,7 @@
 """What the speed callback counts: by hand, and against torch's own counter of operations."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -203,3 +205,23 @@ def test_without_a_peak_no_mfu_is_made_up(tmp_path, tiny_tokenizer):
     cli = run(["fit", "--config", str(save_config(tmp_path, tiny_tokenizer))])
     assert "speed/floor_share" in cli.trainer.callback_metrics
     assert "speed/mfu" not in cli.trainer.callback_metrics
+
+
+@pytest.mark.slow
+def test_two_ranks_count_what_one_does_in_twice_as_many_micro_batches(tmp_path, tiny_tokenizer):
+    config = save_config(tmp_path, tiny_tokenizer)
+    command = [Path(sys.executable).with_name("rotopo"), "fit", f"--config={config}"]
+    logs = []
+    for cut in ("--trainer.devices=2", "--trainer.accumulate_grad_batches=2"):
+        root = tmp_path / str(len(logs))
+        options = [cut, "--trainer.strategy=ddp", f"--trainer.default_root_dir={root}"]
+        done = subprocess.run([*command, *options], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        logs.append(pd.read_csv(next(root.rglob("metrics.csv"))))
+    one, two = (log.dropna(subset=["speed/floor_share"]) for log in logs)
+    assert len(one) == 6
+    one["tokens"], two["tokens"] = (
+        log["speed/tokens_per_second"] / log["speed/pairs_per_second"] for log in (one, two)
+    )
+    counts = ["speed/tokens_computed", "speed/tokens_avoided", "speed/floor_share", "tokens"]
+    pd.testing.assert_frame_equal(one[counts], two[counts], rtol=1e-5)
