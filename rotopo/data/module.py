@@ -3,11 +3,10 @@
 from collections.abc import Container
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
-from datasets import Dataset
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -26,12 +25,15 @@ from rotopo.data.batch import (
 from rotopo.data.rows import Rows, unpaired_rows
 from rotopo.data.sampler import EvalSampler, StatefulLoader, StepSampler
 from rotopo.data.schemas import resolve_format
-from rotopo.data.sources import load_rows
-from rotopo.data.token_cache import OnBadRow, TokenizedRows, fingerprint_rows, tokenize_rows
-from rotopo.data.tokens import PairEncoder, Truncation
+from rotopo.data.tokens import OnBadRow, PairEncoder, Truncation
 from rotopo.errors import InputError
 from rotopo.pretrained import cache_dir as default_cache_dir
 from rotopo.pretrained import load_tokenizer
+
+if TYPE_CHECKING:  # else rotopo --help would wait for datasets, pandas and pyarrow
+    from datasets import Dataset
+
+    from rotopo.data.token_cache import TokenizedRows
 
 _EXTRA_ROLES = {"gold": Role.GOLD, "reference_sample": Role.REFERENCE_SAMPLE}
 
@@ -74,7 +76,9 @@ class PairwiseDataModule(LightningDataModule):
         truncation: what happens to longer rows: ``prompt_left`` cuts the prompt on its left,
             ``response_right`` the responses on their right, ``drop`` drops the row.
         on_bad_row: whether a row that cannot be used is an error, or dropped and counted.
-        num_workers: processes that load batches.
+        num_workers: processes that make batches beside the step, each two ahead, and stay for the
+            next epoch; None takes 2 on a GPU, and none on a CPU, whose cores the step needs. On a
+            GPU batches come in pinned memory, and their copying does not wait either.
         num_proc: processes that tokenise; None takes one per 10,000 rows, up to the
             processors.
         seed: seed of the held-out rows and of the order of training.
@@ -103,7 +107,7 @@ class PairwiseDataModule(LightningDataModule):
         max_length: int = 1024,
         truncation: Truncation = "prompt_left",
         on_bad_row: OnBadRow = "error",
-        num_workers: int = 0,
+        num_workers: int | None = None,
         num_proc: int | None = None,
         seed: int = 0,
         cache_dir: str | None = None,
@@ -124,6 +128,8 @@ class PairwiseDataModule(LightningDataModule):
         ):
             if value not in known:
                 raise InputError(f"data.{name} is {value!r}: it has to be {' or '.join(known)}.")
+        if num_workers is not None and num_workers < 0:
+            raise InputError(f"data.num_workers is {num_workers}: it has to be at least 0.")
         fractions = {"validation": validation, "test": test}
         for name, fraction in fractions.items():
             if not isinstance(fraction, str) and not 0 <= fraction < 1:
@@ -169,6 +175,7 @@ class PairwiseDataModule(LightningDataModule):
             "max_length": max_length,
             "truncation": truncation,
         }
+        self._loaded: dict[str, tuple[Dataset, TokenizedRows]] = {}
         self._pairs: dict[str, Dataset] = {}
         self._tokenized: dict[str, TokenizedRows] = {}
         self._rows_of: dict[tuple[str, Any], Rows] = {}
@@ -191,18 +198,22 @@ class PairwiseDataModule(LightningDataModule):
     @cached_property
     def data_fingerprint(self) -> str:
         """Hash of the tokenised training pairs."""
+        from rotopo.data.token_cache import fingerprint_rows
+
         return fingerprint_rows(self._pairs["train"])[:16]
 
     def prepare_data(self) -> None:
-        for split in self._source_splits():
-            self._load(split)
+        if not self._pairs:
+            self._loaded = {split: self._load(split) for split in self._source_splits()}
 
     def setup(self, stage: str | None = None) -> None:
         if self._pairs:
             return
         rows: dict[str, Dataset] = {}
         for split in self._source_splits():
-            rows[split], self._tokenized[split] = self._load(split)
+            # Where another rank has prepared it, loading is a look at the cache.
+            loaded = self._loaded.pop(split, None) or self._load(split)
+            rows[split], self._tokenized[split] = loaded
             rank_zero_info(f"{self.source} [{split}]: {self._tokenized[split].summary()}.")
         chosen = self._choose(rows)
         self._check_groups(rows, chosen)
@@ -237,8 +248,7 @@ class PairwiseDataModule(LightningDataModule):
             rows,
             batch_sampler=sampler,
             collate_fn=partial(collate, pad_id=self.pad_id, layout=self.layout, loss_scale=scale),
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
+            **self._beside_the_step(),
         )
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
@@ -310,7 +320,10 @@ class PairwiseDataModule(LightningDataModule):
     def _source_splits(self) -> list[str]:
         return [self.train_split, *(s for s in self.held_out.values() if isinstance(s, str))]
 
-    def _load(self, split: str) -> tuple[Dataset, TokenizedRows]:
+    def _load(self, split: str) -> "tuple[Dataset, TokenizedRows]":
+        from rotopo.data.sources import load_rows
+        from rotopo.data.token_cache import tokenize_rows
+
         rows = load_rows(self.source, split)
         try:
             tokenized = tokenize_rows(
@@ -326,7 +339,7 @@ class PairwiseDataModule(LightningDataModule):
             raise InputError(f"{self.source} [{split}]: {error}") from error
         return rows, tokenized
 
-    def _choose(self, rows: dict[str, Dataset]) -> dict[str, tuple[str, np.ndarray]]:
+    def _choose(self, rows: "dict[str, Dataset]") -> dict[str, tuple[str, np.ndarray]]:
         """For train, validation and test: the source's split, and the rows of it."""
         pool = rows[self.train_split]
         labels = np.arange(len(pool)) if self.group_by is None else self._groups(pool)
@@ -354,16 +367,16 @@ class PairwiseDataModule(LightningDataModule):
                 chosen[name] = self.train_split, np.flatnonzero(held_out)
         return {"train": (self.train_split, np.flatnonzero(rest)), **chosen}
 
-    def _groups(self, rows: Dataset) -> np.ndarray:
+    def _groups(self, rows: "Dataset") -> np.ndarray:
         if self.group_by not in rows.column_names:
             raise InputError(
                 f"data.group_by: {self.source} has no column {self.group_by!r}, only "
                 f"{', '.join(rows.column_names)}."
             )
-        return np.array([repr(value) for value in rows[self.group_by]])
+        return np.array([repr(value) for value in rows[self.group_by][:]])
 
     def _check_groups(
-        self, rows: dict[str, Dataset], chosen: dict[str, tuple[str, np.ndarray]]
+        self, rows: "dict[str, Dataset]", chosen: dict[str, tuple[str, np.ndarray]]
     ) -> None:
         """Splits that the source names may share groups, which no choice of ours can mend."""
         if self.group_by is None:
@@ -385,6 +398,23 @@ class PairwiseDataModule(LightningDataModule):
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
+    def _beside_the_step(self) -> dict[str, Any]:
+        """What all loaders share: batches are made and copied while the device computes."""
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        default = 2 if on_gpu else 0
+        workers = default if self.num_workers is None else self.num_workers
+        return {
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
+            "pin_memory": on_gpu,
+        }
+
+    def transfer_batch_to_device(
+        self, batch: PairBatch | PromptBatch, device: torch.device, dataloader_idx: int
+    ) -> PairBatch | PromptBatch:
+        # Lightning lets only single tensors go without waiting.
+        return batch.to(device, non_blocking=device.type == "cuda")
 
     def rows_without(self, name: str, known: Container[bytes]) -> list[int]:
         """A split's rows of which a response's key is not known, by their place in it.
@@ -418,8 +448,8 @@ class PairwiseDataModule(LightningDataModule):
             Subset(rows, places),
             batch_sampler=sampler,
             collate_fn=partial(_collate_mean, pad_id=self.pad_id, layout=self.layout),
-            num_workers=self.num_workers,
             generator=torch.Generator(),
+            **self._beside_the_step(),
         )
 
     def _rows(self, name: str) -> Rows:
@@ -480,8 +510,7 @@ class PairwiseDataModule(LightningDataModule):
             rows,
             batch_sampler=sampler,
             collate_fn=partial(_collate_mean, pad_id=self.pad_id, layout=self.layout),
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
+            **self._beside_the_step(),
             # Iterating draws a seed: from here, so that evaluation leaves training's alone.
             generator=torch.Generator(),
         )
@@ -494,8 +523,7 @@ class PairwiseDataModule(LightningDataModule):
             Rows(pairs.select(range(rank, len(pairs), world_size))),
             batch_size=self.eval_pairs_per_batch,
             collate_fn=partial(_collate_prompts, pad_id=self.pad_id),
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
+            **self._beside_the_step(),
         )
 
 

@@ -1,16 +1,18 @@
 """Tokenised pairs -> the rows of a batch, with the responses that the objective asks for."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
-from datasets import Dataset
 
 from rotopo.data.batch import Role, TokenizedRow
 from rotopo.data.sampler import PairLength
 from rotopo.errors import InputError
+
+if TYPE_CHECKING:  # else rotopo --help would wait for them
+    import pyarrow as pa
+    from datasets import Dataset
 
 _PAIR = {"chosen": Role.CHOSEN, "rejected": Role.REJECTED}
 
@@ -35,7 +37,7 @@ class Rows(torch.utils.data.Dataset[TokenizedRow]):
 
     def __init__(
         self,
-        pairs: Dataset,
+        pairs: "Dataset",
         roles: Sequence[Role] = (),
         columns: Mapping[Role, Sequence[list[int]]] | None = None,
         max_length: int = 0,
@@ -76,21 +78,23 @@ class Rows(torch.utils.data.Dataset[TokenizedRow]):
         ]
 
 
-def unpaired_rows(pairs: Dataset) -> int:
+def unpaired_rows(pairs: "Dataset") -> int:
     """How many rows have a single response."""
     empty = [_list_lengths(pairs, name) == 0 for name in _PAIR]
     return int((empty[0] | empty[1]).sum())
 
 
-def _column(pairs: Dataset, name: str) -> pa.ChunkedArray:
+def _column(pairs: "Dataset", name: str) -> "pa.ChunkedArray":
     return pairs.with_format("arrow")[:].column(name)
 
 
-def _list_lengths(pairs: Dataset, name: str) -> np.ndarray:
+def _list_lengths(pairs: "Dataset", name: str) -> np.ndarray:
+    import pyarrow.compute as pc
+
     return pc.list_value_length(_column(pairs, name)).to_numpy()
 
 
-def _partners(pairs: Dataset, seed: int) -> np.ndarray:
+def _partners(pairs: "Dataset", seed: int) -> np.ndarray:
     """For each row another one with another prompt; as good as every row is one's partner."""
     hashes = [
         hash(ids.values.to_numpy().tobytes())

@@ -11,12 +11,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
-
-from rotopo.data.sources import import_function
 from rotopo.errors import InputError
+
+if TYPE_CHECKING:  # else rotopo --help would wait for it
+    from datasets import Dataset
 
 Message = dict[str, str]  # role and content
 Row = Mapping[str, Any]
@@ -188,7 +188,7 @@ def naming_row(number: int) -> Iterator[None]:
         raise
 
 
-def resolve_format(name: str | None, rows: Dataset) -> Format:
+def resolve_format(name: str | None, rows: "Dataset") -> Format:
     """The format of this name or dotted path; detected from the first rows where it is None.
 
     Raises:
@@ -205,10 +205,12 @@ def resolve_format(name: str | None, rows: Dataset) -> Format:
             + (f" (did you mean {near[0]!r}?)" if near else "")
             + f"; there are {', '.join(FORMATS)}, or give the dotted path of a function."
         )
+    from rotopo.data.sources import import_function  # slow to import: datasets
+
     return Format(name, import_function(name), {}, needs="")
 
 
-def _detect(rows: Dataset) -> Format:
+def _detect(rows: "Dataset") -> Format:
     first = rows.select(range(min(_DETECTION_ROWS, len(rows)))).to_list()
     fitting = [
         candidate for candidate in FORMATS.values() if candidate.fits(rows.column_names, first)

@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,10 +16,8 @@ from datasets import Dataset, Features, List, Value
 
 from rotopo.data import schemas
 from rotopo.data.schemas import Format, naming_row, read_row
-from rotopo.data.tokens import Outcome, PairEncoder, TokenizedPair
+from rotopo.data.tokens import OnBadRow, Outcome, PairEncoder, TokenizedPair
 from rotopo.errors import InputError
-
-OnBadRow = Literal["error", "drop"]
 
 
 @dataclass(frozen=True)

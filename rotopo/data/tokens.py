@@ -18,6 +18,7 @@ from rotopo.data.schemas import Message, Preference
 from rotopo.errors import InputError
 
 Truncation = Literal["prompt_left", "response_right", "drop"]
+OnBadRow = Literal["error", "drop"]
 
 # Templates to suggest; ChatML's tokens are in the vocabulary of many base models.
 _CHATML = (

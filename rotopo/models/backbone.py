@@ -3,7 +3,6 @@
 import hashlib
 import os
 import shutil
-from typing import Literal
 
 import torch
 from torch import nn
@@ -17,9 +16,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rotopo.errors import InputError
 from rotopo.models.segment_attention import segment_attention
+from rotopo.models.settings import DtypeName
 from rotopo.pretrained import first_line, pretrained_folder
-
-DtypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
 
 def resolve_dtype(name: DtypeName) -> torch.dtype:

@@ -140,7 +140,8 @@ class _FusedHead(torch.autograd.Function):
             scans.append(
                 _scan(hidden[part], head, targets[part], tile[1], moments, reference, eager)
             )
-        found = _Scan(*(None if c[0] is None else torch.cat(c) for c in zip(*scans, strict=True)))
+        parts: Any = (None if c[0] is None else torch.cat(c) for c in zip(*scans, strict=True))
+        found = _Scan(*parts)
         ctx.eager, ctx.head, ctx.reference_head, ctx.tile = eager, head, reference_head, tile
         if eager:
             ctx.save_for_backward(found.jacobian)
@@ -162,10 +163,10 @@ class _FusedHead(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any,
-        g_log_prob: Tensor,
-        g_squared: Tensor | None,
-        g_entropy: Tensor | None,
-        g_kl: Tensor | None,
+        g_log_prob: Any,
+        g_squared: Any,
+        g_entropy: Any,
+        g_kl: Any,
     ) -> tuple[Tensor | None, ...]:
         nothing = (None,) * 6
         if ctx.eager:
@@ -173,12 +174,11 @@ class _FusedHead(torch.autograd.Function):
             return (g_log_prob.to(jacobian.dtype)[:, None] * jacobian, None, None, *nothing)
 
         hidden, weight, bias, targets, reference_hidden, *saved = ctx.saved_tensors
-        log_z, sum_squared, entropy, reference_log_z = (
-            None if x is None else x[:, None] for x in saved
-        )
-        g_log_prob, g_squared, g_entropy, g_kl = (
-            None if g is None else g[:, None] for g in (g_log_prob, g_squared, g_entropy, g_kl)
-        )
+        # All as columns [N, 1], to go with [N, V].
+        values = (*saved, g_log_prob, g_squared, g_entropy, g_kl)
+        columns: Any = (None if value is None else value[:, None] for value in values)
+        log_z, sum_squared, entropy, reference_log_z, *gradients = columns
+        g_log_prob, g_squared, g_entropy, g_kl = gradients
         head = replace(ctx.head, weight=weight, bias=bias)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         # Sums over tiles are kept in float32; half types would lose the small terms.
@@ -238,11 +238,11 @@ class _Scan(NamedTuple):
 
     log_prob: Tensor
     log_z: Tensor
-    sum_squared: Tensor | None
-    entropy: Tensor | None
-    kl: Tensor | None
-    reference_log_z: Tensor | None
-    jacobian: Tensor | None
+    sum_squared: Tensor | None = None
+    entropy: Tensor | None = None
+    kl: Tensor | None = None
+    reference_log_z: Tensor | None = None
+    jacobian: Tensor | None = None
 
 
 def _scan(
@@ -301,20 +301,19 @@ def _scan(
     e = (at_target - top).exp()
     total = others + e
     log_total = total.log()
-    found: dict[str, Tensor | None] = dict.fromkeys(_Scan._fields)
-    found["log_prob"] = at_target - top - log_total
-    found["log_z"] = top + log_total
+    log_z = top + log_total
+    found = {"log_prob": at_target - top - log_total, "log_z": log_z}
     if moments:
         found["sum_squared"] = (squares + e.square()) / total.square()
         found["entropy"] = log_total - (slope + e * (at_target - top)) / total
     if reference is not None:
         found["reference_log_z"] = reference_top + reference_total.log()
-        found["kl"] = gap / reference_total - found["reference_log_z"] + found["log_z"]
-    found = {name: None if value is None else value.squeeze(1) for name, value in found.items()}
+        found["kl"] = gap / reference_total - found["reference_log_z"] + log_z
+    columns: dict[str, Any] = {name: value.squeeze(1) for name, value in found.items()}
     if away is not None:
         own = _through_head(others, at_target, head) * head.weight[targets]
-        found["jacobian"] = ((own - away) / total).to(hidden.dtype)
-    return _Scan(**found)
+        columns["jacobian"] = ((own - away) / total).to(hidden.dtype)
+    return _Scan(**columns)
 
 
 def _raised(top: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:

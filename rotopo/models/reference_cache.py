@@ -4,7 +4,6 @@ import json
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -12,8 +11,6 @@ import torch
 from torch import Tensor
 
 from rotopo.errors import InputError
-
-ReferenceMode = Literal["online", "cached", "auto"]
 
 
 class ReferenceCache:

@@ -1,7 +1,7 @@
 """PreferenceModule: pairs through the policy, an objective on their log-probs."""
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback
@@ -19,9 +19,13 @@ from rotopo.callbacks import (
 from rotopo.data.batch import PairBatch, PromptBatch
 from rotopo.errors import InputError
 from rotopo.models.log_probs import Needs, PairLogProbs
-from rotopo.models.policy import Policy, PolicyConfig, Sampling
-from rotopo.models.reference_samples import sample_reference
+from rotopo.models.settings import PolicyConfig, Sampling
 from rotopo.training import PairwiseModule, divided_among_ranks
+
+if TYPE_CHECKING:  # else rotopo --help would wait for PEFT and transformers
+    from transformers import PreTrainedModel
+
+    from rotopo.models.policy import Policy
 
 
 class PreferenceModule(PairwiseModule):
@@ -80,7 +84,14 @@ class PreferenceModule(PairwiseModule):
         assert self.policy is not None
         return self.policy.base_fingerprint
 
+    @property
+    def language_model(self) -> "PreTrainedModel":
+        assert self.policy is not None
+        return self.policy.language_model
+
     def configure_model(self) -> None:
+        from rotopo.models.policy import Policy
+
         if self.policy is None:
             self.policy = Policy.load(self.policy_config, self.needs.reference)
 
@@ -126,6 +137,8 @@ class PreferenceModule(PairwiseModule):
         Raises:
             InputError: the model is divided among ranks.
         """
+        from rotopo.models.reference_samples import sample_reference
+
         assert self.policy is not None
         if divided_among_ranks(self.trainer):
             raise InputError(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rotopo.errors import InputError
 from rotopo.models.log_probs import PairLogProbs
-from rotopo.models.policy import PolicyConfig, Sampling
+from rotopo.models.settings import PolicyConfig, Sampling
 from rotopo.objectives.base import PreferenceModule
 
 

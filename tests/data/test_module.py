@@ -139,7 +139,7 @@ def test_named_splits(make, tmp_path):
         make(source=str(tmp_path / "shared"), validation="dev", test=0.0, group_by="film")
 
 
-@pytest.mark.parametrize("layout", ["shared_prompt", "padded"])
+@pytest.mark.parametrize("layout", ["packed", "shared_prompt", "padded"])
 def test_training_batches(make, layout):
     data = make(layout=layout)
     batches = list(data.train_dataloader())
@@ -155,7 +155,7 @@ def test_training_batches(make, layout):
 
 
 def test_a_batch_holds_the_rows_tokens(make, tiny_tokenizer):
-    data = make()
+    data = make(layout="shared_prompt")
     batch = next(iter(data.val_dataloader()))
     for pair, row in enumerate(batch.rows.tolist()):
         prompt = batch.input_ids[pair][batch.segment_ids[pair] == 0].tolist()
@@ -187,6 +187,15 @@ def test_prompts_are_of_the_test_split_in_order(make, tiny_tokenizer):
     assert rows_of(without_test.predict_dataloader()) == sorted(
         rows_of(without_test.val_dataloader())
     )
+
+
+def test_workers_outlive_an_epoch_and_forget_one_that_was_broken_off(make):
+    alone = rows_of(make().train_dataloader())
+    loader = make(num_workers=1).train_dataloader()
+    next(iter(loader))  # as a Trainer's limit, or its sanity check, leaves a loader
+    (worker,) = (process.pid for process in loader._iterator._workers)
+    assert rows_of(loader) == alone
+    assert [process.pid for process in loader._iterator._workers] == [worker]
 
 
 def test_workers_change_nothing(make):
@@ -321,6 +330,7 @@ def test_describe(make, source):
         ({"pairs_per_step": 0}, r"data\.pairs_per_step is 0"),
         ({"train_pairs": 0}, r"data\.train_pairs is 0"),
         ({"token_budget": 0}, r"data\.token_budget is 0"),
+        ({"num_workers": -1}, r"data\.num_workers is -1"),
         ({"layout": "dense"}, r"data\.layout is 'dense'.*packed or shared_prompt or padded"),
         ({"on_bad_row": "skip"}, r"data\.on_bad_row is 'skip'.*error or drop"),
         ({"group_by": "movie"}, r"data\.group_by.*'movie'.*film"),

@@ -1,0 +1,70 @@
+"""What a user sets of the policy; quick to import, since ``rotopo --help`` does it."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    # jsonargparse runs this block when it resolves PolicyConfig, which is when adapters have to be
+    # known by their short names: ours is, like PEFT's, once imported.
+    from peft import PeftConfig
+
+    import rotopo.rotation  # noqa: F401
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+ReferenceMode = Literal["online", "cached", "auto"]
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """The language model that is trained, and what is trained of it.
+
+    Args:
+        path: a model's name on the Hub, a folder, a GGUF file, or ``package:PACKAGE/FILE`` for
+            one of these inside an installed Python package.
+        adapter: any PEFT adapter by class path, e.g. ``rotopo.rotation.RotationConfig`` or
+            ``peft.LoraConfig``; None trains every weight of the model.
+        dtype: dtype of the base model's weights; ``auto`` is bfloat16 where the processor is
+            fast in it and an adapter trains, else float32. Adapters are float32 at least. Keep
+            ``trainer.precision`` at its default: it would cast the adapter too.
+        attention: ``segments`` computes only the scores that a shared-prompt batch needs, see
+            :mod:`rotopo.models.segment_attention`; ``flex_attention`` does so in one compiled
+            kernel on a GPU; or another implementation as transformers names it, of which ``sdpa``
+            and ``eager`` take every batch layout, others only ``padded``.
+        activation_checkpointing: compute each decoder layer's activations again in the backward
+            pass rather than keep them.
+        compile: compile each decoder layer with ``torch.compile``, for which a C++ compiler has to
+            be there. The first steps then take a minute or more (torch keeps the result on disk
+            for later runs) and the others less; losses move by rounding.
+        reference: ``online`` computes the reference's log-probs in every step; ``cached`` computes
+            them before the first one, for every pair that is not in the cache yet, and keeps them
+            on disk for all runs; ``auto`` is ``cached`` unless the Trainer's limits keep the run
+            from seeing all pairs, or the objective needs more than log-probs. In half types a
+            cached value differs from one computed beside the policy's by rounding, since it comes
+            from a batch of other pairs; so margins before training are near 0, not at 0.
+        reference_cache: folder of the cache; None is one for each model in $ROTOPO_CACHE or
+            ~/.cache/rotopo.
+    """
+
+    path: str = ""
+    adapter: "PeftConfig | None" = None
+    dtype: DtypeName = "auto"
+    attention: str = "segments"
+    activation_checkpointing: bool = False
+    compile: bool = False
+    reference: ReferenceMode = "online"
+    reference_cache: str | None = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are generated.
+
+    Args:
+        max_new_tokens: tokens of a response at most.
+        temperature: softmax temperature; 0 takes the likeliest token.
+        top_p: keep the smallest set of tokens whose probability reaches this.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
