@@ -13,6 +13,8 @@ Tables that compare:
              precompute_ref_log_probs), and plain and TRL with the online reference once more
   adapters   rotopo with LoRA, with its rotation, and with PEFT's OFT, BOFT and HRA
   attention  rotopo with each of --attention (policy.attention), cached
+LLaMA-Factory 0.9.5 is no peer yet: it requires transformers up to 5.6, trl up to 0.24 and peft up
+to 0.18, and beside this project's it does not import.
 
 Their columns, and the keys of --json (a list of rows, written anew behind every such table):
   peer, model, dtype, adapter, reference; prompt_ratio: prompt tokens per response token

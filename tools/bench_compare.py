@@ -113,7 +113,7 @@ def _times(
     setting = begin(arguments, dtype, [load] * (arguments.warm_up + arguments.rounds))
     peers: dict[Entry, Peer] = {}
     for entry in rows:
-        progress(f"{rows[0].peer}, {dtype}: preparing {entry.peer}")
+        progress(f"{entry.adapter}, {dtype}: preparing {entry.peer}, {entry.reference}")
         peers[entry] = build(entry, setting)
     if dtype == "float32" and len({entry.adapter for entry in rows}) == 1:
         check_losses(peers)

@@ -60,7 +60,7 @@ def growth(
     attention = []
     for number, batch in enumerate(peer.batches, 1):
         progress(f"growth, {dtype}, {adapter}: profile of {number} of {len(loads)}")
-        attention.append(profile_step(peer, batch)[0]["attention"])
+        attention.append(profile_step(peer, batch)["attention"])
     progress("")
 
     found, first = [], 0
@@ -115,8 +115,9 @@ def show_growth(
     )
     for (frame, slope, off), of in zip(found, ("the context", "a step"), strict=True):
         print(frame.to_string(index=False, float_format="{:.4g}".format))
-        print(
-            f"Peak memory grows by {slope:.4g} MiB per 1000 tokens of {of} (least squares; rows "
-            f"lie within {100 * off:.0f} % of the line).",
-            flush=True,
-        )
+        if len(frame) > 1:
+            print(
+                f"Peak memory grows by {slope:.4g} MiB per 1000 tokens of {of} (least squares; "
+                f"rows lie within {100 * off:.0f} % of the line).",
+                flush=True,
+            )

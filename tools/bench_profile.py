@@ -46,8 +46,8 @@ _CALLS = re.compile(
 )
 
 
-def profile_step(peer: Rotopo, batch: Any) -> tuple[dict[str, float], float]:
-    """Each kind's share of one step, which add up to 1; and the step's seconds."""
+def profile_step(peer: Rotopo, batch: Any) -> dict[str, float]:
+    """Each kind's share of one step's time; they add up to 1."""
     activities = [ProfilerActivity.CPU]
     on_gpu = batch.input_ids.is_cuda
     if on_gpu:
@@ -69,7 +69,7 @@ def profile_step(peer: Rotopo, batch: Any) -> tuple[dict[str, float], float]:
         )
     # On a processor that is the rest already; on a GPU also all that it spends waiting.
     times[KINDS[-1]] = total - sum(times[kind] for kind in KINDS[:-1])
-    return {kind: times[kind] / total for kind in KINDS}, total / 1e6
+    return {kind: times[kind] / total for kind in KINDS}
 
 
 class _Kinds:
@@ -85,7 +85,9 @@ class _Kinds:
         self._attention: set[int] = set()
         makers: dict[int, Any] = {}
         for event in sorted(events, key=lambda e: e.time_range.start):
-            if event.scope != _BACKWARD and event.sequence_nr >= 0:
+            # The engine reports a node's number too, around its backward event.
+            backward = event.scope == _BACKWARD or event.name.startswith("autograd::engine")
+            if not backward and event.sequence_nr >= 0:
                 makers[event.sequence_nr] = event
         self._attention = {n for n, event in makers.items() if self._place(event) == _ATTENTION}
         self._where.clear()
@@ -207,7 +209,7 @@ def profile(
                 torch.cuda.synchronize()
             if turn >= 0:
                 seconds[name].append(now() - began)
-    shares, _ = profile_step(peer, batch)
+    shares = profile_step(peer, batch)
     progress("")
 
     seconds = {
