@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from rotopo.errors import InputError
+
 TOOLS = Path(__file__).parents[1] / "tools"
 # The scripts import each other as they do when one of them is run.
 sys.path.append(str(TOOLS))
@@ -22,11 +24,11 @@ Entry, Load = peers.Entry, peers.Load
 TINY = ["--model", "random:tiny", "--dtype", "float32", "--rounds", "2", "--context", "24"]
 
 
-def setting(*loads, dtype="float32"):
+def setting(*loads):
     vocabulary = peers.SHAPES["tiny"]["vocab_size"]
     return peers.Setting(
         "random:tiny",
-        dtype,
+        "float32",
         "cpu",
         "shared_prompt",
         {},
@@ -78,8 +80,8 @@ def test_peers_take_the_same_step(adapter, reference):
     for theirs in others:
         assert ours.keys() == theirs.keys()
         for name, parameter in ours.items():
-            # AdamW's first step is the rate, 1e-4, times the gradient's sign, which rounding may turn
-            # where the gradient is all but 0. TRL does not decay the norms' weights, by 1e-6.
+            # AdamW's first step is the rate, 1e-4, times the gradient's sign, which rounding may
+            # turn where the gradient is all but 0. TRL does not decay the norms' weights: 1e-6.
             apart = (parameter - theirs[name]).abs()
             assert (apart < 2e-6).float().mean() > 0.95, name
 
@@ -176,6 +178,11 @@ def test_settings_that_do_not_work(args, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_an_unknown_attention_is_refused_before_anything_is_timed():
+    with pytest.raises(InputError, match="'nothing'"):
+        bench.main(["--table", "peers", "attention", "--attention", "sdpa", "nothing"])
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without a GPU")
 def test_the_gpu_preset_says_that_it_needs_one(capsys):
     with pytest.raises(SystemExit):
@@ -184,8 +191,8 @@ def test_the_gpu_preset_says_that_it_needs_one(capsys):
 
 
 def test_a_presets_defaults_give_way_to_what_is_named():
-    given = ["--preset", "gpu", "--device", "cpu", "--context", "24", "--policy", "attention=sdpa"]
-    arguments = bench._arguments(given)
+    given = ["--device", "cpu", "--context", "24", "--policy", "attention=sdpa"]
+    arguments = bench._arguments(["--preset", "gpu", *given, "--attention", "sdpa"])
     assert (arguments.device, arguments.context) == ("cpu", [24])
     assert arguments.policy == {"attention": "sdpa"}
     assert arguments.model == bench.PRESETS["gpu"]["model"]

@@ -42,8 +42,8 @@ costs something, as it does in practice; for a random model they are random toke
 the time is that for which the processor ran the step, so that other work on the machine does not
 count; otherwise it is the clock's. Memory on a processor is read from Linux's /proc.
 
-The defaults take minutes. Others' cost is easily told from theirs: a table takes its rows times
-(--warm-up + --rounds + 2) steps. On one GPU: tools/bench.py --preset gpu. Examples:
+The defaults take some ten minutes on a slow core. A table that compares takes its rows times
+(--warm-up + --rounds + 2) steps; growth takes that many and one more of each of its rows. On one GPU: tools/bench.py --preset gpu. Examples:
   tools/bench.py --table peers cached --prompt-ratio 0.25 1 4 --dtype bfloat16
   tools/bench.py --adapter full --dtype float32 --json rows.json
   tools/bench.py --table profile growth --reference cached --dtype bfloat16 --rounds 3
@@ -64,7 +64,7 @@ import yaml
 from bench_compare import KEYS, compare, show
 from bench_growth import growth, show_growth
 from bench_measure import fresh
-from bench_peers import FULL, LORA, RANDOM, SHAPES, Load
+from bench_peers import FULL, LORA, RANDOM, SHAPES, Load, random_model
 from bench_profile import profile, show_profile
 
 from rotopo.data.batch import Layout
@@ -203,6 +203,9 @@ def _arguments(args: Sequence[str] | None) -> argparse.Namespace:
             "this needs a CUDA device, and torch finds none here"
             + (f"; --preset {preset} --device cpu runs it without one" if preset else "")
         )
+    if "attention" in arguments.table:
+        for name in arguments.attention:  # now rather than behind the tables before
+            random_model("tiny", torch.float32, name)
     settings = {field.name for field in fields(PolicyConfig)} - _NO_POLICY
     pairs = [text.partition("=") for text in arguments.policy]
     for name, equals, _ in pairs:

@@ -34,6 +34,7 @@ from trl import DPOConfig, DPOTrainer
 
 from rotopo.data import films
 from rotopo.data.batch import Layout, PairBatch, Role, TokenizedRow, collate
+from rotopo.errors import InputError
 from rotopo.models.backbone import DtypeName, load_model, resolve_dtype
 from rotopo.models.policy import Policy, PolicyConfig
 from rotopo.objectives import DPO
@@ -136,17 +137,27 @@ class Setting:
         dtype = resolve_dtype(self.dtype)
         if self.model.startswith(RANDOM):
             torch.manual_seed(0)
-            config = AutoConfig.for_model(**SHAPES[self.model.removeprefix(RANDOM)])
             with torch.device(self.device):
-                return AutoModelForCausalLM.from_config(
-                    config, dtype=dtype, attn_implementation=attention
-                )
+                return random_model(self.model.removeprefix(RANDOM), dtype, attention)
         model = load_model(self.model, dtype, attention)
         return model.to(self.device)  # type: ignore[arg-type]
 
     @property
     def pad_id(self) -> int:
         return self.tokenizer.pad_token_id
+
+
+def random_model(shape: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """A model of one of SHAPES.
+
+    Raises:
+        InputError: it has no such attention.
+    """
+    config = AutoConfig.for_model(**SHAPES[shape])
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"--attention: {attention!r} does not work here: {error}") from error
 
 
 class Peer(ABC):
