@@ -40,10 +40,12 @@ Tables of rotopo alone, printed only:
 Pairs are cut out of film critics' sentences, with lengths give or take a quarter, so that padding
 costs something, as it does in practice; for a random model they are random tokens. With one thread
 the time is that for which the processor ran the step, so that other work on the machine does not
-count; otherwise it is the clock's. Memory on a processor is read from Linux's /proc.
+count; otherwise it is the clock's, as it always is in torch.profiler's shares: look at them on a
+quiet machine. Memory on a processor is read from Linux's /proc.
 
 The defaults take some ten minutes on a slow core. A table that compares takes its rows times
-(--warm-up + --rounds + 2) steps; growth takes that many and one more of each of its rows. On one GPU: tools/bench.py --preset gpu. Examples:
+(--warm-up + --rounds + 2) steps, growth --rounds + 2 of each of its rows, profile as many as
+--warm-up + --rounds and the products alone. On one GPU: tools/bench.py --preset gpu. Examples:
   tools/bench.py --table peers cached --prompt-ratio 0.25 1 4 --dtype bfloat16
   tools/bench.py --adapter full --dtype float32 --json rows.json
   tools/bench.py --table profile growth --reference cached --dtype bfloat16 --rounds 3
@@ -162,8 +164,20 @@ def _arguments(args: Sequence[str] | None) -> argparse.Namespace:
     add("--pairs", type=int, default=4, help="pairs a step (default: %(default)s)")
     add("--rounds", type=int, default=5, help="timed steps of every row (default: %(default)s)")
     add("--warm-up", type=int, default=1, help="steps before them (default: %(default)s)")
-    add("--growth-contexts", nargs="+", type=int, default=[256, 512, 1024, 2048, 4096])
-    add("--growth-pairs", nargs="+", type=int, default=[1, 4, 16, 64])
+    add(
+        "--growth-contexts",
+        nargs="+",
+        type=int,
+        default=[256, 512, 1024, 2048, 4096],
+        help="rows of the table growth (default: 256 512 1024 2048 4096)",
+    )
+    add(
+        "--growth-pairs",
+        nargs="+",
+        type=int,
+        default=[1, 4, 16, 64],
+        help="its rows of pairs a step (default: 1 4 16 64)",
+    )
     add(
         "--attention",
         nargs="+",
