@@ -56,7 +56,7 @@ def test_the_tables(tmp_path, capsys):
     assert rows[0]["speed_ratio"] == rows[0]["memory_ratio"] == 1
     # An online reference is a third pass; the prompt twice for padded lines, and their padding.
     shared, padded = rows[0]["floor_share"], rows[1]["floor_share"]
-    assert padded < shared < 2 / 3 < rows[4]["floor_share"]
+    assert padded < shared <= 2 / 3 < rows[4]["floor_share"]
 
     printed = capsys.readouterr().out
     assert printed.count("MiB per 1000 tokens") == 2
@@ -103,6 +103,13 @@ def test_the_prompt_ratio_leaves_the_context(ratio):
     prompt, response = sum(prompts) / len(prompts), sum(responses) / len(responses)
     assert prompt + response == pytest.approx(100, rel=0.03)
     assert prompt / response == pytest.approx(ratio, rel=0.06)
+
+
+def test_a_pair_by_itself_makes_the_floors_passes_only():
+    here = setting(Load(1, 40, 1.0))
+    peer = peers.build(Entry("rotopo", reference="cached"), here)
+    products = profile.Products(here, full=False)
+    assert products.parts["layers"][1] == peer.tokens(peer.batches[0])
 
 
 @pytest.mark.parametrize("full", [False, True])

@@ -23,7 +23,8 @@ Their columns, and the keys of --json (a list of rows, written anew behind every
   memory_ratio   the first row's peak memory over the row's: what two steps take beyond the loaded
                  model, a reference's frozen copy included, each row in a process of its own
   floor_share    token passes that a pair needs at least, 2(P + 2C), or 3(P + 2C) where all weights
-                 train, over those that the row makes, padding included, adapters left out
+                 train, over those that the row makes, padding included, adapters left out. The last
+                 token of a response needs none
   max_loss_difference  the largest difference in loss from the first row's, over all timed steps;
                  null for other adapters than the first row's, which are other functions
 

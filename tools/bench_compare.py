@@ -49,6 +49,8 @@ def compare(
     progress("")
 
     found, base = [], rows[0]
+    # The last token of a response predicts nothing: it needs no pass.
+    needed = P + C - 2 * load.pairs * arguments.rounds
     for entry in rows:
         ratios = [t / ours for t, ours in zip(seconds[entry], seconds[base], strict=True)]
         differences = [abs(a - b) for a, b in zip(losses[entry], losses[base], strict=True)]
@@ -67,7 +69,7 @@ def compare(
                 "prompt_ratio": 2 * P / C,
                 "speed_ratio": median,
                 "memory_ratio": memory[base] / memory[entry],
-                "floor_share": least * (P + C) / (passes * tokens[entry]),
+                "floor_share": least * needed / (passes * tokens[entry]),
                 "max_loss_difference": max(differences) if entry.adapter == base.adapter else None,
                 "quartiles": f"{low:.2f} to {high:.2f}",
                 "pairs_per_second": load.pairs / statistics.median(seconds[entry]),

@@ -153,7 +153,8 @@ class Products:
     def __init__(self, setting: Setting, full: bool) -> None:
         rows, model = setting.batches[0], setting.load_model()
         responses = sum(len(response) for row in rows for response in row.responses)
-        N = responses + sum(len(row.prompt) for row in rows)
+        # The last token of a response predicts nothing: it needs no pass.
+        N = sum(len(row.prompt) + sum(len(y) - 1 for y in row.responses) for row in rows)
         decoder: nn.Module = model.base_model
         layers = [m.weight.detach() for m in decoder.modules() if isinstance(m, nn.Linear)]
         head = model.get_output_embeddings().weight.detach()
