@@ -91,7 +91,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "pairs": 1,
         "rounds": 20,
         "warm_up": 3,
-        "attention": ["segments", "sdpa", "flex"],
+        "attention": ["segments", "sdpa", "flex_attention"],
     },
 }
 

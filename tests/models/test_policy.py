@@ -7,6 +7,7 @@ from peft import HRAConfig, LoraConfig, OFTConfig
 from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import flex_attention
 
+from rotopo.data import batch as batch_module
 from rotopo.data.batch import Role, TokenizedRow, collate, collate_prompts
 from rotopo.errors import InputError
 from rotopo.models import segment_attention
@@ -88,6 +89,7 @@ def test_layouts_orders_and_padding_give_the_models_own_numbers(family, attentio
 def test_large_blocks_go_through_the_fused_kernel(family, monkeypatch):
     monkeypatch.setattr(segment_attention, "_PLAIN_SCORES", 0)
     monkeypatch.setattr(segment_attention, "_products", None)
+    monkeypatch.setattr(batch_module, "_STRETCH", 5)
     policy = policy_of(family, lora(family), attn_implementation="segments")
     assert_batches_do_not_matter(policy, family, "segments")
 
