@@ -7,7 +7,7 @@ and in the same dtype; so whatever else the machine does hits all of them alike.
 timed in float32, the peers' losses are compared, and a difference ends the run.
 
 Tables that compare:
-  peers      rotopo (prompts shared, or --layout), rotopo's padded layout, a plain padded step of
+  peers      rotopo (packed, or --layout), rotopo's padded layout, a plain padded step of
              Hugging Face logits and log_softmax (class Plain), and TRL's DPOTrainer
   cached     the same with the reference's log-probs computed before: rotopo, plain and TRL (its
              precompute_ref_log_probs), and plain and TRL with the online reference once more
@@ -186,7 +186,7 @@ def _arguments(args: Sequence[str] | None) -> argparse.Namespace:
         help="rows of the table attention (default: segments sdpa)",
     )
     layouts = get_args(Layout)
-    add("--layout", choices=layouts, default="shared_prompt", help="of rotopo's own rows")
+    add("--layout", choices=layouts, default="packed", help="of rotopo's own rows")
     add(
         "--policy",
         nargs="+",
