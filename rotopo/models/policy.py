@@ -322,7 +322,7 @@ class Policy(nn.Module):
                 f"model's own by {difference:.3g} nats a token: this family is not supported. "
                 + (
                     "Set data.layout to 'padded'."
-                    if layout == "shared_prompt"
+                    if layout != "padded"
                     else "Its output head seems to do more than multiply."
                 )
             )
