@@ -10,10 +10,15 @@ from unittest.mock import Mock
 import pandas as pd
 import pyarrow as pa
 import pytest
+import torch
+from peft import LoraConfig
 
 from rotopo.cli import run
+from rotopo.data.batch import collate
 from rotopo.errors import InputError
-from rotopo.models.policy import Policy
+from rotopo.models.policy import Policy, PolicyConfig
+from rotopo.objectives import DPO
+from tests.objectives.trl_side import real_model_and_pairs
 from tests.small_run import save_config
 from tests.test_training import EXACT, assert_equal, fit, weights
 
@@ -151,3 +156,41 @@ def test_the_cache_can_be_named_and_belongs_to_its_model(config, tmp_path, capsy
     with pytest.raises(SystemExit):
         fit(config, "other", CACHED, named, "--model.policy.dtype=float64")
     assert "another model" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_in_bfloat16_a_cached_loss_differs_no_more_than_online_ones_of_other_batches(tmp_path):
+    """Cached, a pair's reference comes from a batch of other pairs than its policy does."""
+    model, tokenizer, rows = real_model_and_pairs(step=300)
+    rows = rows[:8]
+    model.to(torch.bfloat16).set_attn_implementation("segments")
+    config = PolicyConfig(adapter=LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
+    policy = Policy.build(model, config, needs_reference=True)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.03 * torch.randn_like(parameter))
+    together, alone = [[*range(8)]], [[i] for i in range(8)]
+
+    def batches(parts, layout):
+        for part in parts:
+            yield collate([rows[i] for i in part], tokenizer.pad_token_id, layout, 1.0)
+
+    @torch.no_grad()
+    def losses(parts, layout):
+        found = [DPO(0.1).losses(policy(batch)) for batch in batches(parts, layout)]
+        return torch.cat(found)
+
+    def largest(a, b):
+        return (a - b).abs().max()
+
+    online = {layout: losses(together, layout) for layout in ("padded", "packed")}
+    spread = largest(online["padded"], losses(alone, "padded"))
+    own_spread = largest(online["packed"], losses(alone, "packed"))
+    policy.open_cache(str(tmp_path))
+    policy.cache_reference(batches(alone, "packed"))
+    difference = largest(losses(together, "packed"), online["packed"])
+    print(f"cached {difference:.2g}, online packed {own_spread:.2g}, padded {spread:.2g}")
+    assert difference <= max(spread, own_spread)
+    assert largest(online["packed"], torch.tensor(math.log(2))) > 0.01
