@@ -111,10 +111,12 @@ class _Kinds:
         return "copies" if _COPIES.search(name) else "element-wise"
 
     def _place(self, event: Any) -> str | None:
-        """``attention`` or ``optimiser`` for what runs inside one, else None."""
+        """``attention``, ``optimiser`` or ``head`` for what runs inside one, else None."""
         if event.id not in self._where:
             if event.name in (_ATTENTION, OPTIMISER):
                 place: str | None = event.name
+            elif event.name.startswith("_FusedHead"):
+                place = "head"
             elif event.scope == _BACKWARD and event.sequence_nr in self._attention:
                 place = _ATTENTION
             else:

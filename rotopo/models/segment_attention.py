@@ -135,8 +135,9 @@ def _products(
     shared = q.view(G, Q, H_kv, H // H_kv, d).permute(0, 2, 3, 1, 4).reshape(G, H_kv, -1, d)
     scores = (shared @ k.permute(0, 2, 3, 1)).view(G, H_kv, H // H_kv, Q, K)
     scores = torch.add(mask[:, None], scores, alpha=scaling)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    weights = F.dropout(scores.softmax(-1, dtype=wide).to(q.dtype), dropout)
+    # In a half type torch's softmax computes in float32 and rounds its result, which is all that
+    # its backward pass then needs to keep.
+    weights = F.dropout(scores.softmax(-1), dropout)
     output = weights.view(G, H_kv, -1, K) @ v.transpose(1, 2)
     return output.view(G, H_kv, H // H_kv, Q, d).permute(0, 3, 1, 2, 4).reshape(G, Q, H, d)
 
