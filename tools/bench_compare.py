@@ -86,7 +86,8 @@ def show(
     print(
         f"\n{table}: {arguments.model}, {first['dtype']} on {arguments.device}, "
         f"{arguments.threads} thread(s), {load.pairs} pairs a step, context {load.context}, "
-        f"{first['prompt_ratio']:.2f} prompt tokens per response token, {arguments.rounds} rounds"
+        f"{first['prompt_ratio']:.2f} prompt tokens per response token, {arguments.rounds} "
+        f"rounds, {arguments.layout} {arguments.policy or ''}"
     )
     shared = ("model", "dtype", "prompt_ratio")
     frame = pd.DataFrame(found).drop(columns=list(shared))

@@ -52,12 +52,14 @@ def profile_step(peer: Rotopo, batch: Any) -> dict[str, float]:
     on_gpu = batch.input_ids.is_cuda
     if on_gpu:
         activities.append(ProfilerActivity.CUDA)
-    with (
-        _marked_attention(peer.policy.language_model.config._attn_implementation),
-        torch.profiler.profile(activities=activities, record_shapes=True) as recorded,
-        record_function(_STEP),
-    ):
-        peer.step(batch)
+    with _marked_attention(peer.policy.language_model.config._attn_implementation):
+        if peer.policy.compiled:
+            peer.step(batch)  # which compiles around the mark
+        with (
+            torch.profiler.profile(activities=activities, record_shapes=True) as recorded,
+            record_function(_STEP),
+        ):
+            peer.step(batch)
     events = [e for e in recorded.events() if e.device_type == DeviceType.CPU]
     vocabulary = peer.policy.language_model.config.get_text_config().vocab_size
     kinds = _Kinds(events, vocabulary)

@@ -20,7 +20,8 @@ class Speed(Callback):
     """Logs of each optimiser step that is logged, over all ranks:
 
     - ``speed/pairs_per_second`` and ``speed/tokens_per_second``: from the beginning of the step's
-      first micro-batch to the end of its last, on the slowest rank; tokens without padding.
+      first micro-batch to the end of its last, on the slowest rank, without the wait for the
+      first one's data; tokens without padding.
     - ``speed/tokens_computed``: tokens, padding included, times the passes that each takes through
       the decoder, in units of a forward pass: forward 1, backward 1 (2 where the model's own
       weights train, whose gradients are another product), activations computed again 1, and an

@@ -138,7 +138,7 @@ class StepSampler(Sampler[list[int]]):
         sizes = self.sizes
         pairs = sizes.longest_first(pairs)
         low = max(sizes.tokens([i]) for i in pairs)
-        high = len(pairs) * low
+        high = sizes.tokens(pairs)
         while low < high:  # the smallest bound under which contiguous parts suffice
             middle = (low + high) // 2
             if len(sizes.cut(pairs, middle)) <= n_parts:

@@ -105,7 +105,9 @@ def flex_mask(batch: PairBatch, dtype: torch.dtype, window: int | None) -> Block
         return together
 
     R, T = segments.shape
-    return create_block_mask(seen, B=R, H=None, Q_LEN=T, KV_LEN=T, device=str(segments.device))
+    return create_block_mask(
+        seen, B=R, H=None, Q_LEN=T, KV_LEN=T, device=str(segments.device), _compile=segments.is_cuda
+    )
 
 
 _MASKS: dict[str, Callable[[PairBatch, torch.dtype, int | None], Tensor | BlockMask]] = {

@@ -69,7 +69,7 @@ def load_model(path: str, dtype: torch.dtype, attention: str) -> PreTrainedModel
         return AutoModelForCausalLM.from_pretrained(
             pretrained_folder(path), config=config, dtype=dtype, attn_implementation=attention
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, KeyError) as error:
         raise InputError(
             f"Cannot load policy.path {path!r} with policy.attention {attention!r}: "
             f"{first_line(error)}"

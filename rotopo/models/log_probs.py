@@ -132,7 +132,7 @@ class _FusedHead(torch.autograd.Function):
         plain = not moments and reference_hidden is None
         eager = plain and ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:3])
         scans = []
-        for start in range(0, len(targets), tile[0]):
+        for start in range(0, max(1, len(targets)), tile[0]):
             part = slice(start, start + tile[0])
             reference = None
             if reference_hidden is not None and reference_head is not None:
@@ -199,7 +199,7 @@ class _FusedHead(torch.autograd.Function):
             entries = slice(first, first + n_entries)
             part_head = head.part(entries)
             of_weight, of_bias = [], []
-            for start in range(0, len(targets), n_tokens):
+            for start in range(0, max(1, len(targets)), n_tokens):
                 part = slice(start, start + n_tokens)
                 logits = part_head.logits(hidden[part])
                 log_p = logits - log_z[part]
@@ -215,7 +215,7 @@ class _FusedHead(torch.autograd.Function):
                     g_logits.addcmul_(q, g_kl[part], value=-1)
                 place, inside = _place(targets[part], first, logits.shape[1])
                 g_logits.scatter_add_(1, place, torch.where(inside, g_log_prob[part], 0))
-                g_raw = _through_head(g_logits, logits, head)
+                g_raw = _through_head(g_logits, logits, head).to(weight.dtype)
                 if g_hidden is not None:
                     g_hidden[part] += g_raw @ part_head.weight
                 if g_weight is not None and len(targets) <= n_tokens:
@@ -295,7 +295,7 @@ def _scan(
             slope = shrink * (slope + (lower - top) * others)
             slope += shifted.mul_(e).sum(-1, keepdim=True)
         if away is not None:
-            away.mul_(shrink).add_(_through_head(e, kept, head) @ part.weight)
+            away.mul_(shrink).add_(_through_head(e, kept, head).to(part.weight.dtype) @ part.weight)
         others = shrink * others + e.sum(-1, keepdim=True)
 
     e = (at_target - top).exp()
@@ -329,12 +329,12 @@ def _place(targets: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _through_head(g_logits: Tensor, logits: Tensor, head: Head) -> Tensor:
-    """Gradient with respect to h Wᵀ + bias, in the weight's dtype, from that of the logits."""
+    """Gradient with respect to h Wᵀ + bias from that of the logits."""
     if head.softcap is not None:
         g_logits = g_logits * (1 - (logits / head.softcap).square())
     if head.scale != 1.0:
         g_logits = g_logits * head.scale
-    return g_logits.to(head.weight.dtype)
+    return g_logits
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from rotopo.models.log_probs import (
 )
 from rotopo.models.reference_cache import ReferenceCache
 from rotopo.models.settings import DtypeName, PolicyConfig, ReferenceMode, Sampling
-from rotopo.pretrained import cache_dir
+from rotopo.pretrained import cache_dir, first_line
 
 # Of the reference's log-probs: what a run that dies loses at most.
 _BATCHES_PER_FILE = 200
@@ -70,7 +70,7 @@ class Policy(nn.Module):
         if not hasattr(head, "weight") or hasattr(head, "base_layer"):
             raise InputError(
                 "policy.adapter: an adapter on the output head is not supported, because the "
-                "head is applied in chunks; leave it out of target_modules."
+                "head is applied in tiles; leave it out of target_modules."
             )
 
     @classmethod
@@ -132,6 +132,11 @@ class Policy(nn.Module):
                 )
         elif needs_reference:
             reference = copy.deepcopy(model).requires_grad_(False).eval()
+        if config.compile and config.activation_checkpointing:
+            raise InputError(
+                "policy.compile and policy.activation_checkpointing do not go together: torch "
+                "would leave the layers uncompiled. Set one of them to false."
+            )
         if config.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         policy = cls(adapted.train(), reference, base)
@@ -171,11 +176,12 @@ class Policy(nn.Module):
             reference_log_probs = self.cache.get(batch.keys)
         if reference_log_probs is not None:
             reference_log_probs = reference_log_probs.to(batch.targets.device, non_blocking=True)
-        elif needs.reference:
+        inputs = _inputs(self.language_model, batch)
+        if needs.reference and reference_log_probs is None:
             with torch.no_grad(), self.reference_model() as model:
-                reference = _response_states(model, batch), _head(model)
+                reference = _response_states(model, batch, inputs), _head(model)
                 reference_log_probs = token_log_probs(*reference, batch.targets).log_prob
-        states = _response_states(self.language_model, batch)
+        states = _response_states(self.language_model, batch, inputs)
         head = _head(self.language_model)
         if Role.REFERENCE_SAMPLE in needs.roles:
             assert reference is not None, "a KL needs the reference itself, not a cache"
@@ -219,7 +225,7 @@ class Policy(nn.Module):
             for number, batch in enumerate(batches, 1):
                 self._check_once(batch.layout)
                 here = batch.to(device)
-                states = _response_states(model, here)
+                states = _response_states(model, here, _inputs(model, here))
                 log_probs = token_log_probs(states, _head(model), here.targets).log_prob
                 self.cache.add(batch.keys, batch.lengths.tolist(), log_probs)
                 if number % _BATCHES_PER_FILE == 0:
@@ -310,12 +316,21 @@ class Policy(nn.Module):
             logits = model(input_ids=tokens, use_cache=False).logits[0, len(row.prompt) - 1 : -1]
             log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
             expected.append(log_p.gather(1, tokens[0, len(row.prompt) :, None]).squeeze(1))
-        states = _response_states(model, batch)
+        try:
+            states = _response_states(model, batch, _inputs(model, batch))
+        except (AttributeError, KeyError, ValueError) as error:
+            raise InputError(
+                f"{model.config.model_type} cannot work on the {layout} layout "
+                f"({first_line(error)}): set data.layout to 'padded'."
+            ) from error
         found = token_log_probs(states, _head(model), batch.targets).log_prob
         model.train(training)
         difference = (found - torch.cat(expected)).abs().mean()
         # Rounding in a half type moves a log-prob by about a hundredth of its size.
-        relative = max(1e-4, 4 * torch.finfo(weight.dtype).eps)
+        kind = weight.device.type
+        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        eps = max(torch.finfo(dtype).eps for dtype in (weight.dtype, states.dtype, cast))
+        relative = max(1e-4, 4 * eps)
         if not difference <= relative * torch.cat(expected).abs().mean():
             raise InputError(
                 f"{model.config.model_type}: log-probs in the {layout} layout differ from the "
@@ -328,15 +343,15 @@ class Policy(nn.Module):
             )
 
 
-def _response_states(model: PreTrainedModel, batch: PairBatch) -> Tensor:
+def _inputs(model: PreTrainedModel, batch: PairBatch) -> dict[str, Any]:
+    """What the decoder takes beside token ids, the same for policy and reference."""
+    return attention_inputs(batch, model.config.get_text_config(), _embeddings(model).dtype)
+
+
+def _response_states(model: PreTrainedModel, batch: PairBatch, inputs: dict[str, Any]) -> Tensor:
     """The hidden state that predicts each response token [N, D]."""
-    config = model.config.get_text_config()
     decoder = model.base_model
-    hidden = decoder(
-        input_ids=batch.input_ids,
-        use_cache=False,
-        **attention_inputs(batch, config, _embeddings(model).dtype),
-    ).last_hidden_state
+    hidden = decoder(input_ids=batch.input_ids, use_cache=False, **inputs).last_hidden_state
     return hidden.flatten(0, 1)[batch.predictors]
 
 

@@ -7,6 +7,7 @@ the blocks that :func:`segment_mask` hangs on a mask (generation, padded batches
 transformers' ``sdpa``.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from rotopo.data.batch import PairBatch
 from rotopo.errors import InputError
 
-# Blocks of up to this many scores a head are plain matrix products: what a fused kernel saves in
-# memory is small there, and its backward pass is the slower one.
+# Blocks of up to this many scores a head are plain matrix products, which keep their weights for
+# the backward pass: a fused kernel's, which makes them again, is the slower one there on a CPU.
 _PLAIN_SCORES = 512 * 512
 
 
@@ -72,7 +73,8 @@ def segment_mask(batch: PairBatch, dtype: torch.dtype, window: int | None) -> Te
     # Fill-up goes to a slot of its own, and padding takes the output of whatever comes first.
     source = torch.zeros(len(positions) + 1, dtype=torch.long, device=positions.device)
     source.scatter_(0, target, torch.arange(len(target), device=positions.device))
-    carrier = torch.empty(1, 1, 0, 0, dtype=dtype, device=positions.device)
+    # Not of a floating-point type: FSDP casts those, and what hangs on them is lost.
+    carrier = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=positions.device)
     carrier.segments = Segments(blocks, source[:-1])  # type: ignore[attr-defined]
     return carrier
 
@@ -97,10 +99,16 @@ def segment_attention(
     """
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise InputError(
-            f"policy.attention: {type(module).__name__} caps its scores or has sinks; set 'eager'."
+            f"policy.attention: {type(module).__name__} caps its scores or has sinks; set "
+            "'eager', and data.layout to 'shared_prompt'."
         )
     segments: Segments | None = getattr(attention_mask, "segments", None)
     if segments is None:
+        if attention_mask is not None and attention_mask.numel() == 0:
+            raise InputError(
+                "policy.attention: the model or the strategy changes the mask on its way to "
+                "'segments'; set data.layout to 'padded'."
+            )
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -113,13 +121,14 @@ def segment_attention(
             x.index_select(0, index.flatten()).unflatten(0, index.shape)
             for x, index in zip(flat, (block.queries, block.keys, block.keys), strict=True)
         )
-        Q, K = block.mask.shape[2:]
+        mask = block.mask.to(q.dtype)
+        Q, K = mask.shape[2:]
         if Q * K <= _PLAIN_SCORES:
-            output = _products(q, k, v, block.mask, dropout, scaling)
+            output = _products(q, k, v, mask, dropout, scaling)
         else:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
             output, _ = sdpa_attention_forward(
-                module, q, k, v, block.mask, dropout=dropout, scaling=scaling, **kwargs
+                module, q, k, v, mask, dropout=dropout, scaling=scaling, **kwargs
             )
         outputs.append(output.flatten(0, 1))
     return torch.cat(outputs).index_select(0, segments.source).view(R, T, H, d), None
@@ -132,9 +141,13 @@ def _products(
     G, Q, H, d = q.shape
     K, H_kv = k.shape[1:3]
     # The query heads that share a key head lie side by side, so that no key is repeated.
-    shared = q.view(G, Q, H_kv, H // H_kv, d).permute(0, 2, 3, 1, 4).reshape(G, H_kv, -1, d)
+    # In float16 unscaled products overflow; a power of two scales without rounding.
+    power = 2.0 ** math.floor(math.log2(scaling))
+    shared = (
+        (q * power).view(G, Q, H_kv, H // H_kv, d).permute(0, 2, 3, 1, 4).reshape(G, H_kv, -1, d)
+    )
     scores = (shared @ k.permute(0, 2, 3, 1)).view(G, H_kv, H // H_kv, Q, K)
-    scores = torch.add(mask[:, None], scores, alpha=scaling)
+    scores = torch.add(mask[:, None], scores, alpha=scaling / power)
     # In a half type torch's softmax computes in float32 and rounds its result, which is all that
     # its backward pass then needs to keep.
     weights = F.dropout(scores.softmax(-1), dropout)

@@ -125,6 +125,13 @@ def test_a_length_window_makes_the_pairs_of_a_step_similar_and_keeps_chance():
     assert set(map(frozenset, spread(4, epoch=1)[0])).isdisjoint(map(frozenset, four[0]))
 
 
+def test_rows_with_different_numbers_of_responses_are_all_in_a_step():
+    """KTO's: the first takes one line of 100 tokens, the second two of 50."""
+    lengths = [(50, (51,)), (20, (31, 31))]
+    (sampler,) = samplers(lengths, pairs_per_step=2, layout="padded")
+    assert [sorted(batch) for batch in sampler] == [[0, 1]]
+
+
 def test_epochs_differ_and_repeat_by_seed():
     lengths = [(5, (3, 4))] * 30
     (sampler,) = samplers(lengths)

@@ -112,6 +112,25 @@ def test_probable_targets_keep_their_small_gradient_in_bfloat16():
     torch.testing.assert_close(hidden.grad.float().squeeze(), expected, rtol=1e-2, atol=0)
 
 
+def test_no_tokens_are_no_error():
+    hidden, head, targets = make()
+    leaves = [hidden[:0].requires_grad_(), head.weight.requires_grad_()]
+    found = token_log_probs(leaves[0], head, targets[:0], moments=True)
+    assert found.log_prob.shape == found.entropy.shape == (0,)
+    for gradient in torch.autograd.grad(found.log_prob.sum() + found.entropy.sum(), leaves):
+        assert not gradient.any()
+
+
+def test_a_flat_distribution_over_a_large_vocabulary_in_float16():
+    """The sum of all others' exp(logit - largest) is beyond float16's largest number."""
+    hidden = torch.zeros(2, 4, dtype=torch.float16, requires_grad=True)
+    weight = torch.randn(100_000, 4).half()
+    found = token_log_probs(hidden, Head(weight), torch.tensor([5, 7])).log_prob
+    (gradient,) = torch.autograd.grad(found.sum(), hidden)
+    expected = weight[[5, 7]].float() - weight.float().mean(0)
+    torch.testing.assert_close(gradient.float(), expected, rtol=2e-3, atol=2e-3)
+
+
 def test_extreme_logits_stay_finite():
     hidden = torch.tensor([[1e4, 0.0], [0.0, 1e4]])
     weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]])

@@ -133,7 +133,7 @@ def test_flex_attention_trains_on_a_gpu(layout):
 
 def test_soft_capped_scores_are_refused():
     policy = policy_of("gemma2", lora(""), attn_implementation="segments")
-    with pytest.raises(InputError, match="set 'eager'"):
+    with pytest.raises(InputError, match=r"set 'eager'.*'shared_prompt'"):
         policy(collate(some_rows(), 0, "padded", 1.0))
 
 
@@ -288,8 +288,37 @@ def test_a_family_that_does_not_follow_the_mask_is_refused():
     )
     policy = Policy.build(model, PolicyConfig(path="", adapter=lora("")), needs_reference=True)
     policy(collate(some_rows(), 0, "padded", 1.0))
-    with pytest.raises((InputError, RuntimeError, ValueError)):
+    with pytest.raises(InputError, match=r"bloom.*data\.layout to 'padded'"):
         policy(collate(some_rows(), 0, "packed", 1.0))
+
+
+def test_compiled_layers_and_checkpointing_are_refused_together():
+    config = PolicyConfig(adapter=lora(""), compile=True, activation_checkpointing=True)
+    with pytest.raises(InputError, match=r"policy\.compile and policy\.activation_checkpointing"):
+        Policy.build(make("llama"), config, needs_reference=True)
+
+
+def test_a_mask_without_its_blocks_is_refused():
+    """What a strategy that casts inputs, or a model that slices masks, would leave of it."""
+    policy = policy_of("llama", lora(""), attn_implementation="segments")
+    layer = policy.language_model.model.layers[0]
+    layer.register_forward_pre_hook(
+        lambda module, args, kwargs: (
+            args,
+            kwargs | {"attention_mask": kwargs["attention_mask"].clone()},
+        ),
+        with_kwargs=True,
+    )
+    policy._checked.add("packed")
+    with pytest.raises(InputError, match=r"changes the mask.*data\.layout to 'padded'"):
+        policy(collate(some_rows(), 0, "packed", 1.0))
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_autocast_is_no_reason_to_refuse_a_family(layout):
+    policy = policy_of("llama", lora(""), dtype=torch.float32, initializer_range=0.3)
+    with torch.autocast("cpu", torch.bfloat16):
+        policy(collate(some_rows(), 0, layout, 1.0))
 
 
 def test_adapters_that_cannot_work_are_refused_by_their_setting():
