@@ -34,7 +34,8 @@ class PolicyConfig:
             pass rather than keep them.
         compile: compile each decoder layer with ``torch.compile``, for which a C++ compiler has to
             be there. The first steps then take a minute or more (torch keeps the result on disk
-            for later runs) and the others less; losses move by rounding.
+            for later runs) and the others less; losses move by rounding. Not together with
+            activation_checkpointing.
         reference: ``online`` computes the reference's log-probs in every step; ``cached`` computes
             them before the first one, for every pair that is not in the cache yet, and keeps them
             on disk for all runs; ``auto`` is ``cached`` unless the Trainer's limits keep the run
