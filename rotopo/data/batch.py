@@ -95,7 +95,7 @@ class PairBatch(_Transferable):
     Attributes:
         input_ids: token ids [R, T].
         position_ids: position of each token in its own ``prompt | response`` sequence [R, T].
-        segment_ids: 0 for the prompt, k ≥ 1 for the line's k-th response, -1 for padding [R, T].
+        segment_ids: 0 for a prompt, k ≥ 1 for its row's k-th response, -1 for padding [R, T].
         predictors: flat index into the R·T hidden states of the one that predicts each
             response token [N].
         targets: the response tokens' ids [N].
