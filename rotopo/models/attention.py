@@ -65,37 +65,15 @@ def _rows(batch: PairBatch) -> Tensor:
     return begins.flatten().cumsum(0).view_as(begins) - 1
 
 
-def dense_mask(batch: PairBatch, dtype: torch.dtype, window: int | None) -> Tensor:
-    """Additive mask [R, 1, T, T]: earlier tokens of the prompt and of the token's own response.
+def _rule(batch: PairBatch, window: int | None) -> Callable[..., Tensor]:
+    """Whether a query sees a key, as a function of line, head, query and key, all indices.
 
-    Padding sees itself, so that no row of the softmax is empty.
+    It sees what comes before it of its prompt and of its own response. Padding sees itself, so
+    that no row of the softmax is empty.
     """
     rows, segments, positions = _rows(batch), batch.segment_ids, batch.position_ids
-    T = segments.shape[1]
-    seen = torch.ones(T, T, dtype=torch.bool, device=segments.device).tril()
-    seen = seen & (rows[:, :, None] == rows[:, None, :])
-    own = segments[:, :, None] == segments[:, None, :]
-    seen &= own | (segments[:, None, :] == 0) & (segments[:, :, None] > 0)
-    if window is not None:
-        distance = positions[:, :, None] - positions[:, None, :]
-        seen &= (distance < window) | (segments < 0)[:, :, None]
-    additive = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-    return additive.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
-
-def flex_mask(batch: PairBatch, dtype: torch.dtype, window: int | None) -> BlockMask:
-    """The same as a rule, of which FlexAttention computes the blocks of scores that it leaves.
-
-    Raises:
-        InputError: training on a processor, for which torch has no backward pass of it.
-    """
-    if batch.input_ids.device.type == "cpu" and torch.is_grad_enabled():
-        raise InputError(
-            "policy.attention 'flex_attention' trains on a GPU only: 'segments' trains anywhere."
-        )
-    rows, segments, positions = _rows(batch), batch.segment_ids, batch.position_ids
-
-    def seen(line: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def seen(line: Tensor, head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
         own = segments[line, query] == segments[line, key]
         shared = (segments[line, key] == 0) & (segments[line, query] > 0)
         together = (rows[line, query] == rows[line, key]) & (own | shared) & (key <= query)
@@ -104,9 +82,32 @@ def flex_mask(batch: PairBatch, dtype: torch.dtype, window: int | None) -> Block
             together = together & (near | (segments[line, query] < 0))
         return together
 
-    R, T = segments.shape
+    return seen
+
+
+def dense_mask(batch: PairBatch, dtype: torch.dtype, window: int | None) -> Tensor:
+    """Additive mask [R, 1, T, T]."""
+    R, T = batch.segment_ids.shape
+    lines, columns = (torch.arange(n, device=batch.segment_ids.device) for n in (R, T))
+    seen = _rule(batch, window)(lines[:, None, None], None, columns[:, None], columns)
+    additive = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return additive.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+
+
+def flex_mask(batch: PairBatch, dtype: torch.dtype, window: int | None) -> BlockMask:
+    """The blocks of scores that FlexAttention computes.
+
+    Raises:
+        InputError: training on a processor, for which torch has no backward pass of it.
+    """
+    device = batch.segment_ids.device
+    if device.type == "cpu" and torch.is_grad_enabled():
+        raise InputError(
+            "policy.attention 'flex_attention' trains on a GPU only: 'segments' trains anywhere."
+        )
+    R, T = batch.segment_ids.shape
     return create_block_mask(
-        seen, B=R, H=None, Q_LEN=T, KV_LEN=T, device=str(segments.device), _compile=segments.is_cuda
+        _rule(batch, window), R, None, T, T, device=str(device), _compile=device.type == "cuda"
     )
 
 
