@@ -198,7 +198,8 @@ class _FusedHead(torch.autograd.Function):
         for first in range(0, len(weight), n_entries):
             entries = slice(first, first + n_entries)
             part_head = head.part(entries)
-            of_weight, of_bias = [], []
+            of_weight: Tensor | None = None
+            of_bias: Tensor | None = None
             for start in range(0, max(1, len(targets)), n_tokens):
                 part = slice(start, start + n_tokens)
                 logits = part_head.logits(hidden[part])
@@ -221,16 +222,20 @@ class _FusedHead(torch.autograd.Function):
                 if g_weight is not None and len(targets) <= n_tokens:
                     torch.mm(g_raw.T, hidden, out=g_weight[entries])
                 elif g_weight is not None:
-                    of_weight.append((g_raw.T @ hidden[part]).to(wide))
+                    of_weight = _added(of_weight, (g_raw.T @ hidden[part]).to(wide))
                 if g_bias is not None:
-                    of_bias.append(g_raw.sum(0, dtype=wide))
-            if g_weight is not None and of_weight:
-                g_weight[entries] = sum(of_weight[1:], of_weight[0])
-            if g_bias is not None:
-                g_bias[entries] = sum(of_bias[1:], of_bias[0])
+                    of_bias = _added(of_bias, g_raw.sum(0, dtype=wide))
+            if g_weight is not None and of_weight is not None:
+                g_weight[entries] = of_weight
+            if g_bias is not None and of_bias is not None:
+                g_bias[entries] = of_bias
         if g_hidden is not None:
             g_hidden = g_hidden.to(hidden.dtype)
         return (g_hidden, g_weight, g_bias, *nothing)
+
+
+def _added(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)
 
 
 class _Scan(NamedTuple):
@@ -286,7 +291,7 @@ def _scan(
         at_target = torch.where(inside, logits.gather(1, place), at_target)
         lower = top
         top, shrink = _raised(top, logits)
-        kept = logits if head.softcap is None else logits.clone()
+        kept = logits.clone() if away is not None and head.softcap is not None else logits
         shifted = logits.sub_(top)
         e = shifted.exp() if moments else shifted.exp_()
         e.scatter_(1, place, torch.where(inside, 0, e.gather(1, place)))
