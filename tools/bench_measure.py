@@ -3,7 +3,6 @@
 import argparse
 import gc
 import multiprocessing
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -14,6 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+
+from rotopo.callbacks import speed
 
 T = TypeVar("T")
 
@@ -49,21 +50,15 @@ def peak_memory(step: Callable[[], Any], copy: nn.Module | None, device: str) ->
     held_anyway = sum(p.nbytes for p in copy.parameters()) if copy is not None else 0
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        peak = torch.cuda.max_memory_allocated()
     else:
         # What earlier steps took and have freed would hide what this one takes.
         gc.collect()
         CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # let Linux forget the peak so far
-        before = _resident("VmHWM")
-        step()
-        peak = _resident("VmHWM")
+    where = torch.device(device)
+    before = speed.peak_memory(where)
+    step()
+    peak = speed.peak_memory(where)
+    assert before is not None  # Linux tells both
+    assert peak is not None
     return (peak - before + held_anyway) / 2**20
-
-
-def _resident(kind: str) -> int:
-    """Bytes. Not getrusage's: a new process begins with the peak of the one that started it."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{kind}:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]

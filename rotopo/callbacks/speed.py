@@ -95,7 +95,7 @@ class Speed(Callback):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - self.began
-        memory = _memory(device)
+        memory = peak_memory(device)
         amounts = torch.tensor(self.laid_out, device=device)
         amounts = torch.cat([amounts, torch.stack(self.counts).sum(0)])
         most = torch.tensor([seconds, memory or 0.0], dtype=torch.float32, device=device)
@@ -161,8 +161,9 @@ def count(batch: PairBatch, windows: Iterable[int | None]) -> Tensor:
     )
 
 
-def _memory(device: torch.device) -> float | None:
-    """Bytes at most: of the step on a GPU, of the process on a CPU; None where nobody knows."""
+def peak_memory(device: torch.device) -> float | None:
+    """Bytes at most since the peak was reset: allocated on a GPU, the process's on a CPU; None
+    where nobody knows."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     if device.type == "cpu" and _STATUS.exists():
