@@ -174,7 +174,6 @@ def reward_metrics(
     right = margin > 0
     n = len(right)
 
-    rank_sum = _ranks(rewards)[:n].sum()
     confidence = 1 / (1 + np.exp(-np.abs(margin)))
     bins = np.minimum((2 * confidence - 1) * _CALIBRATION_BINS, _CALIBRATION_BINS - 1)
     gaps = np.bincount(bins.astype(int), (1 + np.sign(margin)) / 2 - confidence)
@@ -190,7 +189,7 @@ def reward_metrics(
         "reward_std": float(rewards.std(ddof=1)),
         "chosen_mean": float(pairs.chosen.mean()),
         "rejected_mean": float(pairs.rejected.mean()),
-        "auroc": float((rank_sum - n * (n + 1) / 2) / n**2),
+        "auroc": auroc(pairs.chosen, pairs.rejected),
         "ece": float(np.abs(gaps).sum() / n),
         "length_correlation": _correlation(rewards, tokens),
         "length_rank_correlation": _correlation(_ranks(rewards), _ranks(tokens)),
@@ -212,6 +211,14 @@ def reward_metrics(
         if sections is not None:
             found["sections"] = sections
     return found
+
+
+def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
+    """The probability that one of the positive values [n] is above one of the negative [m], ties
+    half (Mann and Whitney)."""
+    n, m = len(positive), len(negative)
+    rank_sum = _ranks(np.concatenate([positive, negative]))[:n].sum()
+    return float((rank_sum - n * (n + 1) / 2) / (n * m))
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
