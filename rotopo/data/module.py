@@ -3,10 +3,10 @@
 import hashlib
 import json
 import math
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from rotopo.data.batch import (
 )
 from rotopo.data.responses import Responses
 from rotopo.data.rows import Rows, pair_lengths, unpaired_rows
-from rotopo.data.sampler import EvalSampler, StatefulLoader, StepSampler
+from rotopo.data.sampler import EvalSampler, PairLength, StatefulLoader, StepSampler
 from rotopo.data.schemas import Format, Preference, read_row, resolve_format
 from rotopo.data.tokens import OnBadRow, PairEncoder, TokenizedPair, Truncation
 from rotopo.errors import InputError
@@ -41,6 +41,16 @@ if TYPE_CHECKING:  # else rotopo --help would wait for datasets, pandas and pyar
     from rotopo.data.token_cache import TokenizedRows
 
 _EXTRA_ROLES = {"gold": Role.GOLD, "reference_sample": Role.REFERENCE_SAMPLE}
+
+
+class Selector(Protocol):
+    """Who decides before every epoch what to train on."""
+
+    def training_rows(self, rows: Rows) -> Rows:
+        """Of all training rows those of the epoch that begins, or these with others."""
+
+    def settings(self) -> str:
+        """All that the decision follows from beside the run's own settings, as one line."""
 
 
 class PairwiseDataModule(LightningDataModule):
@@ -205,6 +215,8 @@ class PairwiseDataModule(LightningDataModule):
         self._pairs: dict[str, Dataset] = {}
         self._tokenized: dict[str, TokenizedRows] = {}
         self._rows_of: dict[tuple[str, Any], Rows] = {}
+        # Who decides before every epoch what to train on, if anybody does.
+        self.selector: Selector | None = None
 
     @cached_property
     def encoder(self) -> PairEncoder:
@@ -272,7 +284,9 @@ class PairwiseDataModule(LightningDataModule):
             raise InputError("data.validation or data.test is 1: there is no pair to train on.")
         accumulation = self._accumulation()
         world_size, rank = self._ranks()
-        rows = self._rows("train")
+        rows = self.rows("train")
+        if self.selector is not None:
+            rows = self.selector.training_rows(rows)
         sampler = StepSampler(
             rows.lengths(),
             self.pairs_per_step,
@@ -377,7 +391,7 @@ class PairwiseDataModule(LightningDataModule):
     def probe(self, pairs: int) -> PairBatch:
         """The first validation pairs (training pairs where there are none), as one batch that is
         the same on every rank and at any time."""
-        rows = self._rows("validation" if "validation" in self._pairs else "train")
+        rows = self.rows("validation" if "validation" in self._pairs else "train")
         return collate([rows[i] for i in range(min(pairs, len(rows)))], self.pad_id, self.layout, 1)
 
     def preference(self, name: str, row: int) -> Preference:
@@ -432,6 +446,7 @@ class PairwiseDataModule(LightningDataModule):
             "margin": self.margin,
             "accumulate_grad_batches": self._accumulation(),
             "ranks": self._ranks()[0],
+            "selection": self.selector.settings() if self.selector is not None else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, str | int | None]) -> None:
@@ -582,7 +597,7 @@ class PairwiseDataModule(LightningDataModule):
         """
         if name not in self._pairs:
             return []
-        rows = self._rows(name)
+        rows = self.rows(name)
         return [
             index
             for index, row in enumerate(map(rows.__getitem__, range(len(rows))))
@@ -591,26 +606,27 @@ class PairwiseDataModule(LightningDataModule):
 
     def batches_of(self, name: str, places: list[int]) -> DataLoader:
         """Some rows of a split, each once over all ranks, in as many batches on each rank."""
-        rows = self._rows(name)
-        places = places + places[:1] * (self._ranks()[0] - len(places))
-        lengths = rows.lengths()
-        sampler = EvalSampler(
-            [lengths[place] for place in places],
-            self.token_budget,
-            self.eval_pairs_per_batch,
-            *self._ranks(),
-            self.layout,
-        )
-        return DataLoader(
-            Subset(rows, places),
-            batch_sampler=sampler,
-            collate_fn=partial(_collate_mean, pad_id=self.pad_id, layout=self.layout),
-            generator=torch.Generator(),
-            **self._beside_the_step(),
-        )
+        return self.batches(self.rows(name), places)
 
-    def _rows(self, name: str) -> Rows:
+    def batches(self, rows: Rows, places: Sequence[int]) -> DataLoader:
+        """Some rows, each once over all ranks, in as many batches on each rank.
+
+        Where there are fewer rows than ranks, the first comes several times.
+
+        Args:
+            rows: the rows.
+            places: which of them; the loader's ``batch_sampler.batches`` say which of these are in
+                each of this rank's batches.
+        """
+        places = [*places, *places[:1] * (self._ranks()[0] - len(places))]
+        lengths = rows.lengths()
+        return self._in_similar_lengths(Subset(rows, places), [lengths[place] for place in places])
+
+    def rows(self, name: str) -> Rows:
         """A split's rows with the responses that the module which trains on them asks for.
+
+        Args:
+            name: ``train``, ``validation`` or ``test``.
 
         Raises:
             InputError: it asks for what the data does not have.
@@ -687,9 +703,14 @@ class PairwiseDataModule(LightningDataModule):
         return [ids[:n] for ids, n in zip(samples, room, strict=True)]
 
     def _eval_loader(self, name: str) -> DataLoader:
-        rows = self._rows(name)
+        rows = self.rows(name)
+        return self._in_similar_lengths(rows, rows.lengths())
+
+    def _in_similar_lengths(
+        self, rows: Rows | Subset[TokenizedRow], lengths: Sequence[PairLength]
+    ) -> DataLoader:
         sampler = EvalSampler(
-            rows.lengths(),
+            lengths,
             self.token_budget,
             self.eval_pairs_per_batch,
             *self._ranks(),

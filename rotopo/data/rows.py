@@ -52,6 +52,8 @@ class Rows(torch.utils.data.Dataset[TokenizedRow]):
         margins: Sequence[float] | None = None,
     ) -> None:
         self.pairs = pairs
+        self.roles = roles
+        self.seed = seed
         self.behind = [] if behind is None else [behind]
         self.margins = margins
         self.columns = columns or {}
@@ -76,6 +78,35 @@ class Rows(torch.utils.data.Dataset[TokenizedRow]):
             [role for role, _ in responses],
             pair["row"],
             0.0 if self.margins is None else self.margins[index],
+        )
+
+    def select(
+        self, kept: Sequence[int], replaced: Mapping[int, tuple[list[int], list[int]]]
+    ) -> "Rows":
+        """Some of these rows, and some with another chosen and rejected response behind them.
+
+        Args:
+            kept: places of the rows that stay as they are.
+            replaced: by place, the new chosen and rejected responses' token ids.
+        """
+        from datasets import Dataset, concatenate_datasets
+
+        places = [*kept, *replaced]
+        pairs = self.pairs.select(kept)
+        if replaced:
+            new = self.pairs.select(list(replaced)).to_dict()
+            new["chosen"], new["rejected"] = map(list, zip(*replaced.values(), strict=True))
+            pairs = concatenate_datasets(
+                [pairs, Dataset.from_dict(new, features=self.pairs.features)]
+            )
+        return Rows(
+            pairs,
+            self.roles,
+            {role: [column[place] for place in places] for role, column in self.columns.items()},
+            self.max_length,
+            self.seed,
+            self.behind[0] if self.behind else None,
+            None if self.margins is None else [self.margins[place] for place in places],
         )
 
     def lengths(self) -> list[PairLength]:

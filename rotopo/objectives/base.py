@@ -149,7 +149,7 @@ class PreferenceModule(PairwiseModule):
         Raises:
             InputError: the model is divided among ranks.
         """
-        from rotopo.models.reference_samples import sample_reference
+        from rotopo.models.samples import sample_reference
 
         assert self.policy is not None
         if divided_among_ranks(self.trainer):

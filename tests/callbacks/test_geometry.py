@@ -41,7 +41,7 @@ def test_hidden_states_are_the_models_own(config, adapter, layout):
     for reference in (False, True):
         parts = []
         for pair in range(8):
-            row = data._rows("validation")[pair]
+            row = data.rows("validation")[pair]
             shared = layout == "packed"
             for k, response in enumerate(row.responses):
                 ids = torch.tensor([row.prompt + response[:-1]])

@@ -8,9 +8,9 @@ import torch
 from peft import LoraConfig
 
 from rotopo.data.tokens import PairEncoder
-from rotopo.models import reference_samples
+from rotopo.models import samples
 from rotopo.models.policy import Policy, PolicyConfig
-from rotopo.models.reference_samples import sample_reference
+from rotopo.models.samples import sample_reference
 from tests.models.families import make
 
 
@@ -93,13 +93,13 @@ def test_a_response_that_ends_has_its_end_of_turn(sample, policy, tiny_tokenizer
 
 def test_ranks_share_the_parts(sample, monkeypatch):
     """As the second of two ranks: only its own parts are drawn, and the first's are missed."""
-    distributed = reference_samples.torch.distributed
+    distributed = samples.torch.distributed
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "get_rank", lambda: 1)
     monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(distributed, "barrier", lambda: None)
     prompts = [[40 + i, 41] for i in range(70)]
-    with pytest.raises(reference_samples.InputError, match=r"data\.cache_dir"):
+    with pytest.raises(samples.InputError, match=r"data\.cache_dir"):
         sample(prompts)
     monkeypatch.setattr(distributed, "get_rank", lambda: 0)
     shared = sample(prompts)

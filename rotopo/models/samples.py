@@ -1,4 +1,4 @@
-"""Responses drawn from the reference once, and kept."""
+"""Responses drawn from a policy or its reference, in parts that are kept on disk."""
 
 import hashlib
 import json
@@ -25,29 +25,45 @@ def sample_reference(
     cache_dir: Path,
     seed: int,
 ) -> list[list[int]]:
-    """One response to each prompt, at temperature 1 from the whole distribution.
+    """One response of the reference to each prompt, at temperature 1 from the whole distribution;
+    see :func:`draw`."""
+    sampling = Sampling(max_new_tokens, temperature=1.0, seed=seed)
+    source = policy.reference_fingerprint
+    return draw(policy, prompts, sampling, encoder, cache_dir, source, reference=True)[0]
+
+
+def draw(
+    policy: Policy,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    encoder: PairEncoder,
+    cache_dir: Path,
+    source: str,
+    reference: bool = False,
+) -> tuple[list[list[int]], Path]:
+    """One response to each prompt; a prompt that is there several times gets as many.
 
     Responses are kept on disk under a hash of the model, the prompts and every setting, in parts of
     a few prompts each, so that a run that dies loses only the part at hand; the ranks share the
     parts among them. The global random state is left as it was.
 
     Args:
-        policy: whose reference.
+        policy: who responds.
         prompts: token ids.
-        max_new_tokens: tokens of a response at most; one that does not end by then is cut, and has
-            no end-of-turn token.
+        sampling: how; a response that does not end within ``max_new_tokens`` is cut, and has no
+            end-of-turn token.
         encoder: how prompts became tokens.
         cache_dir: where to keep the responses.
-        seed: seed of the draw.
+        source: hash of the weights that they are drawn from.
+        reference: draw from the policy's reference instead.
 
     Returns:
-        Token ids of each response, with the end-of-turn token.
+        token ids of each response, with the end-of-turn token; and the folder that keeps them.
 
     Raises:
         InputError: another rank's responses are not in this rank's cache folder.
     """
-    settings = [policy.reference_fingerprint, max_new_tokens, seed]
-    settings += [encoder.stop_ids, encoder.end_of_turn_id]
+    settings = [source, vars(sampling), encoder.stop_ids, encoder.end_of_turn_id]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for prompt in prompts:
         digest.update(np.array([len(prompt), *prompt], dtype=np.int64).tobytes())
@@ -62,20 +78,21 @@ def sample_reference(
     rank = torch.distributed.get_rank() if distributed else 0
     world_size = torch.distributed.get_world_size() if distributed else 1
     missing = [n for n in range(rank, len(parts), world_size) if not files[n].exists()]
-    sampling = Sampling(max_new_tokens, temperature=1.0)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    for number in tqdm(missing, desc="Sampling the reference", disable=not missing or rank > 0):
+    whose = "the reference" if reference else "the policy"
+    for number in tqdm(missing, desc=f"Sampling {whose}", disable=not missing or rank > 0):
         batch = collate_prompts([prompts[i] for i in parts[number]], encoder.pad_id, parts[number])
         with torch.random.fork_rng(devices):
-            torch.manual_seed(seed * 1_000_003 + number)
+            torch.manual_seed(sampling.seed * 1_000_003 + number)
             responses = policy.generate(
                 batch.to(next(policy.parameters()).device),
                 sampling,
                 encoder.stop_ids,
                 encoder.pad_id,
-                reference=True,
+                reference=reference,
             )
-        ended = [ids + [encoder.end_of_turn_id] * (len(ids) < max_new_tokens) for ids in responses]
+        most = sampling.max_new_tokens
+        ended = [ids + [encoder.end_of_turn_id] * (len(ids) < most) for ids in responses]
         unfinished = files[number].with_suffix(f".{uuid.uuid4().hex}")
         unfinished.write_text(json.dumps(ended), "utf-8")
         unfinished.replace(files[number])
@@ -86,9 +103,9 @@ def sample_reference(
     for file, part in zip(files, parts, strict=True):
         if not file.exists():
             raise InputError(
-                f"data.cache_dir: {file.name} of another rank's reference samples is not in "
-                f"{folder}: let data.cache_dir or $ROTOPO_CACHE name a folder that all nodes share."
+                f"data.cache_dir: {file.name} of another rank's samples is not in {folder}: let "
+                "data.cache_dir or $ROTOPO_CACHE name a folder that all nodes share."
             )
         for i, ids in zip(part, json.loads(file.read_text("utf-8")), strict=True):
             samples[i] = ids
-    return samples
+    return samples, folder
