@@ -1,5 +1,6 @@
 """Fills the cache of reference log-probs before the first step."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -7,6 +8,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from tqdm.auto import tqdm
 
 from rotopo.data.batch import Role
+from rotopo.data.rows import Rows
 from rotopo.errors import InputError
 from rotopo.training import divided_among_ranks
 
@@ -42,22 +44,36 @@ class CacheReference(Callback):
         cache = module.policy.open_cache(module.policy_config.reference_cache, precision)
         for split in splits:
             # One rank decides for all, since another run may be writing to the folder meanwhile.
-            first = trainer.is_global_zero
-            unknown = data.rows_without(split, cache) if first else None
+            unknown: Any = data.rows_without(split, cache) if trainer.is_global_zero else None
             unknown = trainer.strategy.broadcast(unknown)
-            if unknown:
-                bar = tqdm(
-                    data.batches_of(split, unknown), f"Reference of {split}", disable=not first
-                )
-                with trainer.precision_plugin.forward_context():
-                    module.policy.cache_reference(bar)
-            trainer.strategy.barrier()
-            cache.refresh()
+            cache_rows(trainer, data.rows(split), unknown, f"Reference of {split}")
             if trainer.world_size > 1 and data.rows_without(split, cache):
                 raise InputError(
                     f"{cache.folder} does not hold what other ranks have computed: let "
                     "policy.reference_cache or $ROTOPO_CACHE name a folder that all nodes share."
                 )
+
+
+def cache_rows(trainer: Trainer, rows: Rows, places: Sequence[int], description: str) -> None:
+    """Add the reference's log-probs of some rows to the cache, if the run has one.
+
+    Args:
+        trainer: while it runs.
+        rows: the rows.
+        places: which of them; none is fine.
+        description: of the progress bar.
+    """
+    module: Any = trainer.lightning_module
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    if module.policy.cache is None:
+        return
+    if places:
+        hidden = not trainer.is_global_zero
+        bar = tqdm(data.batches(rows, places), description, disable=hidden)
+        with trainer.precision_plugin.forward_context():
+            module.policy.cache_reference(bar)
+    trainer.strategy.barrier()
+    module.policy.cache.refresh()
 
 
 def _why_not(trainer: Trainer, module: Any) -> str:

@@ -604,21 +604,18 @@ class PairwiseDataModule(LightningDataModule):
             if any(response_key(row.prompt, response) not in known for response in row.responses)
         ]
 
-    def batches_of(self, name: str, places: list[int]) -> DataLoader:
-        """Some rows of a split, each once over all ranks, in as many batches on each rank."""
-        return self.batches(self.rows(name), places)
-
     def batches(self, rows: Rows, places: Sequence[int]) -> DataLoader:
         """Some rows, each once over all ranks, in as many batches on each rank.
 
-        Where there are fewer rows than ranks, the first comes several times.
+        Where they are fewer than ranks, the first comes again. The loader's
+        ``batch_sampler.batches`` say which of the places are in each of this rank's batches; one
+        that comes again has a number of its own, behind the last.
 
         Args:
             rows: the rows.
-            places: which of them; the loader's ``batch_sampler.batches`` say which of these are in
-                each of this rank's batches.
+            places: which of them.
         """
-        places = [*places, *places[:1] * (self._ranks()[0] - len(places))]
+        places = [*places, *list(places[:1]) * (self._ranks()[0] - len(places))]
         lengths = rows.lengths()
         return self._in_similar_lengths(Subset(rows, places), [lengths[place] for place in places])
 

@@ -81,24 +81,23 @@ class Rows(torch.utils.data.Dataset[TokenizedRow]):
         )
 
     def select(
-        self, kept: Sequence[int], replaced: Mapping[int, tuple[list[int], list[int]]]
+        self, kept: Sequence[int], others: Sequence[tuple[int, list[int], list[int]]] = ()
     ) -> "Rows":
-        """Some of these rows, and some with another chosen and rejected response behind them.
+        """Some of these rows, and behind them some with other responses.
 
         Args:
             kept: places of the rows that stay as they are.
-            replaced: by place, the new chosen and rejected responses' token ids.
+            others: place of a row, and the chosen and the rejected response's token ids instead of
+                its own; a row may come several times.
         """
         from datasets import Dataset, concatenate_datasets
 
-        places = [*kept, *replaced]
-        pairs = self.pairs.select(kept)
-        if replaced:
-            new = self.pairs.select(list(replaced)).to_dict()
-            new["chosen"], new["rejected"] = map(list, zip(*replaced.values(), strict=True))
-            pairs = concatenate_datasets(
-                [pairs, Dataset.from_dict(new, features=self.pairs.features)]
-            )
+        places, pairs = list(kept), self.pairs.select(kept)
+        if others:
+            behind, chosen, rejected = map(list, zip(*others, strict=True))
+            columns = self.pairs.select(behind).to_dict() | {"chosen": chosen, "rejected": rejected}
+            new = Dataset.from_dict(columns, features=self.pairs.features)
+            places, pairs = places + behind, concatenate_datasets([pairs, new])
         return Rows(
             pairs,
             self.roles,

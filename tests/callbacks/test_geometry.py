@@ -36,7 +36,7 @@ def test_hidden_states_are_the_models_own(config, adapter, layout):
     table = measured(cli)
     assert list(table.index) == [0, 2, 4, 6]
     data, policy = cli.datamodule, cli.model.policy.eval()
-    (batch,) = data.batches_of("validation", list(range(8)))
+    (batch,) = data.batches(data.rows("validation"), range(8))
     states: dict[bool, list[torch.Tensor]] = {}
     for reference in (False, True):
         parts = []

@@ -1,0 +1,185 @@
+"""Robustness-guided rejection sampling: new pairs for the prompts whose pairs were dropped.
+
+ROPO's paper (arXiv 2404.04102) says what it is for: to give back what the dropped prompts would
+have taught. How it goes is [ours].
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from rotopo.data.rows import Rows
+from rotopo.errors import InputError
+from rotopo.models.settings import Sampling
+from rotopo.robust.scoring import score
+from rotopo.robust.selection import best_and_worst
+from rotopo.training import divided_among_ranks
+
+_ORIGINALS = ("chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """How new pairs are made and accepted.
+
+    Each dropped prompt gets K responses from the policy. Among these and its original two, the one
+    of the highest implicit reward and the one of the lowest are a new pair, which is trained on if
+    its loss is no larger than a quantile of the kept pairs' losses. [ours]
+
+    Args:
+        samples: K.
+        temperature: τ of the sampling, above 0.
+        max_new_tokens: tokens of a response at most; one that does not end by then is cut, and has
+            no end-of-turn token.
+        quantile: q, of the kept losses; 1 accepts up to the largest of them.
+        against_chosen: only pairs with the original chosen response in them.
+        seed: seed of the sampling.
+
+    Raises:
+        InputError: a setting out of its range.
+    """
+
+    samples: int = 8
+    temperature: float = 1.0
+    max_new_tokens: int = 128
+    quantile: float = 0.5
+    against_chosen: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in (("samples", self.samples), ("max_new_tokens", self.max_new_tokens)):
+            if value < 1:
+                raise InputError(f"resampling.{name} is {value}: it has to be at least 1.")
+        if not self.temperature > 0:
+            raise InputError(
+                f"resampling.temperature is {self.temperature}: it has to be above 0, or all "
+                "samples would be the same."
+            )
+        if not 0 <= self.quantile <= 1:
+            raise InputError(f"resampling.quantile is {self.quantile}: it lies from 0 to 1.")
+
+
+@dataclass(frozen=True)
+class NewPair:
+    """What rejection sampling made of a prompt.
+
+    Attributes:
+        chosen, rejected: token ids.
+        origin: where the two come from: ``chosen`` and ``rejected`` are the original pair's,
+            ``sample 1`` to ``sample K`` the policy's.
+        rewards: implicit rewards of the two.
+        loss: the objective's, of the pair.
+    """
+
+    chosen: list[int]
+    rejected: list[int]
+    origin: tuple[str, str]
+    rewards: tuple[float, float]
+    loss: float
+
+
+def check(trainer: Trainer) -> None:
+    """Whether responses can be drawn and judged one by one.
+
+    Raises:
+        InputError: why not.
+    """
+    module: Any = trainer.lightning_module
+    name = type(module).__name__
+    if not hasattr(module, "policy_config"):
+        raise InputError(f"resampling: {name} is a reward model, which generates no responses.")
+    if module.paired_rewards or module.needs.roles:
+        raise InputError(
+            f"resampling: {name} does not judge a pair by its two responses alone, so that new "
+            "pairs cannot be chosen by it: leave resampling out, or take ROPO or DPO."
+        )
+    if divided_among_ranks(trainer):
+        raise InputError(
+            "resampling: generating with a model that is divided among ranks is not supported yet: "
+            "leave resampling out, or take the strategy ddp."
+        )
+
+
+def resample(
+    trainer: Trainer, rows: Rows, dropped: Sequence[int], settings: Resampling
+) -> list[NewPair | None]:
+    """A new pair for each dropped row's prompt; None where no two responses differ in reward.
+
+    Args:
+        trainer: while it runs.
+        rows: the training rows.
+        dropped: places of those that were dropped.
+        settings: how.
+    """
+    from rotopo.models.samples import draw
+
+    module: Any = trainer.lightning_module
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    originals = [rows.pairs[place] for place in dropped]
+    K = settings.samples
+    sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=settings.seed)
+    prompts = [row["prompt"] for row in originals for _ in range(K)]
+    with trainer.precision_plugin.forward_context():
+        drawn, folder = draw(
+            module.policy,
+            prompts,
+            sampling,
+            data.encoder,
+            data.cache_dir / "samples",
+            module.prediction_fingerprint(),
+        )
+    pools: list[dict[tuple[int, ...], str]] = []  # of each prompt: where its responses come from
+    for number, row in enumerate(originals):
+        room = data.encoder.max_length - len(row["prompt"])
+        pool = {tuple(row[name]): name for name in _ORIGINALS if row[name]}
+        for k, ids in enumerate(drawn[number * K : (number + 1) * K], 1):
+            pool.setdefault(tuple(ids[:room]), f"sample {k}")
+        pools.append(pool)
+
+    rewards = _rewards(trainer, rows, dropped, [list(pool) for pool in pools])
+    best, worst, differ = best_and_worst(rewards, settings.against_chosen)
+    made: list[NewPair | None] = [None] * len(pools)
+    numbers = np.flatnonzero(differ).tolist()
+    pairs = []
+    for number in numbers:
+        responses = list(pools[number])
+        chosen, rejected = responses[best[number]], responses[worst[number]]
+        pairs.append((dropped[number], list(chosen), list(rejected)))
+    losses = score(trainer, rows.select([], pairs), "Scoring new pairs").losses if pairs else ()
+    for number, (_, chosen, rejected), loss in zip(numbers, pairs, losses, strict=True):
+        origins, i, j = list(pools[number].values()), best[number], worst[number]
+        two = float(rewards[number, i]), float(rewards[number, j])
+        made[number] = NewPair(chosen, rejected, (origins[i], origins[j]), two, float(loss))
+    trainer.strategy.barrier()
+    _discard(folder)  # the new pairs go into checkpoints
+    return made
+
+
+def _rewards(
+    trainer: Trainer, rows: Rows, dropped: Sequence[int], pools: list[list[tuple[int, ...]]]
+) -> np.ndarray:
+    """Implicit rewards of all responses, NaN behind a prompt's last [P, C]."""
+    pairs = []
+    places: list[tuple[int, int, int]] = []  # of each pair: the prompt, and its two responses
+    for number, (place, pool) in enumerate(zip(dropped, pools, strict=True)):
+        for i in range(0, len(pool), 2):
+            j = i + 1 if i + 1 < len(pool) else 0  # the odd one out has the first beside it
+            pairs.append((place, list(pool[i]), list(pool[j])))
+            places.append((number, i, j))
+    scores = score(trainer, rows.select([], pairs), "Scoring samples")
+    rewards = np.full((len(pools), max(map(len, pools))), np.nan)
+    numbers, first, second = np.array(places).T
+    rewards[numbers, second] = scores.rejected
+    rewards[numbers, first] = scores.chosen
+    return rewards
+
+
+@rank_zero_only
+def _discard(folder: Path) -> None:
+    shutil.rmtree(folder)

@@ -1,0 +1,82 @@
+"""Losses and rewards of training pairs under the model as it is."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from rotopo.data.rows import Rows
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of N rows, in their order.
+
+    Attributes:
+        losses: the objective's [N].
+        chosen, rejected: rewards [N].
+    """
+
+    losses: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+
+    @property
+    def margins(self) -> np.ndarray:
+        """The chosen's reward less the rejected's [N]."""
+        return self.chosen - self.rejected
+
+
+def score(trainer: Trainer, rows: Rows, description: str) -> Scores:
+    """Scores of all rows, on all ranks; arguments as of :func:`scored`."""
+    # Losses, rewards, and how often a row came: more than once where rows are fewer than ranks.
+    table = torch.zeros(len(rows), 4, dtype=torch.float64)
+    for places, values in scored(trainer, rows, description):
+        here = torch.cat([values, torch.ones(len(values), 1)], 1)
+        table.index_add_(0, places, here)
+    device = trainer.strategy.root_device
+    table = trainer.strategy.reduce(table.to(device), reduce_op="sum").cpu()
+    losses, chosen, rejected = (table[:, :3] / table[:, 3:]).numpy().T
+    return Scores(losses, chosen, rejected)
+
+
+@torch.no_grad()
+def scored(trainer: Trainer, rows: Rows, description: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batch by batch, this rank's rows and their scores, without dropout.
+
+    Through the validation step: so it is the one log-prob path, under any strategy, and with a
+    cached reference it costs one forward pass.
+
+    Args:
+        trainer: while it runs.
+        rows: of any pairs.
+        description: of the progress bar.
+
+    Yields:
+        places of the rows [B], and their loss and the rewards of chosen and rejected, float64 on
+        the CPU [B, 3].
+    """
+    module: Any = trainer.lightning_module
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    loader = data.batches(rows, list(range(len(rows))))
+    hidden = None if trainer.is_global_zero else True
+    bar = tqdm(loader, description, leave=False, disable=hidden)
+    training = [m for m in module.modules() if m.training]
+    module.eval()
+    try:
+        for number, batch in enumerate(bar):
+            batch = trainer.strategy.batch_to_device(batch)
+            outputs: Any = trainer.strategy.validation_step(batch, number)
+            chosen, rejected, *_ = module.pair_rewards(outputs)
+            values = torch.stack([outputs["losses"], chosen, rejected], 1)
+            places = torch.tensor(loader.batch_sampler.batches[number])
+            # Behind the last row stands the first again, where rows are fewer than ranks.
+            yield places.where(places < len(rows), 0), values.to("cpu", torch.float64)
+    finally:
+        for m in training:
+            m.training = True

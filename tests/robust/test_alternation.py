@@ -1,0 +1,130 @@
+"""ROPO's alternation through the command line: what is trained on, and resumption anywhere."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from rotopo.models import samples
+from rotopo.objectives import DPO, ROPO
+from rotopo.robust import alternation, resampling
+from tests.small_run import save_config
+from tests.test_training import (
+    CHECKPOINTS,
+    Kill,
+    Killed,
+    assert_equal,
+    fit,
+    last_checkpoint,
+    weights,
+)
+
+FILTER = [
+    "--trainer.callbacks+=rotopo.robust.Alternation",
+    "--trainer.callbacks.rho=0.3",
+    "--trainer.max_epochs=3",
+]
+SAMPLES = ["--trainer.callbacks.resampling={samples: 3, max_new_tokens: 4, quantile: 0.9}"]
+
+
+@pytest.fixture(autouse=True)
+def flipped(monkeypatch):
+    from rotopo.data.module import PairwiseDataModule
+    monkeypatch.setattr(PairwiseDataModule, "flipped", lambda self: None, raising=False)
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_tokenizer) -> Path:
+    return save_config(tmp_path, tiny_tokenizer)
+
+
+def tables(cli) -> dict[str, str]:
+    folder = Path(cli.trainer.log_dir) / "rounds"
+    return {file.name: file.read_text() for file in sorted(folder.iterdir())}
+
+
+def pairs(cli) -> pd.DataFrame:
+    return pd.read_csv(Path(cli.trainer.log_dir) / "rounds" / "pairs.csv")
+
+
+def test_rho_0_is_plain_training(config):
+    plain = fit(config, "plain", "--trainer.max_epochs=3")
+    filtered = fit(config, "filtered", *FILTER, "--trainer.callbacks.rho=0")
+    assert_equal(weights(filtered), weights(plain), rtol=0, atol=0)
+    assert (pairs(filtered).weight == 1).all()
+
+
+def test_the_pairs_of_smallest_loss_are_trained_on(config, monkeypatch):
+    trained: list[set[int]] = []
+    original = DPO.training_step
+
+    def step(self, batch, batch_idx):
+        while len(trained) <= self.trainer.current_epoch:
+            trained.append(set())
+        trained[-1] |= set(batch.rows.tolist())
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(DPO, "training_step", step)
+    run = fit(config, "filtered", *FILTER, "--data.pairs_per_step=1", "--trainer.max_epochs=6",
+              "--trainer.callbacks.epochs_per_round=2")
+    table = pairs(run)
+    n = len(run.datamodule.rows("train"))
+    assert table.groupby("round").size().to_list() == [n, n]
+    assert trained[0] == trained[1] == set(table.row)
+    for round_, epochs in ((1, (2, 3)), (2, (4, 5))):
+        here = table[table["round"] == round_]
+        assert here.weight.sum() == round(0.7 * n)
+        assert here[here.weight == 1].loss.max() <= here[here.weight == 0].loss.min()
+        np.testing.assert_allclose(here.loss, np.logaddexp(0, -here.margin), rtol=1e-5)
+        for epoch in epochs:
+            assert trained[epoch] == set(here[here.weight == 1].row)
+    log = pd.read_csv(Path(run.trainer.log_dir) / "metrics.csv")
+    assert log["round/kept"].dropna().tolist() == [round(0.7 * n)] * 2
+
+
+DIES = {
+    "scoring": (alternation, "score"),
+    "sampling": (samples, "collate_prompts"),
+    "scoring the samples": (resampling, "score"),
+    "choosing": (resampling, "best_and_worst"),
+    "caching": (alternation, "cache_rows"),
+    "writing": (alternation.Alternation, "_write_files"),
+}
+TRAINING = [(2, False), (3, True), (3, False), (4, True), (5, False), (6, True)]
+CACHED = ["--model.policy.reference=cached"]
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize("when", [*DIES, *TRAINING], ids=str)
+def test_killed_anywhere_it_ends_in_the_same(config, monkeypatch, when, epochs):
+    """Three or six steps in the first round, with a checkpoint each, and fewer after it."""
+    options = [*CHECKPOINTS, *FILTER, *SAMPLES, f"--trainer.callbacks.epochs_per_round={epochs}"]
+    options += [*CACHED, f"--model.policy.reference_cache={config.parent}/reference"]
+    options += ["--model=ROPO", "--model.beta=0.3", f"--trainer.max_epochs={3 * epochs}"]
+    whole = fit(config, "whole", *options)
+    assert '"accepted": 0' not in tables(whole)["rounds.json"]
+    with monkeypatch.context() as patch:
+        if when in DIES:
+            place, name = DIES[when]
+            original, calls = getattr(place, name), []
+
+            def dying(*arguments, **settings):
+                calls.append(1)
+                if len(calls) == 2:
+                    raise Killed
+                return original(*arguments, **settings)
+
+            patch.setattr(place, name, dying)
+        else:
+            kill, configured = Kill(*when), ROPO.configure_callbacks
+            patch.setattr(ROPO, "configure_callbacks", lambda self: [*configured(self), kill])
+        with pytest.raises(Killed):
+            fit(config, "killed", *options)
+    last = last_checkpoint(config.parent / "killed")
+    resumed = fit(config, "killed", *options, f"--ckpt_path={last}")
+    assert resumed.trainer.global_step == whole.trainer.global_step
+    assert tables(resumed) == tables(whole)
+    assert_equal(weights(resumed), weights(whole), rtol=0, atol=0)
