@@ -26,6 +26,7 @@ from rotopo.data.batch import (
     collate_prompts,
     response_key,
 )
+from rotopo.data.noise import LabelNoise, TrainingPairs, with_flips
 from rotopo.data.responses import Responses
 from rotopo.data.rows import Rows, pair_lengths, unpaired_rows
 from rotopo.data.sampler import EvalSampler, PairLength, StatefulLoader, StepSampler
@@ -82,6 +83,9 @@ class PairwiseDataModule(LightningDataModule):
         balance_lengths: draw the training pairs again so that those with the longer chosen
             response and those with the longer rejected one count equally, see
             :func:`rotopo.data.balance.balanced`.
+        noise: flips labels of the training pairs, before they are balanced, by the class path of a
+            :class:`rotopo.data.noise.LabelNoise`: SymmetricFlips, LengthFlips, MarginFlips,
+            AssumedPreference, or your own. Validation and test stay clean. None flips none.
         accuracy_by: a column by whose values the test also gives the accuracy; None for none.
         pairs_per_step: pairs of one optimiser step, over all micro-batches and ranks.
         score: a jsonl file of responses, see :class:`rotopo.data.responses.Responses`, which
@@ -122,6 +126,7 @@ class PairwiseDataModule(LightningDataModule):
         margin: str | None = None,
         train_pairs: int | None = None,
         balance_lengths: bool = False,
+        noise: LabelNoise | None = None,
         accuracy_by: str | None = None,
         pairs_per_step: int = 32,
         score: str | None = None,
@@ -189,6 +194,7 @@ class PairwiseDataModule(LightningDataModule):
         self.margin = margin
         self.train_pairs = train_pairs
         self.balance_lengths = balance_lengths
+        self.noise = noise
         self.accuracy_by = accuracy_by
         self.pairs_per_step = pairs_per_step
         self.score = score
@@ -273,6 +279,16 @@ class PairwiseDataModule(LightningDataModule):
             train = self._pairs["train"]
             order = self._permutation(len(train))[: self.train_pairs]
             self._pairs["train"] = train.select(np.sort(order))
+        if self.noise is not None and "train" in self._pairs:
+            train = self._pairs["train"]
+            numbers = np.asarray(train.with_format("numpy")["row"][:])
+            columns = partial(self.column, "train", setting="data.noise")
+            flipped = self.noise.flips(TrainingPairs(numbers, *pair_lengths(train), columns))
+            self._pairs["train"] = with_flips(train, flipped)
+            rank_zero_info(
+                f"data.noise: {type(self.noise).__name__} flipped {flipped.sum()} of "
+                f"{len(flipped)} labels ({100 * flipped.mean():.1f} %)."
+            )
         if self.balance_lengths and "train" in self._pairs:
             train = self._pairs["train"]
             drawn = balanced(*pair_lengths(train), self.seed)
@@ -394,8 +410,15 @@ class PairwiseDataModule(LightningDataModule):
         rows = self.rows("validation" if "validation" in self._pairs else "train")
         return collate([rows[i] for i in range(min(pairs, len(rows)))], self.pad_id, self.layout, 1)
 
+    def flipped(self) -> np.ndarray | None:
+        """Which training pairs ``data.noise`` has flipped the labels of, in the order in which they
+        are stored [N]; None without noise, or without training pairs. Batches do not say."""
+        if self.noise is None or "train" not in self._pairs:
+            return None
+        return np.asarray(self._pairs["train"].with_format("numpy")["flipped"][:])
+
     def preference(self, name: str, row: int) -> Preference:
-        """A row as messages.
+        """A row as messages, labelled as in the source, whatever ``data.noise`` flips.
 
         Args:
             name: ``train``, ``validation`` or ``test``.
@@ -425,9 +448,12 @@ class PairwiseDataModule(LightningDataModule):
         return dict(zip(numbers, rows.select(numbers)[column][:], strict=True))
 
     def describe(self) -> dict[str, int | str]:
-        """What a run should log about its data: pairs per split, what truncation touched, hash."""
+        """What a run should log about its data: pairs per split, flipped labels, what truncation
+        touched, hash."""
+        flipped = self.flipped()
         return {
             **{f"pairs/{name}": len(pairs) for name, pairs in self._pairs.items()},
+            **({} if flipped is None else {"noise/flipped": int(flipped.sum())}),
             **{
                 f"rows/{split}/{outcome}": count
                 for split, tokenized in self._tokenized.items()
@@ -464,7 +490,7 @@ class PairwiseDataModule(LightningDataModule):
             raise InputError(
                 "ckpt_path: this checkpoint was trained on other pairs (fingerprint "
                 f"{state_dict['data_fingerprint']}, here {here['data_fingerprint']}): check "
-                "data.source, data.seed and the settings of the tokens."
+                "data.source, data.seed, data.noise and the settings of the tokens."
             )
         for name, value in here.items():
             before = state_dict.get(name)
