@@ -30,12 +30,6 @@ FILTER = [
 SAMPLES = ["--trainer.callbacks.resampling={samples: 3, max_new_tokens: 4, quantile: 0.9}"]
 
 
-@pytest.fixture(autouse=True)
-def flipped(monkeypatch):
-    from rotopo.data.module import PairwiseDataModule
-    monkeypatch.setattr(PairwiseDataModule, "flipped", lambda self: None, raising=False)
-
-
 @pytest.fixture
 def config(tmp_path: Path, tiny_tokenizer) -> Path:
     return save_config(tmp_path, tiny_tokenizer)
@@ -68,8 +62,14 @@ def test_the_pairs_of_smallest_loss_are_trained_on(config, monkeypatch):
         return original(self, batch, batch_idx)
 
     monkeypatch.setattr(DPO, "training_step", step)
-    run = fit(config, "filtered", *FILTER, "--data.pairs_per_step=1", "--trainer.max_epochs=6",
-              "--trainer.callbacks.epochs_per_round=2")
+    run = fit(
+        config,
+        "filtered",
+        *FILTER,
+        "--data.pairs_per_step=1",
+        "--trainer.max_epochs=6",
+        "--trainer.callbacks.epochs_per_round=2",
+    )
     table = pairs(run)
     n = len(run.datamodule.rows("train"))
     assert table.groupby("round").size().to_list() == [n, n]
