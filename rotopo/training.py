@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import random
+import sys
 from abc import abstractmethod
 from collections.abc import Container, Mapping
 from dataclasses import is_dataclass
@@ -323,6 +324,10 @@ class PairwiseModule(LightningModule):
         loop = self.trainer.fit_loop
         if loop.epoch_progress.current.completed == loop.epoch_progress.current.ready:
             loop.reset_restart_stage()
+            if loop.epoch_loop.restarted_on_train_batch_end:
+                # Lightning asks whether as many batches are done as the next epoch has: so that it
+                # would go on within one that a selector has made longer than the last.
+                loop.epoch_loop.batch_progress.current.completed = sys.maxsize
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Restored here and not on load: nothing draws between here and the first step.

@@ -1,12 +1,11 @@
 """ROPO's alternation through the command line: what is trained on, and resumption anywhere."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
+from lightning.pytorch import Callback
 
 from rotopo.models import samples
 from rotopo.objectives import DPO, ROPO
@@ -128,3 +127,44 @@ def test_killed_anywhere_it_ends_in_the_same(config, monkeypatch, when, epochs):
     assert resumed.trainer.global_step == whole.trainer.global_step
     assert tables(resumed) == tables(whole)
     assert_equal(weights(resumed), weights(whole), rtol=0, atol=0)
+
+
+class Uneven(Callback):
+    """Epochs of 3, 1, 3, 2 and 3 steps."""
+
+    def setup(self, trainer, pl_module, stage) -> None:
+        self.trainer = trainer
+        trainer.datamodule.selector = self
+        trainer.reload_dataloaders_every_n_epochs = 1
+
+    def settings(self) -> str:
+        return "uneven"
+
+    def training_rows(self, rows):
+        return rows.select(range((20, 7, 19, 13, 20, 20)[self.trainer.current_epoch]))
+
+
+@pytest.mark.parametrize("saved", ["step", "epoch"])
+@pytest.mark.parametrize(
+    "kill", [(2, False), (3, True), (4, True), (3, False), (7, True), (9, True)]
+)
+def test_a_longer_epoch_behind_a_checkpoint_is_trained_whole(config, monkeypatch, kill, saved):
+    options = (
+        CHECKPOINTS
+        if saved == "step"
+        else [CHECKPOINTS[0], *CHECKPOINTS[2:], "--trainer.callbacks.every_n_epochs=1"]
+    )
+    options = [*options, f"--trainer.callbacks+={__name__}.Uneven", "--trainer.max_epochs=5"]
+    whole = fit(config, "whole", *options)
+    assert whole.trainer.global_step == 12
+    with monkeypatch.context() as patch:
+        configured = DPO.configure_callbacks
+        patch.setattr(DPO, "configure_callbacks", lambda self: [*configured(self), Kill(*kill)])
+        with pytest.raises(Killed):
+            fit(config, "killed", *options)
+    last = last_checkpoint(config.parent / "killed")
+    resumed = fit(config, "killed", *options, *([f"--ckpt_path={last}"] if last else []))
+    assert resumed.trainer.global_step == 12
+    assert_equal(weights(resumed), weights(whole), rtol=0, atol=0)
+    log = pd.read_csv(Path(resumed.trainer.log_dir) / "metrics.csv")
+    assert log["step"].max() == 11
