@@ -52,7 +52,7 @@ class Method:
         elif path:
             try:
                 found = getattr(importlib.import_module(path), short, None)
-            except ImportError as error:
+            except (ImportError, TypeError) as error:  # TypeError: a path that begins with a dot
                 raise InputError(f"objective: {alone}: {error}: name a class path.") from error
         elif alone in rotopo.objectives.__all__:
             found = getattr(rotopo.objectives, alone)

@@ -38,8 +38,8 @@ def noise(summary: pd.DataFrame) -> Figure:
         _panel(axes, summary[summary.measure == measure])
         axes.set_title(_TITLES[measure], loc="left", fontsize=11)
     figure.supxlabel(
-        "Flipped labels. Bars: 95 % intervals over seeds; those of the grey lines are in "
-        "summary.csv.",
+        "Flipped labels. Bars: 95 % intervals over seeds.\n"
+        "Those of the grey lines, and differences paired by seed, are in summary.csv.",
         fontsize=9,
     )
     return figure
@@ -48,7 +48,8 @@ def noise(summary: pd.DataFrame) -> Figure:
 def _panel(axes: Axes, rows: pd.DataFrame) -> None:
     rates = sorted(rows.noise.unique())
     names = sorted(rows.objective.unique(), key=lambda name: (name in _STYLES, name))
-    step = 0.012 * (max(rates) - min(rates) or 0.1)
+    span = max(rates) - min(rates) or 0.1
+    step = 0.012 * span
     shown = [name for name in names if name in _STYLES]
     ends = {}
     for name in names:
@@ -68,6 +69,7 @@ def _panel(axes: Axes, rows: pd.DataFrame) -> None:
     axes.axhline(0.5, color="0.6", linewidth=0.8, linestyle=(0, (1, 3)))
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xticks(rates, [f"{rate:.0%}" for rate in rates])
+    axes.set_xlim(min(rates) - 0.09 * span, max(rates) + 0.09 * span)
     _name(axes, ends)
 
 
@@ -79,18 +81,27 @@ def _name(axes: Axes, ends: dict[str, tuple[float, float]]) -> None:
     wanted = np.array([ends[name][1] for name in names])
     # The nearest places that keep the distance: what pools too near is centred on its mean.
     places = _isotonic(wanted - apart * np.arange(len(names))) + apart * np.arange(len(names))
-    _, right = axes.get_xlim()
+    axes.set_ylim(min(low, places[0]), max(high, places[-1]))
+    left, right = axes.get_xlim()
+    beside = right + 0.03 * (right - left)
     for name, y in zip(names, places, strict=True):
         colour = _STYLES[name][0] if name in _STYLES else "0.45"
         axes.annotate(
             _KNOWN.get(name, name),
             ends[name],
-            (right, y),
+            (beside, y),
             va="center",
             color=colour,
             fontsize=9,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.5, "alpha": 0.6},
+            arrowprops={
+                "arrowstyle": "-",
+                "relpos": (0, 0.5),
+                "shrinkA": 0,
+                "color": colour,
+                "lw": 0.6,
+                "alpha": 0.6,
+            },
         )
 
 

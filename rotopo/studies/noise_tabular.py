@@ -23,6 +23,7 @@ from torch import Tensor
 from rotopo.data.batch import Role
 from rotopo.errors import InputError
 from rotopo.models.log_probs import PairLogProbs
+from rotopo.objectives import ROPO
 from rotopo.objectives.base import PreferenceModule, ReferenceObjective, in_range, positive
 from rotopo.robust.flips import flip_detection
 from rotopo.robust.selection import best_and_worst, keep, n_kept, threshold
@@ -195,18 +196,17 @@ class Tabular:
                     policy, original[torch.from_numpy(dropped)], at_most, rng
                 )
                 pairs = pairs + accepted
+            better, worse = (
+                train.reward[accepted.prompt, which]
+                for which in (accepted.chosen, accepted.rejected)
+            )
             rounds.append(
                 Round(
                     number,
                     len(dropped),
                     int(flipped[dropped].sum()),
                     len(accepted),
-                    int(
-                        (
-                            train.reward[accepted.prompt, accepted.chosen]
-                            > train.reward[accepted.prompt, accepted.rejected]
-                        ).sum()
-                    ),
+                    int((better > worse).sum()),
                 )
             )
         clean = labelled(held_out, np.zeros(HELD_OUT, dtype=bool))
@@ -215,9 +215,10 @@ class Tabular:
         return Outcome(float((margins > 0).mean()), found.get("auroc"), found.get("recall"), rounds)
 
     def _module(self, method: Method, flip_rate: float) -> PreferenceModule:
-        held = issubclass(method.objective, ReferenceObjective)
-        settings = {"beta": self.beta} if held else {}
-        if method.objective.__name__ == "ROPO":
+        settings = {}
+        if issubclass(method.objective, ReferenceObjective):
+            settings["beta"] = self.beta
+        if issubclass(method.objective, ROPO):
             settings["alpha"] = self.alpha
         return method.build(flip_rate, **settings).eval()
 

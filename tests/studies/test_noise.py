@@ -159,6 +159,7 @@ def test_names_of_methods():
         ("--objective=[DPO,DPO]", "each one once"),
         ("--objective=Nope", "Nope is no objective"),
         ("--objective=nowhere.Nope", "nowhere"),
+        ("--objective=..Nope", "name a class path"),
         ("--objective=math.pi", "math.pi is no objective"),
         ("--objective=ROPO+sampling", "sampling needs the filter"),
         ("--objective=ROPO+filters", "is no objective"),
