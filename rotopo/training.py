@@ -94,6 +94,9 @@ class PairwiseModule(LightningModule):
             the learning rate.
     """
 
+    # Whether a pair's loss depends on the other pairs of its micro-batch, as KTO's does.
+    couples_pairs: bool = False
+
     def __init__(
         self,
         optimizer: OptimizerCallable | None = None,

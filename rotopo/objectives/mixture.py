@@ -49,6 +49,7 @@ class Mixture(PreferenceModule):
                 )
         self.parts = list(objectives)
         self.paired_rewards = objectives[0].paired_rewards
+        self.couples_pairs = any(part.couples_pairs for part in objectives)
         # Each a child of the mixture: Lightning hands its trainer on to children only, and not to
         # the members of a list.
         for i, part in enumerate(objectives):

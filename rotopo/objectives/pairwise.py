@@ -385,6 +385,8 @@ class DrDPO(ReferenceObjective):
         InputError: a setting out of its range.
     """
 
+    couples_pairs = True
+
     def __init__(self, beta: float = 0.1, temperature: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.beta = positive("beta", beta)
@@ -458,6 +460,8 @@ class AOT(ReferenceObjective):
     Raises:
         InputError: a setting out of its range.
     """
+
+    couples_pairs = True
 
     def __init__(
         self, beta: float = 0.1, paired: bool = True, label_smoothing: float = 0.0, **kwargs: Any

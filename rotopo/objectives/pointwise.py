@@ -50,6 +50,7 @@ class KTO(ReferenceObjective):
     """
 
     needs = Needs(pairs=False, roles=(Role.MISMATCHED,))
+    couples_pairs = True
 
     def __init__(
         self,

@@ -128,6 +128,12 @@ class Alternation(Callback):
                 f"rho is {self.rho}, which keeps {kept} of {pairs} pairs: fewer than "
                 f"data.pairs_per_step ({data.pairs_per_step})."
             )
+        if pl_module.couples_pairs:
+            name = type(pl_module).__name__
+            raise InputError(
+                f"Alternation: {name}'s loss of a pair depends on the pairs beside it, so that "
+                "they cannot be ranked by it: take another objective, such as ROPO or DPO."
+            )
         if self.resampling is not None:
             check(trainer)
 

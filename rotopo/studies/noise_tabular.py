@@ -157,7 +157,7 @@ class Tabular:
                     f"objective: {method.name} works on {what}, of which the tabular task has "
                     "none: leave it out."
                 )
-        if method.filtered and not judges_each_pair(module):
+        if method.filtered and module.couples_pairs:
             raise InputError(
                 f"objective: {method.name}: the loss of a pair depends on the pairs beside it, so "
                 "that a filter cannot rank them by it: leave the filter out."
@@ -382,20 +382,9 @@ def one_token(chosen: Tensor, rejected: Tensor, kl: Tensor | None = None) -> Pai
 
 def sees_margins_only(module: PreferenceModule) -> bool:
     """Whether the losses stay when both log-probs of a pair move by the same amount, tried out."""
-    log_policy, chosen, rejected = _trial()
+    rng = np.random.default_rng(0)
+    log_policy = torch.from_numpy(rng.standard_normal((64, CANDIDATES))).log_softmax(-1)
+    chosen, rejected = torch.zeros(64, dtype=torch.long), torch.ones(64, dtype=torch.long)
     log_probs = of_pairs(log_policy, chosen, rejected)
     moved = of_pairs(log_policy + torch.linspace(-2, 2, len(log_policy))[:, None], chosen, rejected)
     return torch.allclose(module.losses(log_probs), module.losses(moved), rtol=1e-9, atol=1e-9)
-
-
-def judges_each_pair(module: PreferenceModule) -> bool:
-    """Whether a pair's loss stays when other pairs are beside it, tried out."""
-    all_, half = (module.losses(of_pairs(*(t[:n] for t in _trial()))) for n in (64, 32))
-    return torch.allclose(all_[:32], half, rtol=1e-9, atol=1e-9)
-
-
-def _trial() -> tuple[Tensor, Tensor, Tensor]:
-    """64 pairs by log π_θ [64, 8], chosen and rejected [64], to try a loss on."""
-    rng = np.random.default_rng(0)
-    log_policy = torch.from_numpy(rng.standard_normal((64, CANDIDATES))).log_softmax(-1)
-    return log_policy, torch.zeros(64, dtype=torch.long), torch.ones(64, dtype=torch.long)

@@ -1,6 +1,7 @@
 """What each objective leaves alone, where it stops, and what it becomes in its limits."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,6 +83,18 @@ def test_log_ratio_losses_bear_policy_and_reference_moved_alike(name):
     start = some()
     assert same(name, start, moved(start, -3, -2, -3, -2)) == (name in LOG_RATIOS)
     assert same(name, start, moved(start, -3, -3, -3, -3)) == (name in LOG_RATIOS | {"TPO", "TYPO"})
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_says_whether_pairs_depend_on_one_another(name):
+    start, objective = some(), OBJECTIVES[name]
+    others = values([0, 0, 0, 1, -2, 3])
+    other = replace(
+        moved(start, others, -others, 0, 0),
+        mismatched_log_ratio=start.mismatched_log_ratio + torch.linspace(0, 1, 6),
+    )
+    first, same_first = (objective.losses(log_probs)[:3] for log_probs in (start, other))
+    assert torch.allclose(first, same_first, rtol=1e-11, atol=1e-12) != objective.couples_pairs
 
 
 @pytest.mark.parametrize("name", ["SimPO", "AlphaPO", "ORPO", "SFT", "TPO-L"])

@@ -18,7 +18,6 @@ from rotopo.studies.noise_tabular import (
     Policy,
     Tabular,
     drawn,
-    judges_each_pair,
     labelled,
     network,
     of_pairs,
@@ -153,11 +152,6 @@ def test_the_kl_to_the_reference_is_exact():
     found = of_pairs(log_policy, torch.zeros(5).long(), torch.ones(5).long()).reference_kl
     uniform = torch.full_like(log_policy, 1 / CANDIDATES)
     torch.testing.assert_close(found, kl_div(log_policy, uniform, reduction="none").sum(1))
-
-
-def test_a_loss_that_depends_on_the_pairs_beside_it_is_known():
-    assert judges_each_pair(ROPO())
-    assert not judges_each_pair(DrDPO())
 
 
 @pytest.mark.parametrize("name", ["ROPO", "BCO", "TYPO", "ROPO+filter+sampling"])
