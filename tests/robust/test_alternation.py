@@ -1,11 +1,16 @@
 """ROPO's alternation through the command line: what is trained on, and resumption anywhere."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from lightning.pytorch import Callback
+from sklearn.metrics import roc_auc_score
 
 from rotopo.models import samples
 from rotopo.objectives import DPO, ROPO
@@ -13,6 +18,7 @@ from rotopo.robust import alternation, resampling
 from tests.small_run import save_config
 from tests.test_training import (
     CHECKPOINTS,
+    EXACT,
     Kill,
     Killed,
     assert_equal,
@@ -84,6 +90,79 @@ def test_the_pairs_of_smallest_loss_are_trained_on(config, monkeypatch):
     assert log["round/kept"].dropna().tolist() == [round(0.7 * n)] * 2
 
 
+def test_flipped_labels_are_counted_where_they_are_known(config):
+    noise = ["--data.noise=SymmetricFlips", "--data.noise.rate=0.3", "--data.noise.seed=1"]
+    run = fit(config, "noisy", *FILTER, *noise)
+    table, flipped = pairs(run), run.datamodule.flipped()
+    rounds = json.loads((Path(run.trainer.log_dir) / "rounds" / "rounds.json").read_text())
+    assert 0 < flipped.sum() < len(flipped)
+    for round_ in rounds:
+        here = table[table["round"] == round_["round"]]
+        assert (here.flipped.to_numpy(bool) == flipped).all()
+        expected = roc_auc_score(here.flipped, -here.margin)
+        assert round_["auroc"] == pytest.approx(expected, abs=1e-6)
+        assert round_["precision"] == here[here.weight == 0].flipped.mean()
+
+
+def test_it_filters_for_reward_models(config, tmp_path):
+    settings = yaml.safe_load(config.read_text())
+    policy = settings["model"]["init_args"]["policy"]
+    optimizer = settings["model"]["init_args"]["optimizer"]
+    settings["model"] = {
+        "class_path": "rotopo.reward.RewardModule",
+        "init_args": {"backbone": policy, "optimizer": optimizer},
+    }
+    config.write_text(yaml.safe_dump(settings))
+    run = fit(config, "reward", *FILTER)
+    table = pairs(run)
+    np.testing.assert_allclose(table.loss, np.logaddexp(0, -table.margin), rtol=1e-5)
+    assert run.trainer.global_step == 3 + 2 + 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--trainer.callbacks.rho=1"], "rho is 1"),
+        (["--trainer.callbacks.rho=0.9"], "keeps 2 of 20 pairs"),
+        (["--trainer.callbacks.epochs_per_round=0"], "epochs_per_round is 0"),
+        (["--trainer.callbacks.resampling={samples: 0}"], "resampling.samples is 0"),
+        (["--trainer.callbacks.resampling={temperature: 0}"], "resampling.temperature is 0"),
+        (["--trainer.callbacks.resampling={quantile: 2}"], "resampling.quantile is 2"),
+        ([*SAMPLES, "--model=SamPO"], "SamPO does not judge a pair by its two responses"),
+        (["--model=DrDPO"], "DrDPO's loss of a pair depends"),
+    ],
+)
+def test_what_it_cannot_do(message, options, words):
+    assert words in message(*FILTER, *options)
+
+
+def test_a_checkpoint_of_other_rounds_is_refused(config, message):
+    fit(config, "run", *CHECKPOINTS, *FILTER)
+    last = f"--ckpt_path={last_checkpoint(config.parent / 'run')}"
+    error = message(*CHECKPOINTS, *FILTER, "--trainer.callbacks.rho=0.2", last)
+    assert "rho=0.3" in error
+    assert "rho=0.2" in error
+    assert "rho=0.3" in message(*CHECKPOINTS, last)
+
+
+@pytest.mark.slow
+def test_two_ranks_decide_as_one(config):
+    """Exact arithmetic without dropout; samples are the same whoever draws them."""
+    options = [*EXACT, *FILTER, *SAMPLES, "--model=ROPO", "--model.beta=0.3"]
+    command = [sys.executable, "-m", "rotopo.cli", "fit", "--config", str(config), *options]
+    ranks = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    found = []
+    for name, more in (("one", []), ("two", ranks)):
+        root = config.parent / name
+        subprocess.run([*command, *more, f"--trainer.default_root_dir={root}"], check=True)
+        folder = root / "version_0" / "rounds"
+        found.append([pd.read_csv(folder / "pairs.csv"), (folder / "accepted.jsonl").read_text()])
+    one, two = found
+    pd.testing.assert_frame_equal(one[0], two[0], rtol=1e-7)
+    texts = [[json.loads(line)["chosen"] for line in f[1].splitlines()] for f in found]
+    assert texts[0] == texts[1]
+
+
 DIES = {
     "scoring": (alternation, "score"),
     "sampling": (samples, "collate_prompts"),
@@ -96,8 +175,15 @@ TRAINING = [(2, False), (3, True), (3, False), (4, True), (5, False), (6, True)]
 CACHED = ["--model.policy.reference=cached"]
 
 
-@pytest.mark.parametrize("epochs", [1, 2])
-@pytest.mark.parametrize("when", [*DIES, *TRAINING], ids=str)
+QUICK = {("sampling", 1), ("choosing", 1), ((3, True), 1), ((5, False), 2)}
+WHERE = [
+    pytest.param(when, epochs, marks=() if (when, epochs) in QUICK else pytest.mark.slow)
+    for when in (*DIES, *TRAINING)
+    for epochs in (1, 2)
+]
+
+
+@pytest.mark.parametrize(("when", "epochs"), WHERE)
 def test_killed_anywhere_it_ends_in_the_same(config, monkeypatch, when, epochs):
     """Three or six steps in the first round, with a checkpoint each, and fewer after it."""
     options = [*CHECKPOINTS, *FILTER, *SAMPLES, f"--trainer.callbacks.epochs_per_round={epochs}"]
@@ -144,10 +230,14 @@ class Uneven(Callback):
         return rows.select(range((20, 7, 19, 13, 20, 20)[self.trainer.current_epoch]))
 
 
-@pytest.mark.parametrize("saved", ["step", "epoch"])
-@pytest.mark.parametrize(
-    "kill", [(2, False), (3, True), (4, True), (3, False), (7, True), (9, True)]
-)
+LONGER = [
+    pytest.param(saved, kill, marks=() if kill == (4, True) else pytest.mark.slow)
+    for saved in ("step", "epoch")
+    for kill in ((2, False), (3, True), (4, True), (3, False), (7, True), (9, True))
+]
+
+
+@pytest.mark.parametrize(("saved", "kill"), LONGER)
 def test_a_longer_epoch_behind_a_checkpoint_is_trained_whole(config, monkeypatch, kill, saved):
     options = (
         CHECKPOINTS
