@@ -15,7 +15,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import rotopo.objectives
-import rotopo.reward  # noqa: F401  (classes are known by their short names once imported)
+import rotopo.reward  # (classes are known by their short names once imported)
+import rotopo.robust  # noqa: F401
 from rotopo.data.module import PairwiseDataModule
 from rotopo.errors import InputError
 from rotopo.training import PairwiseModule
