@@ -11,9 +11,7 @@ the thresholds of the verdicts and the sizes of the samples are ours.
 
 import inspect
 import math
-import os
 import sys
-import tempfile
 from itertools import product
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from rotopo.errors import InputError
 from rotopo.objectives import DPO, IPO, TYPO, Mixture
 from rotopo.objectives.base import PreferenceModule
 from rotopo.studies import desiderata_plots as plots
+from rotopo.studies import results
 from rotopo.studies.minimise import minimise
 from rotopo.studies.surfaces import surface
 from rotopo.studies.tabular import (
@@ -116,8 +115,7 @@ def study(
     Raises:
         InputError: a setting that cannot be used.
     """
-    if output.exists() and not output.is_dir():
-        raise InputError(f"output: {output} is a file: name a folder.")
+    results.check(output)
     prompt = Prompt.of(true, reference)
     good_prompt, bad_prompt = Prompt.of(good, good), Prompt.of(bad_true, bad_reference)
     if (prompt.true == prompt.true.max()).sum() > 1:
@@ -158,19 +156,7 @@ def study(
         "losses": plots.losses(surfaces, SURFACE),
     }
 
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output, prefix=".unfinished-") as folder:
-        for name, table in tables.items():
-            table.to_csv(Path(folder) / f"{name}.csv", index=False)
-        for name, figure in figures.items():
-            figure.savefig(Path(folder) / f"{name}.png", dpi=150)
-        for file in sorted(Path(folder).iterdir()):
-            os.replace(file, output / file.name)
-    print(summary(tables))
-    print(
-        f"In {output}: {', '.join(sorted(f'{n}.csv' for n in tables))}; "
-        f"{', '.join(sorted(f'{n}.png' for n in figures))}"
-    )
+    results.write(output, tables, figures, summary(tables))
 
 
 def paper_objectives() -> Objectives:

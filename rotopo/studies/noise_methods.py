@@ -1,0 +1,127 @@
+"""What the noise study compares, and what comes out of a run."""
+
+import importlib
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import rotopo.objectives
+from rotopo.errors import InputError
+from rotopo.objectives import DPO
+from rotopo.objectives.base import PreferenceModule
+
+_FILTER, _SAMPLING = "+filter", "+sampling"
+
+
+@dataclass(frozen=True)
+class Method:
+    """An objective, and how much of ROPO's procedure is around it.
+
+    Attributes:
+        name: as results name it: the class, or ``cDPO`` for DPO with label smoothing; with
+            ``+filter`` or ``+filter+sampling`` behind it.
+        objective: the class.
+        filtered: train in rounds, each on the pairs that the last one's policy finds likely.
+        sampled: take in new pairs for the prompts that were dropped.
+    """
+
+    name: str
+    objective: type[PreferenceModule]
+    filtered: bool = False
+    sampled: bool = False
+
+    @classmethod
+    def named(cls, name: str) -> "Method":
+        """A method from its name, or from an objective's class path.
+
+        Raises:
+            InputError: there is no such objective, or the procedure's name is not one.
+        """
+        objective = name.removesuffix(_SAMPLING)
+        sampled = objective != name
+        alone = objective.removesuffix(_FILTER)
+        filtered = alone != objective
+        if sampled and not filtered:
+            raise InputError(
+                f"objective: {name}: sampling needs the filter: {alone}+filter+sampling."
+            )
+        path, _, short = alone.rpartition(".")
+        found: Any = None
+        if alone == "cDPO":
+            found = DPO
+        elif path:
+            try:
+                found = getattr(importlib.import_module(path), short, None)
+            except ImportError as error:
+                raise InputError(f"objective: {alone}: {error}: name a class path.") from error
+        elif alone in rotopo.objectives.__all__:
+            found = getattr(rotopo.objectives, alone)
+        if not inspect.isclass(found) or not issubclass(found, PreferenceModule):
+            raise InputError(
+                f"objective: {alone} is no objective: name cDPO, a class path, or one of "
+                f"{', '.join(rotopo.objectives.__all__)}, with +filter or +filter+sampling behind "
+                "it for ROPO's procedure."
+            )
+        return cls(name.removeprefix(f"{path}."), found, filtered, sampled)
+
+    def build(self, flip_rate: float, **settings: Any) -> PreferenceModule:
+        """The objective. cDPO, and what has a setting ``flip_rate`` (rDPO), gets the true one.
+
+        Args:
+            flip_rate: of the data.
+            **settings: those that the class declares itself are passed on.
+
+        Raises:
+            InputError: a setting out of its range, or one missing.
+        """
+        declared = inspect.signature(self.objective).parameters
+        given = {
+            name: value
+            for name, value in (settings | {"flip_rate": flip_rate}).items()
+            if name in declared
+        }
+        if self.name.startswith("cDPO"):
+            given["label_smoothing"] = flip_rate
+        try:
+            return self.objective(**given)
+        except TypeError as error:
+            raise InputError(
+                f"objective: {self.name}: {error}: only classes whose settings have defaults can "
+                "be named here."
+            ) from error
+
+
+@dataclass(frozen=True)
+class Round:
+    """What happened to the data after a round of training.
+
+    Attributes:
+        round: from 1.
+        dropped: pairs that the filter left out.
+        flipped: how many of these have a flipped label.
+        accepted: new pairs.
+        right: how many of these are in the order of r*.
+    """
+
+    round: int
+    dropped: int
+    flipped: int
+    accepted: int
+    right: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out of one run.
+
+    Attributes:
+        accuracy: share of clean held-out pairs whose margin is above zero.
+        auroc, recall: of :func:`rotopo.robust.flips.flip_detection` on the training pairs; None
+            where none is flipped.
+        rounds: of the procedure.
+    """
+
+    accuracy: float
+    auroc: float | None
+    recall: float | None
+    rounds: list[Round] = field(default_factory=list)
