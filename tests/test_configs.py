@@ -35,6 +35,7 @@ QUICKSTART = CONFIGS / "quickstart.yaml"
 OBJECTIVES = sorted((CONFIGS / "objectives").glob("*.yaml"))
 PAPERS = sorted((CONFIGS / "papers").glob("*.yaml"))
 REWARD_MODEL = CONFIGS / "reward_model.yaml"
+NOISE = CONFIGS / "noise.yaml"
 
 # Files that set DPO up in another way, and what they set.
 VARIANTS = {
@@ -197,6 +198,20 @@ def test_lora_takes_the_rotations_place_and_leaves_the_rest_of_the_quickstart(bu
         assert after["model"]["init_args"][shared] == quickstart["model"]["init_args"][shared]
     names = {type(callback).__name__ for callback in cli.trainer.callbacks}
     assert names >= {"ModelCheckpoint", "LearningRateMonitor"}
+
+
+def test_the_noise_studys_file_goes_on_top_of_lora(build):
+    cli = build(QUICKSTART, CONFIGS / "adapters" / "lora.yaml", NOISE)
+    assert type(cli.model.policy_config.adapter).__name__ == "LoraConfig"
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = cli.model.optimizer([weight])
+    scheduler = cli.model.scheduler(optimizer, total_steps=10)
+    for _ in range(20):  # longer than planned, or shorter, at one rate
+        optimizer.step()
+        scheduler.step()
+        assert scheduler.get_last_lr() == scheduler.base_lrs
+    assert not cli.trainer.loggers
+    assert any(type(c).__name__ == "ModelCheckpoint" for c in cli.trainer.callbacks)
 
 
 def test_the_mixtures_parts_are_what_their_own_files_say(build):
@@ -374,7 +389,7 @@ def test_a_papers_file_says_which_values_are_ours_and_where_the_others_come_from
     assert marks == explained
 
 
-@pytest.mark.parametrize("file", [*OBJECTIVES, *PAPERS, REWARD_MODEL], ids=name_of)
+@pytest.mark.parametrize("file", [*OBJECTIVES, *PAPERS, REWARD_MODEL, NOISE], ids=name_of)
 def test_a_file_begins_with_what_it_is_and_its_lines_are_short(file):
     lines = file.read_text("utf-8").splitlines()
     assert lines[0].startswith("# ")

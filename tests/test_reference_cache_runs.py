@@ -78,6 +78,12 @@ def test_the_reference_is_asked_once_for_all_runs_objectives_and_layouts(config,
     assert len(reference_passes) == 1
 
 
+def test_a_split_that_there_is_not_has_nothing_to_cache(config):
+    options = [*EXACT, "--data.validation=0", "--trainer.max_epochs=1"]
+    cached, online = fit(config, "cached", CACHED, *options), fit(config, "online", *options)
+    assert_equal(weights(cached), weights(online), rtol=1e-7, atol=1e-10)
+
+
 def test_auto_caches_what_will_all_be_seen(config, reference_passes):
     auto = "--model.policy.reference=auto"
     fit(config, "short", auto, "--trainer.max_steps=2")

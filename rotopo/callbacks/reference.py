@@ -46,7 +46,9 @@ class CacheReference(Callback):
             # One rank decides for all, since another run may be writing to the folder meanwhile.
             unknown: Any = data.rows_without(split, cache) if trainer.is_global_zero else None
             unknown = trainer.strategy.broadcast(unknown)
-            cache_rows(trainer, data.rows(split), unknown, f"Reference of {split}")
+            if unknown:  # a split that there is not has none
+                cache_rows(trainer, data.rows(split), unknown, f"Reference of {split}")
+            cache.refresh()  # with what other processes have written before
             if trainer.world_size > 1 and data.rows_without(split, cache):
                 raise InputError(
                     f"{cache.folder} does not hold what other ranks have computed: let "

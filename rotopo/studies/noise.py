@@ -22,6 +22,7 @@ from tqdm import tqdm
 from rotopo.errors import InputError
 from rotopo.objectives.base import in_range
 from rotopo.studies import noise_plots, results
+from rotopo.studies.noise_language_model import LanguageModel, LanguageModelRuns
 from rotopo.studies.noise_methods import Method, Outcome
 from rotopo.studies.noise_tabular import Tabular
 
@@ -40,6 +41,12 @@ your own, or as cDPO, which is DPO with label smoothing. +filter behind it train
 drops the pairs of the highest losses after each, +filter+sampling also draws new pairs for their
 prompts: ROPO's procedure. cDPO's label_smoothing and RobustDPO's flip_rate are the true rate, which
 they could not know in practice.
+
+--task=language_model trains SmolLM2-135M with LoRA by the rotopo command, some two minutes a run on
+one core. Every run has a folder in DIR/language_model, and none is done twice: start the study
+again, and it goes on where it stopped; processes with different --seeds may share DIR, and once
+they are done the study over all seeds only collects. At a rate of 0 cDPO and RobustDPO are DPO, the
+same loss, and its run counts for them.
 """
 
 
@@ -65,28 +72,34 @@ class Task(Protocol):
 
 def study(
     output: Path,
-    task: Literal["tabular"] = "tabular",
+    task: Literal["tabular", "language_model"] = "tabular",
     objective: list[str] | str | None = None,
     noise: list[float] | float = [0.0, 0.2, 0.4],  # noqa: B006 (jsonargparse copies it)
     seeds: list[int] | int | None = None,
     tabular: Tabular = Tabular(),  # noqa: B008 (frozen)
+    language_model: LanguageModel = LanguageModel(),  # noqa: B008 (frozen)
 ) -> None:
-    """Compare objectives under flipped labels: compute everything, and only then write.
+    """Compare objectives under flipped labels: compute everything, and only then write results.
 
     Args:
         output: folder for tables and the picture.
-        task: tabular: a small network on drawn prompts and candidates, whose true reward is known.
+        task: tabular: a small network on drawn prompts and candidates, whose true reward is known;
+            language_model: a language model on real pairs.
         objective: one or several, by name or class path, with +filter or +filter+sampling behind
             for ROPO's procedure; none for those that deal with noise, and some that do not.
         noise: rates at which labels are flipped.
-        seeds: of data, first weights and order; none for the task's own (tabular: 1000 to 1019).
+        seeds: of data, first weights and order; none for the task's own (tabular: 1000 to 1019,
+            language_model: 0 to 2).
         tabular: settings of the tabular task.
+        language_model: settings of the language-model task.
 
     Raises:
         InputError: a setting that cannot be used.
     """
     results.check(output)
-    chosen: Task = {"tabular": tabular}[task]
+    chosen: Task = tabular
+    if task == "language_model":
+        chosen = LanguageModelRuns(language_model, output / task)
     names = [objective] if isinstance(objective, str) else objective
     methods = [Method.named(name) for name in (chosen.methods if names is None else names)]
     rates = noise if isinstance(noise, list) else [noise]
@@ -214,10 +227,11 @@ def main(args: list[str] | None = None) -> None:
     Raises:
         SystemExit: with status 2 after bad input, whose message is printed without a traceback.
     """
-    torch.set_num_threads(1)  # the tensors are tiny: more threads would wait for one another
     parser = ArgumentParser(prog="python -m rotopo.studies.noise", description=_HELP)
     parser.add_function_arguments(study)
     parsed = parser.parse_args(args)
+    if parsed.task == "tabular":
+        torch.set_num_threads(1)  # its tensors are tiny: more threads would wait for one another
     try:
         settings = parser.instantiate(parsed)
     except ValueError as error:  # an InputError, of which jsonargparse makes its own

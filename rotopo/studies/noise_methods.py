@@ -64,15 +64,17 @@ class Method:
             )
         return cls(name.removeprefix(f"{path}."), found, filtered, sampled)
 
-    def build(self, flip_rate: float, **settings: Any) -> PreferenceModule:
-        """The objective. cDPO, and what has a setting ``flip_rate`` (rDPO), gets the true one.
+    @property
+    def procedure(self) -> str:
+        """What stands behind the objective in the name."""
+        return _FILTER * self.filtered + _SAMPLING * self.sampled
+
+    def settings(self, flip_rate: float, **settings: Any) -> dict[str, Any]:
+        """The objective's settings. cDPO, and what has one ``flip_rate`` (rDPO), gets the true one.
 
         Args:
             flip_rate: of the data.
             **settings: those that the class declares itself are passed on.
-
-        Raises:
-            InputError: a setting out of its range, or one missing.
         """
         declared = inspect.signature(self.objective).parameters
         given = {
@@ -82,8 +84,16 @@ class Method:
         }
         if self.name.startswith("cDPO"):
             given["label_smoothing"] = flip_rate
+        return given
+
+    def build(self, flip_rate: float, **settings: Any) -> PreferenceModule:
+        """The objective, with its :meth:`settings`.
+
+        Raises:
+            InputError: a setting out of its range, or one missing.
+        """
         try:
-            return self.objective(**given)
+            return self.objective(**self.settings(flip_rate, **settings))
         except TypeError as error:
             raise InputError(
                 f"objective: {self.name}: {error}: only classes whose settings have defaults can "
@@ -100,14 +110,14 @@ class Round:
         dropped: pairs that the filter left out.
         flipped: how many of these have a flipped label.
         accepted: new pairs.
-        right: how many of these are in the order of r*.
+        right: how many of these are in the order of r*; None where there is no r*.
     """
 
     round: int
     dropped: int
     flipped: int
     accepted: int
-    right: int
+    right: int | None
 
 
 @dataclass(frozen=True)
