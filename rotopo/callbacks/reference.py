@@ -48,7 +48,8 @@ class CacheReference(Callback):
             unknown = trainer.strategy.broadcast(unknown)
             if unknown:  # a split that there is not has none
                 cache_rows(trainer, data.rows(split), unknown, f"Reference of {split}")
-            cache.refresh()  # with what other processes have written before
+            else:
+                cache.refresh()  # with what other processes have written meanwhile
             if trainer.world_size > 1 and data.rows_without(split, cache):
                 raise InputError(
                     f"{cache.folder} does not hold what other ranks have computed: let "
@@ -62,18 +63,16 @@ def cache_rows(trainer: Trainer, rows: Rows, places: Sequence[int], description:
     Args:
         trainer: while it runs.
         rows: the rows.
-        places: which of them; none is fine.
+        places: which of them, one at least.
         description: of the progress bar.
     """
     module: Any = trainer.lightning_module
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     if module.policy.cache is None:
         return
-    if places:
-        hidden = not trainer.is_global_zero
-        bar = tqdm(data.batches(rows, places), description, disable=hidden)
-        with trainer.precision_plugin.forward_context():
-            module.policy.cache_reference(bar)
+    bar = tqdm(data.batches(rows, places), description, disable=not trainer.is_global_zero)
+    with trainer.precision_plugin.forward_context():
+        module.policy.cache_reference(bar)
     trainer.strategy.barrier()
     module.policy.cache.refresh()
 

@@ -24,58 +24,37 @@ import rotopo.cli
 from rotopo.errors import InputError
 from rotopo.files import to_json, write_whole
 from rotopo.objectives import DPO, RobustDPO
-from rotopo.objectives.base import ReferenceObjective, in_range, positive
+from rotopo.objectives.base import ReferenceObjective, positive
 from rotopo.robust import Alternation
 from rotopo.robust.flips import flip_detection
 from rotopo.robust.scoring import score
-from rotopo.studies.noise_methods import Method, Outcome, Round
-from rotopo.studies.noise_tabular import judges_each_pair
+from rotopo.studies.noise_methods import Method, Outcome, Round, TaskSettings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @dataclass(frozen=True)
-class LanguageModel:
+class LanguageModel(TaskSettings):
     """Settings of the language-model task.
 
     Args:
         configs: files for ``rotopo fit``, in their order: model, data, optimiser. None takes
             quickstart.yaml, adapters/lora.yaml and noise.yaml of rotopo's repository:
             SmolLM2-135M-Instruct with LoRA, on critics' sentences about films.
-        beta: β of the objectives that hold the policy to a reference; others keep their own.
-        epochs: passes over the training pairs; with the procedure those of all rounds together.
-        rounds: T of the procedure.
-        rho: ρ, the share of the pairs that the filter drops.
-        samples: K, responses drawn for each dropped prompt.
-        temperature: τ at which they are drawn.
         max_new_tokens: tokens of a drawn response at most.
-        quantile: q, of the kept pairs' losses, up to which a new pair is accepted.
+        **kwargs: of :class:`~rotopo.studies.noise_methods.TaskSettings`; 4 epochs.
 
     Raises:
         InputError: a setting out of its range.
     """
 
-    configs: list[str] | None = None
-    beta: float = 0.1
     epochs: int = 4
-    rounds: int = 4
-    rho: float = 0.2
-    samples: int = 8
-    temperature: float = 1.0
+    configs: list[str] | None = None
     max_new_tokens: int = 64
-    quantile: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("beta", "epochs", "rounds", "samples", "temperature", "max_new_tokens"):
-            positive(name, getattr(self, name))
-        in_range("rho", self.rho, 0, 1)
-        if not 0 <= self.quantile <= 1:
-            raise InputError(f"quantile is {self.quantile}: it has to be from 0 to 1.")
-        if self.epochs % self.rounds:
-            raise InputError(
-                f"epochs is {self.epochs} and rounds {self.rounds}: the epochs have to divide "
-                "evenly among the rounds."
-            )
+        super().__post_init__()
+        positive("max_new_tokens", self.max_new_tokens)
 
     @property
     def files(self) -> list[Path]:
@@ -118,12 +97,7 @@ class LanguageModelRuns:
                 f"language_model.configs: there is no file {', '.join(missing)}: run the study in "
                 "a clone of rotopo's repository, or name files of your own for rotopo fit."
             )
-        module = method.build(flip_rate)
-        if method.filtered and not judges_each_pair(module):
-            raise InputError(
-                f"objective: {method.name}: the loss of a pair depends on the pairs beside it, so "
-                "that a filter cannot rank them by it: leave the filter out."
-            )
+        method.build(flip_rate)
 
     def run(self, method: Method, flip_rate: float, seed: int) -> Outcome:
         """Train and test, or read what came out of it before.

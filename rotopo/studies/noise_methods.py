@@ -8,7 +8,7 @@ from typing import Any
 import rotopo.objectives
 from rotopo.errors import InputError
 from rotopo.objectives import DPO
-from rotopo.objectives.base import PreferenceModule
+from rotopo.objectives.base import PreferenceModule, in_range, positive
 
 _FILTER, _SAMPLING = "+filter", "+sampling"
 
@@ -90,15 +90,61 @@ class Method:
         """The objective, with its :meth:`settings`.
 
         Raises:
-            InputError: a setting out of its range, or one missing.
+            InputError: a setting out of its range, or one missing, or a filter that cannot rank
+                pairs by the objective's losses.
         """
         try:
-            return self.objective(**self.settings(flip_rate, **settings))
+            module = self.objective(**self.settings(flip_rate, **settings))
         except TypeError as error:
             raise InputError(
                 f"objective: {self.name}: {error}: only classes whose settings have defaults can "
                 "be named here."
             ) from error
+        if self.filtered and module.couples_pairs:
+            raise InputError(
+                f"objective: {self.name}: the loss of a pair depends on the pairs beside it, so "
+                "that a filter cannot rank them by it: leave the filter out."
+            )
+        return module
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """What every task lets be set.
+
+    Args:
+        beta: β of the objectives that hold the policy to a reference; others (SimPO, ...) keep
+            their own.
+        epochs: passes over the training pairs; with the procedure those of all rounds together.
+        rounds: T of the procedure.
+        rho: ρ, the share of the pairs that the filter drops.
+        samples: K, responses drawn for each dropped prompt.
+        temperature: τ at which they are drawn.
+        quantile: q, of the kept pairs' losses, up to which a new pair is accepted.
+
+    Raises:
+        InputError: a setting out of its range.
+    """
+
+    beta: float = 0.1
+    epochs: int = 40
+    rounds: int = 4
+    rho: float = 0.2
+    samples: int = 8
+    temperature: float = 1.0
+    quantile: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("beta", "epochs", "rounds", "samples", "temperature"):
+            positive(name, getattr(self, name))
+        in_range("rho", self.rho, 0, 1)
+        if not 0 <= self.quantile <= 1:
+            raise InputError(f"quantile is {self.quantile}: it has to be from 0 to 1.")
+        if self.epochs % self.rounds:
+            raise InputError(
+                f"epochs is {self.epochs} and rounds {self.rounds}: the epochs have to divide "
+                "evenly among the rounds."
+            )
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,10 @@ from rotopo.data.batch import Role
 from rotopo.errors import InputError
 from rotopo.models.log_probs import PairLogProbs
 from rotopo.objectives import ROPO
-from rotopo.objectives.base import PreferenceModule, ReferenceObjective, in_range, positive
+from rotopo.objectives.base import PreferenceModule, ReferenceObjective
 from rotopo.robust.flips import flip_detection
 from rotopo.robust.selection import best_and_worst, keep, n_kept, threshold
-from rotopo.studies.noise_methods import Method, Outcome, Round
+from rotopo.studies.noise_methods import Method, Outcome, Round, TaskSettings
 
 TRAINING, HELD_OUT = 1000, 1500  # prompts
 CANDIDATES, SIZE, HIDDEN = 8, 8, 96
@@ -80,19 +80,12 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Tabular:
-    """Settings of the tabular task.
+class Tabular(TaskSettings):
+    """The tabular task, with its settings.
 
     Args:
-        beta: β of the objectives that hold the policy to a reference; others (SimPO, ...) keep
-            their own.
         alpha: α of ROPO.
-        epochs: passes over the training pairs; with the procedure those of all rounds together.
-        rounds: T of the procedure.
-        rho: ρ, the share of the pairs that the filter drops.
-        samples: K, responses drawn for each dropped prompt.
-        temperature: τ at which they are drawn.
-        quantile: q, of the kept pairs' losses, up to which a new pair is accepted.
+        **kwargs: of :class:`~rotopo.studies.noise_methods.TaskSettings`.
 
     Raises:
         InputError: a setting out of its range.
@@ -116,28 +109,12 @@ class Tabular:
     )
     seeds: ClassVar[tuple[int, ...]] = tuple(range(1000, 1020))
 
-    beta: float = 0.1
     alpha: float = 14.0
-    epochs: int = 40
-    rounds: int = 4
-    rho: float = 0.2
-    samples: int = 8
-    temperature: float = 1.0
-    quantile: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("beta", "epochs", "rounds", "samples", "temperature"):
-            positive(name, getattr(self, name))
-        in_range("rho", self.rho, 0, 1)
+        super().__post_init__()
         if not n_kept(TRAINING, self.rho):
             raise InputError(f"rho is {self.rho}: of {TRAINING} pairs none would be left.")
-        if not 0 <= self.quantile <= 1:
-            raise InputError(f"quantile is {self.quantile}: it has to be from 0 to 1.")
-        if self.epochs % self.rounds:
-            raise InputError(
-                f"epochs is {self.epochs} and rounds {self.rounds}: the epochs have to divide "
-                "evenly among the rounds."
-            )
 
     def check(self, method: Method, flip_rate: float) -> None:
         """See that a method can be run at all.
@@ -157,11 +134,6 @@ class Tabular:
                     f"objective: {method.name} works on {what}, of which the tabular task has "
                     "none: leave it out."
                 )
-        if method.filtered and module.couples_pairs:
-            raise InputError(
-                f"objective: {method.name}: the loss of a pair depends on the pairs beside it, so "
-                "that a filter cannot rank them by it: leave the filter out."
-            )
 
     def run(self, method: Method, flip_rate: float, seed: int) -> Outcome:
         """Train a policy from a seed, and see what it has learnt.
