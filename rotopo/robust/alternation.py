@@ -9,68 +9,20 @@ the paper's, as accounts of it have it; the order of things and the sampling are
 - The next round trains on what was kept and accepted, with the optimiser carried over.
 """
 
-import csv
-import io
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 
 from rotopo.callbacks.reference import cache_rows
 from rotopo.data.rows import Rows
 from rotopo.errors import InputError
-from rotopo.files import to_json, to_jsonl, write_whole
-from rotopo.robust.flips import flip_detection
+from rotopo.robust.decisions import Decision, write
 from rotopo.robust.resampling import NewPair, Resampling, check, resample
 from rotopo.robust.scoring import score
 from rotopo.robust.selection import keep, n_kept, threshold
-
-_COLUMNS = (
-    *("round", "pair", "row", "flipped", "loss", "margin", "weight", "outcome"),
-    *("new_loss", "new_chosen", "new_rejected"),
-)
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What was decided after a round, on all N original pairs.
-
-    Attributes:
-        epoch, step: epochs and optimiser steps that were over.
-        losses, margins: of the pairs as they were labelled [N].
-        kept: w, as true and false [N].
-        most: the largest loss with which a new pair was accepted.
-        new: the new pair of each dropped one, by its place; None where none could be made. Empty
-            without resampling.
-    """
-
-    epoch: int
-    step: int
-    losses: np.ndarray
-    margins: np.ndarray
-    kept: np.ndarray
-    most: float
-    new: dict[int, NewPair | None]
-
-    @property
-    def accepted(self) -> dict[int, NewPair]:
-        """The new pairs that are trained on, by the place of the pair that was dropped."""
-        return {i: pair for i, pair in self.new.items() if pair and pair.loss <= self.most}
-
-    def outcome(self, place: int) -> str:
-        """``kept``, ``dropped`` (without resampling), ``accepted``, ``no pair`` (no two responses
-        differed in reward) or ``refused`` (the new pair's loss was too large)."""
-        if self.kept[place]:
-            return "kept"
-        if place not in self.new:
-            return "dropped"
-        if self.new[place] is None:
-            return "no pair"
-        return "accepted" if place in self.accepted else "refused"
 
 
 class Alternation(Callback):
@@ -165,14 +117,13 @@ class Alternation(Callback):
         decision = self.decisions[rounds - 1]
         if decision.kept.all():
             return rows
-        new = [(i, pair.chosen, pair.rejected) for i, pair in decision.accepted.items()]
-        return rows.select(np.flatnonzero(decision.kept).tolist(), new)
+        return rows.select(np.flatnonzero(decision.kept).tolist(), decision.new_rows())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"decisions": [_plain(decision) for decision in self.decisions]}
+        return {"decisions": [decision.plain() for decision in self.decisions]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.decisions = [_from_plain(decision) for decision in state_dict["decisions"]]
+        self.decisions = [Decision.from_plain(state) for state in state_dict["decisions"]]
 
     def _decide(self, trainer: Trainer, rows: Rows) -> Decision:
         scores = score(trainer, rows, "Scoring all pairs")
@@ -192,37 +143,14 @@ class Alternation(Callback):
             most,
             new,
         )
-        accepted = [(i, pair.chosen, pair.rejected) for i, pair in decision.accepted.items()]
-        if accepted:
-            new_rows = rows.select([], accepted)
-            cache_rows(trainer, new_rows, range(len(accepted)), "Reference of new pairs")
+        accepted = rows.select([], decision.new_rows())
+        if len(accepted):
+            cache_rows(trainer, accepted, range(len(accepted)), "Reference of new pairs")
         return decision
-
-    def _numbers(self, decision: Decision, flipped: np.ndarray | None) -> dict[str, float]:
-        """A decision in short."""
-        kept = decision.kept
-        found: dict[str, float] = {
-            "epoch": decision.epoch,
-            "step": decision.step,
-            "pairs": len(kept),
-            "kept": int(kept.sum()),
-            "dropped": int((~kept).sum()),
-            "loss_kept": float(decision.losses[kept].mean()),
-        }
-        if not kept.all():
-            found["loss_dropped"] = float(decision.losses[~kept].mean())
-        if decision.new:
-            found["new_pairs"] = sum(pair is not None for pair in decision.new.values())
-            found["most"] = decision.most
-            found["accepted"] = len(decision.accepted)
-            found["acceptance_rate"] = len(decision.accepted) / len(decision.new)
-        if flipped is not None:
-            found |= flip_detection(decision.margins, flipped, self.rho)
-        return found
 
     def _log(self, trainer: Trainer) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        found = self._numbers(self.decisions[-1], data.flipped())
+        found = self.decisions[-1].numbers(data.flipped(), self.rho)
         for logger in trainer.loggers:
             logger.log_metrics(
                 {f"round/{name}": value for name, value in found.items()}, trainer.global_step
@@ -238,67 +166,5 @@ class Alternation(Callback):
 
     def _write(self, trainer: Trainer) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "rounds"  # on every rank
-        if self.decisions:
-            self._write_files(trainer.datamodule, folder)  # type: ignore[attr-defined]
-
-    @rank_zero_only
-    def _write_files(self, data: Any, folder: Path) -> None:
-        flipped = data.flipped()
-        numbers = data.rows("train").pairs["row"][:]
-        decode = data.encoder.tokenizer.decode
-        rounds, accepted, table = [], [], io.StringIO()
-        pairs = csv.DictWriter(table, _COLUMNS, lineterminator="\n")
-        pairs.writeheader()
-        for t, decision in enumerate(self.decisions, 1):
-            rounds.append({"round": t} | self._numbers(decision, flipped))
-            for place, row in enumerate(numbers):
-                new = decision.new.get(place)
-                line = {
-                    "round": t,
-                    "pair": place,
-                    "row": row,
-                    "flipped": "" if flipped is None else int(flipped[place]),
-                    "loss": decision.losses[place],
-                    "margin": decision.margins[place],
-                    "weight": int(decision.kept[place]),
-                    "outcome": decision.outcome(place),
-                }
-                if new is not None:
-                    line |= {"new_loss": new.loss}
-                    line |= {"new_chosen": new.origin[0], "new_rejected": new.origin[1]}
-                pairs.writerow(line)
-            for place, pair in decision.accepted.items():
-                texts = (decode(i, skip_special_tokens=True) for i in (pair.chosen, pair.rejected))
-                chosen, rejected = texts
-                accepted.append(
-                    {
-                        "round": t,
-                        "row": numbers[place],
-                        "prompt": data.preference("train", numbers[place]).prompt,
-                        "chosen": chosen,
-                        "rejected": rejected,
-                        "chosen_from": pair.origin[0],
-                        "rejected_from": pair.origin[1],
-                        "chosen_reward": pair.rewards[0],
-                        "rejected_reward": pair.rewards[1],
-                        "loss": pair.loss,
-                    }
-                )
-        write_whole(folder / "rounds.json", to_json(rounds))
-        write_whole(folder / "pairs.csv", table.getvalue())
-        if self.resampling is not None:
-            write_whole(folder / "accepted.jsonl", to_jsonl(accepted))
-
-
-def _plain(decision: Decision) -> dict[str, Any]:
-    """For a checkpoint, which holds tensors and plain types only."""
-    arrays = {name: torch.from_numpy(getattr(decision, name)) for name in ("losses", "margins")}
-    arrays["kept"] = torch.from_numpy(decision.kept)
-    new = {place: pair and asdict(pair) for place, pair in decision.new.items()}
-    return vars(decision) | arrays | {"new": new}
-
-
-def _from_plain(state: dict[str, Any]) -> Decision:
-    arrays = {name: state[name].cpu().numpy() for name in ("losses", "margins", "kept")}
-    new = {place: pair and NewPair(**pair) for place, pair in state["new"].items()}
-    return Decision(**(state | arrays | {"new": new}))
+        if self.decisions and trainer.is_global_zero:
+            write(self.decisions, trainer.datamodule, self.rho, folder)  # type: ignore[attr-defined]

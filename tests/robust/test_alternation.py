@@ -169,7 +169,7 @@ DIES = {
     "scoring the samples": (resampling, "score"),
     "choosing": (resampling, "best_and_worst"),
     "caching": (alternation, "cache_rows"),
-    "writing": (alternation.Alternation, "_write_files"),
+    "writing": (alternation, "write"),
 }
 TRAINING = [(2, False), (3, True), (3, False), (4, True), (5, False), (6, True)]
 CACHED = ["--model.policy.reference=cached"]
