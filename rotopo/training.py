@@ -305,7 +305,10 @@ class PairwiseModule(LightningModule):
         for logger in self.trainer.loggers:
             logger.log_hyperparams(facts)
 
-    def on_train_start(self) -> None:
+    def on_train_epoch_start(self) -> None:
+        self._check_steps_are_whole()  # a selector may have changed the epoch's length
+
+    def _check_steps_are_whole(self) -> None:
         """Check that steps are whole wherever training pauses.
 
         Raises:
@@ -322,6 +325,14 @@ class PairwiseModule(LightningModule):
                     f"optimiser step: make it a multiple of trainer.accumulate_grad_batches "
                     f"({accumulation})."
                 )
+
+    def on_train_start(self) -> None:
+        """As :meth:`on_train_epoch_start`, which is not called where an epoch is resumed.
+
+        Raises:
+            InputError: a setting of the Trainer would validate, or end an epoch, within a step.
+        """
+        self._check_steps_are_whole()
         # From a checkpoint of an epoch's last batch Lightning resumes behind that epoch, but does
         # not count the next one as begun; a second resumption would then train for too long.
         loop = self.trainer.fit_loop

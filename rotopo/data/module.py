@@ -85,7 +85,8 @@ class PairwiseDataModule(LightningDataModule):
             :func:`rotopo.data.balance.balanced`.
         noise: flips labels of the training pairs, before they are balanced, by the class path of a
             :class:`rotopo.data.noise.LabelNoise`: SymmetricFlips, LengthFlips, MarginFlips,
-            AssumedPreference, or your own. Validation and test stay clean. None flips none.
+            AssumedPreference, or your own. Validation and test stay clean, and a flipped pair
+            keeps its ``margin``. None flips none.
         accuracy_by: a column by whose values the test also gives the accuracy; None for none.
         pairs_per_step: pairs of one optimiser step, over all micro-batches and ranks.
         score: a jsonl file of responses, see :class:`rotopo.data.responses.Responses`, which

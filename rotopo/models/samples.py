@@ -104,7 +104,8 @@ def draw(
         if not file.exists():
             raise InputError(
                 f"data.cache_dir: {file.name} of another rank's samples is not in {folder}: let "
-                "data.cache_dir or $ROTOPO_CACHE name a folder that all nodes share."
+                "data.cache_dir or $ROTOPO_CACHE name a folder that all nodes share, and no other "
+                "run make the same samples meanwhile."
             )
         for i, ids in zip(part, json.loads(file.read_text("utf-8")), strict=True):
             samples[i] = ids

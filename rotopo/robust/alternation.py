@@ -21,7 +21,7 @@ from rotopo.data.rows import Rows
 from rotopo.errors import InputError
 from rotopo.robust.decisions import Decision, write
 from rotopo.robust.resampling import NewPair, Resampling, check, resample
-from rotopo.robust.scoring import score
+from rotopo.robust.scoring import require_pairs, score
 from rotopo.robust.selection import keep, n_kept, threshold
 
 
@@ -32,7 +32,8 @@ class Alternation(Callback):
     ``trainer.max_epochs``. Works with any objective, whose loss is what pairs are ranked by, and
     without ``resampling`` also with reward models. With ``policy.reference: cached`` scoring takes
     one forward pass over the pairs, else the reference's as well. Later rounds have fewer steps,
-    which a schedule with ``total_steps`` does not know: it ends before its last step.
+    which a schedule with ``total_steps`` does not know: it ends before its last step. Loaders, and
+    their workers, are made anew for every epoch.
 
     In the run's folder ``rounds/`` it writes what was decided after each round, whole each time:
     ``rounds.json`` (numbers), ``pairs.csv`` (every original pair with its loss, its margin, its
@@ -67,18 +68,34 @@ class Alternation(Callback):
         if stage != "fit":
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        self.trainer, self.decisions = trainer, []
+        self.trainer = trainer
+        if trainer.current_epoch == 0:  # else the same Trainer goes on
+            self.decisions = []
         data.selector = self
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if stage == "fit" and data is not None and data.selector is self:
+            data.selector = None  # it may be trained on without this callback
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        pairs = len(data.rows("train"))
-        kept = n_kept(pairs, self.rho)
+        rows = data.rows("train")
+        require_pairs(rows, "Alternation")
+        self._check_rounds(trainer)
+        kept = n_kept(len(rows), self.rho)
         if kept < data.pairs_per_step:
             raise InputError(
-                f"rho is {self.rho}, which keeps {kept} of {pairs} pairs: fewer than "
+                f"rho is {self.rho}, which keeps {kept} of {len(rows)} pairs: fewer than "
                 f"data.pairs_per_step ({data.pairs_per_step})."
+            )
+        shortest = kept // data.pairs_per_step * trainer.accumulate_grad_batches
+        every = trainer.val_check_interval
+        if isinstance(every, int) and trainer.check_val_every_n_epoch and every > shortest:
+            raise InputError(
+                f"trainer.val_check_interval is {every}, but a round may have {shortest} "
+                "micro-batches only: lower it, or give a fraction."
             )
         if pl_module.couples_pairs:
             name = type(pl_module).__name__
@@ -87,7 +104,7 @@ class Alternation(Callback):
                 "they cannot be ranked by it: take another objective, such as ROPO or DPO."
             )
         if self.resampling is not None:
-            check(trainer)
+            check(trainer, rows, self.resampling)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write(trainer)  # of a resumed run the rounds before
@@ -110,6 +127,11 @@ class Alternation(Callback):
         rounds = epoch // self.epochs_per_round
         if rounds == 0:
             return rows
+        if len(self.decisions) < rounds - 1:
+            raise InputError(
+                f"Alternation: epoch {epoch} begins, but the rounds before it were trained without "
+                "this callback: begin anew."
+            )
         if len(self.decisions) < rounds:
             self.decisions.append(self._decide(trainer, rows))
             self._write(trainer)
@@ -124,6 +146,17 @@ class Alternation(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.decisions = [Decision.from_plain(state) for state in state_dict["decisions"]]
+
+    def _check_rounds(self, trainer: Trainer) -> None:
+        E, epochs = self.epochs_per_round, trainer.max_epochs
+        if trainer.fast_dev_run or epochs in (None, -1):  # type: ignore[attr-defined]
+            return
+        if epochs % E or epochs < 2 * E:
+            raise InputError(
+                f"trainer.max_epochs is {epochs} and epochs_per_round {E}: rounds have to be "
+                "whole, and two at least, since nothing is filtered within one: set "
+                f"trainer.max_epochs to {2 * E}, {3 * E}, {4 * E}, ..."
+            )
 
     def _decide(self, trainer: Trainer, rows: Rows) -> Decision:
         scores = score(trainer, rows, "Scoring all pairs")

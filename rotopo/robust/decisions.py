@@ -2,7 +2,7 @@
 
 import csv
 import io
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -86,20 +86,45 @@ class Decision:
             found["acceptance_rate"] = len(self.accepted) / len(self.new)
         if flipped is not None:
             found |= flip_detection(self.margins, flipped, rho)
+            if "precision" in found:  # what the filter dropped, by the losses and not the margins
+                found["precision"] = float(flipped[~kept].mean())
         return found
 
     def plain(self) -> dict[str, Any]:
-        """For a checkpoint, which holds tensors and plain types only."""
+        """For a checkpoint, which holds tensors and plain types only, and tokens of new pairs only
+        where they are trained on."""
         arrays = {name: torch.from_numpy(getattr(self, name)) for name in _ARRAYS}
-        new = {place: pair and asdict(pair) for place, pair in self.new.items()}
-        return vars(self) | arrays | {"new": new}
+        made = {place: pair for place, pair in self.new.items() if pair is not None}
+        trained = self.accepted
+        tokens = [ids for pair in trained.values() for ids in (pair.chosen, pair.rejected)]
+        return (
+            vars(self)
+            | arrays
+            | {
+                "new": list(self.new),
+                "made": list(made),
+                "origins": [pair.origin for pair in made.values()],
+                "numbers": torch.tensor(
+                    [[*pair.rewards, pair.loss] for pair in made.values()], dtype=torch.float64
+                ),
+                "lengths": [len(ids) for ids in tokens],
+                "tokens": torch.tensor([i for ids in tokens for i in ids], dtype=torch.int32),
+            }
+        )
 
     @classmethod
     def from_plain(cls, state: dict[str, Any]) -> Self:
-        """As it was before :meth:`plain`."""
+        """As it was before :meth:`plain`, but for the tokens of refused pairs."""
+        new: dict[int, NewPair | None] = dict.fromkeys(state["new"])
+        tokens = iter(state["tokens"].split(state["lengths"]))
+        for place, origin, (chosen, rejected, loss) in zip(
+            state["made"], state["origins"], state["numbers"].tolist(), strict=True
+        ):
+            trained = loss <= state["most"]
+            w, l = ((next(tokens).tolist() if trained else []) for _ in range(2))  # noqa: E741
+            new[place] = NewPair(w, l, tuple(origin), (chosen, rejected), loss)
         arrays = {name: state[name].cpu().numpy() for name in _ARRAYS}
-        new = {place: pair and NewPair(**pair) for place, pair in state["new"].items()}
-        return cls(**(state | arrays | {"new": new}))
+        return cls(state["epoch"], state["step"], **arrays, most=state["most"], new=new)
 
 
 def write(decisions: list[Decision], data: Any, rho: float, folder: Path) -> None:

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rotopo.errors import InputError
 from rotopo.robust.flips import FlipDetection
-from rotopo.robust.scoring import scored
+from rotopo.robust.scoring import require_pairs, scored
 
 
 class NoiseDetection(Callback):
@@ -20,11 +20,12 @@ class NoiseDetection(Callback):
     and the reference's unless that is cached.
 
     Args:
-        every_n_epochs: at the end of every so many epochs, and of the last.
+        every_n_epochs: at the end of every so many epochs, and of the last, also where training is
+            stopped early.
         rho: ρ, the share of pairs that a filter would drop, for the precision.
 
     Raises:
-        InputError: the data has no noise of which the flips are known.
+        InputError: the data has no noise of which the flips are known, or rows are unpaired.
     """
 
     def __init__(self, every_n_epochs: int = 1, rho: float = 0.2) -> None:
@@ -40,16 +41,19 @@ class NoiseDetection(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if data.flipped() is None:
             raise InputError("NoiseDetection: no label is known to be flipped: set data.noise.")
+        require_pairs(data.rows("train"), "NoiseDetection")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         done = trainer.current_epoch + 1
         last = done == trainer.max_epochs or trainer.global_step == trainer.max_steps
-        if done % self.every_n_epochs and not last:
+        if done % self.every_n_epochs and not last and not trainer.should_stop:
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         flipped = torch.from_numpy(data.flipped())
         self.metric.reset()
         for places, values in scored(trainer, data.rows("train"), "Looking for flipped labels"):
             self.metric.update(places, values[:, 1] - values[:, 2], flipped[places])
-        for name, value in self.metric.to(pl_module.device).compute().items():
+        if trainer.world_size > 1:  # where the ranks exchange it
+            self.metric.to(pl_module.device)
+        for name, value in self.metric.compute().items():
             pl_module.log(f"noise/{name}", value)

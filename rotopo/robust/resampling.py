@@ -14,6 +14,7 @@ import numpy as np
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+from rotopo.data.batch import Sizes
 from rotopo.data.rows import Rows
 from rotopo.errors import InputError
 from rotopo.models.settings import Sampling
@@ -22,6 +23,11 @@ from rotopo.robust.selection import best_and_worst
 from rotopo.training import divided_among_ranks
 
 _ORIGINALS = ("chosen", "rejected")
+# Dropped prompts whose responses are in memory at once.
+_PROMPTS_AT_ONCE = 1000
+
+# A prompt's responses, and where each comes from.
+Pool = dict[tuple[int, ...], str]
 
 
 @dataclass(frozen=True)
@@ -84,8 +90,13 @@ class NewPair:
     loss: float
 
 
-def check(trainer: Trainer) -> None:
-    """Whether responses can be drawn and judged one by one.
+def check(trainer: Trainer, rows: Rows, settings: Resampling) -> None:
+    """Whether responses can be drawn and judged one by one, and new pairs fit into a batch.
+
+    Args:
+        trainer: while it runs.
+        rows: the training rows.
+        settings: how new pairs will be made.
 
     Raises:
         InputError: why not.
@@ -104,6 +115,21 @@ def check(trainer: Trainer) -> None:
             "resampling: generating with a model that is divided among ranks is not supported yet: "
             "leave resampling out, or take the strategy ddp."
         )
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    if data.token_budget is None:
+        return
+    longest = []
+    for prompt, responses in rows.lengths():
+        sampled = min(settings.max_new_tokens, data.encoder.max_length - prompt)
+        longest.append((prompt, [max(sampled, *responses)] * 2))
+    sizes = Sizes(longest, data.layout)
+    largest = max(sizes.tokens([i]) for i in range(len(longest)))
+    if largest > data.token_budget:
+        raise InputError(
+            f"data.token_budget is {data.token_budget}, but with responses of "
+            f"resampling.max_new_tokens ({settings.max_new_tokens}) a new pair may take {largest} "
+            "tokens: raise the one, or lower the other."
+        )
 
 
 def resample(
@@ -111,39 +137,67 @@ def resample(
 ) -> list[NewPair | None]:
     """A new pair for each dropped row's prompt; None where no two responses differ in reward.
 
+    What has been drawn is kept on disk until all new pairs are made, so that a run that is killed
+    and goes on draws it once.
+
     Args:
         trainer: while it runs.
         rows: the training rows.
         dropped: places of those that were dropped.
         settings: how.
     """
+    made: list[NewPair | None] = []
+    folders = []
+    for number, start in enumerate(range(0, len(dropped), _PROMPTS_AT_ONCE)):
+        part = dropped[start : start + _PROMPTS_AT_ONCE]
+        pools, folder = _pools(trainer, rows, part, settings, number)
+        made += _new_pairs(trainer, rows, part, pools, settings.against_chosen)
+        folders.append(folder)
+    trainer.strategy.barrier()
+    _discard(folders)  # the new pairs go into checkpoints
+    return made
+
+
+def _pools(
+    trainer: Trainer, rows: Rows, dropped: Sequence[int], settings: Resampling, number: int
+) -> tuple[list[Pool], Path]:
+    """Of each dropped row's prompt all different responses, the originals first; and the folder
+    that keeps what was drawn."""
     from rotopo.models.samples import draw
 
     module: Any = trainer.lightning_module
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    originals = [rows.pairs[place] for place in dropped]
-    K = settings.samples
-    sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=settings.seed)
-    prompts = [row["prompt"] for row in originals for _ in range(K)]
+    originals, K = [rows.pairs[place] for place in dropped], settings.samples
+    # Another seed for each part of the prompts.
+    seed = settings.seed + number
     with trainer.precision_plugin.forward_context():
         drawn, folder = draw(
             module.policy,
-            prompts,
-            sampling,
+            [row["prompt"] for row in originals for _ in range(K)],
+            Sampling(settings.max_new_tokens, settings.temperature, seed=seed),
             data.encoder,
             data.cache_dir / "samples",
-            module.prediction_fingerprint(),
+            f"{module.prediction_fingerprint()} {settings}",
         )
-    pools: list[dict[tuple[int, ...], str]] = []  # of each prompt: where its responses come from
-    for number, row in enumerate(originals):
+    pools: list[Pool] = []
+    for i, row in enumerate(originals):
         room = data.encoder.max_length - len(row["prompt"])
-        pool = {tuple(row[name]): name for name in _ORIGINALS if row[name]}
-        for k, ids in enumerate(drawn[number * K : (number + 1) * K], 1):
+        pool: Pool = {tuple(row[name]): name for name in _ORIGINALS}
+        for k, ids in enumerate(drawn[i * K : (i + 1) * K], 1):
             pool.setdefault(tuple(ids[:room]), f"sample {k}")
         pools.append(pool)
+    return pools, folder
 
+
+def _new_pairs(
+    trainer: Trainer,
+    rows: Rows,
+    dropped: Sequence[int],
+    pools: Sequence[Pool],
+    against_chosen: bool,
+) -> list[NewPair | None]:
     rewards = _rewards(trainer, rows, dropped, [list(pool) for pool in pools])
-    best, worst, differ = best_and_worst(rewards, settings.against_chosen)
+    best, worst, differ = best_and_worst(rewards, against_chosen)
     made: list[NewPair | None] = [None] * len(pools)
     numbers = np.flatnonzero(differ).tolist()
     pairs = []
@@ -156,8 +210,6 @@ def resample(
         origins, i, j = list(pools[number].values()), best[number], worst[number]
         two = float(rewards[number, i]), float(rewards[number, j])
         made[number] = NewPair(chosen, rejected, (origins[i], origins[j]), two, float(loss))
-    trainer.strategy.barrier()
-    _discard(folder)  # the new pairs go into checkpoints
     return made
 
 
@@ -181,5 +233,6 @@ def _rewards(
 
 
 @rank_zero_only
-def _discard(folder: Path) -> None:
-    shutil.rmtree(folder)
+def _discard(folders: list[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -10,7 +10,8 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rotopo.data.rows import Rows
+from rotopo.data.rows import Rows, unpaired_rows
+from rotopo.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,9 @@ def score(trainer: Trainer, rows: Rows, description: str) -> Scores:
     for places, values in scored(trainer, rows, description):
         here = torch.cat([values, torch.ones(len(values), 1)], 1)
         table.index_add_(0, places, here)
-    device = trainer.strategy.root_device
-    table = trainer.strategy.reduce(table.to(device), reduce_op="sum").cpu()
+    if trainer.world_size > 1:
+        table = table.to(trainer.strategy.root_device)
+        table = trainer.strategy.reduce(table, reduce_op="sum").cpu()
     losses, chosen, rejected = (table[:, :3] / table[:, 3:]).numpy().T
     return Scores(losses, chosen, rejected)
 
@@ -80,3 +82,17 @@ def scored(trainer: Trainer, rows: Rows, description: str) -> Iterator[tuple[Ten
     finally:
         for m in training:
             m.training = True
+
+
+def require_pairs(rows: Rows, who: str) -> None:
+    """Refuse unpaired rows, whose losses and rewards are those of one response.
+
+    Raises:
+        InputError: a row has one response only.
+    """
+    single = unpaired_rows(rows.pairs)
+    if single:
+        raise InputError(
+            f"{who} compares pairs by their losses and margins, but {single} of {len(rows)} "
+            "training rows have one response: it needs pairs."
+        )

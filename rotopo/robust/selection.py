@@ -24,12 +24,13 @@ def keep(losses: np.ndarray, n: int) -> np.ndarray:
         w, as true and false [N].
 
     Raises:
-        InputError: a loss is no number.
+        InputError: a loss is no finite number.
     """
-    if np.isnan(losses).any():
+    broken = int((~np.isfinite(losses)).sum())
+    if broken:
         raise InputError(
-            f"{int(np.isnan(losses).sum())} of {len(losses)} pairs have a loss that is no number: "
-            "the model has diverged; train it at a lower learning rate."
+            f"{broken} of {len(losses)} pairs have a loss that is no finite number: the model has "
+            "diverged; train it at a lower learning rate."
         )
     kept = np.zeros(len(losses), dtype=bool)
     kept[np.argsort(losses, kind="stable")[:n]] = True

@@ -134,6 +134,8 @@ def study(
     tables = {"results": table, "summary": summary}
     if rounds:
         tables["rounds"] = pd.DataFrame(rounds)
+    else:
+        (output / "rounds.csv").unlink(missing_ok=True)  # of an earlier study
     results.write(output, tables, {"noise": noise_plots.noise(summary)}, printed(summary))
 
 

@@ -200,7 +200,7 @@ class LanguageModelRuns:
 def dpo_at_rate_0(method: Method) -> Method:
     """DPO in the place of cDPO and RobustDPO, which are the same loss where the flip rate that they
     are given is 0; any other method is itself."""
-    if method.objective is not RobustDPO and not method.name.startswith("cDPO"):
+    if method.objective is not RobustDPO and not method.is_cdpo:
         return method
     return replace(method, name=f"DPO{method.procedure}", objective=DPO)
 

@@ -69,6 +69,11 @@ class Method:
         """What stands behind the objective in the name."""
         return _FILTER * self.filtered + _SAMPLING * self.sampled
 
+    @property
+    def is_cdpo(self) -> bool:
+        """Whether it is DPO with label smoothing."""
+        return self.objective is DPO and self.name.removesuffix(self.procedure) == "cDPO"
+
     def settings(self, flip_rate: float, **settings: Any) -> dict[str, Any]:
         """The objective's settings. cDPO, and what has one ``flip_rate`` (rDPO), gets the true one.
 
@@ -82,7 +87,7 @@ class Method:
             for name, value in (settings | {"flip_rate": flip_rate}).items()
             if name in declared
         }
-        if self.name.startswith("cDPO"):
+        if self.is_cdpo:
             given["label_smoothing"] = flip_rate
         return given
 

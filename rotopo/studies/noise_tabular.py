@@ -6,8 +6,8 @@ is where the policy starts. One pair of candidates per prompt is labelled by r*,
 flipped. The losses and rewards are those that training uses: a module's own on
 :class:`~rotopo.models.log_probs.PairLogProbs`, with candidates as responses of one token.
 
-The task is ours, as are its sizes; the losses and the alternation are the papers', see
-:mod:`rotopo.robust`.
+The task is ours, as are its sizes. The losses are the papers', and of the alternation the outline,
+see :mod:`rotopo.robust.alternation`.
 """
 
 import copy

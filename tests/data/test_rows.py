@@ -1,7 +1,7 @@
 """Rows of a batch: unpaired ones, further responses, and mismatches."""
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,7 +28,9 @@ def datasets(draw):
                 "row": 10 * i,
             }
         )
-    return Dataset.from_list(rows)
+    tokens = List(Value("int64"))
+    features = Features(prompt=tokens, chosen=tokens, rejected=tokens, row=Value("int64"))
+    return Dataset.from_list(rows, features)
 
 
 def by_role(row, role):
@@ -93,3 +95,23 @@ def test_mismatches_need_a_second_prompt():
     )
     with pytest.raises(InputError, match="all prompts are the same"):
         Rows(pairs, [Role.MISMATCHED], max_length=9)
+
+
+@given(datasets(), st.data())
+def test_selected_rows_are_these_and_behind_them_those_with_other_responses(pairs, data):
+    gold = [[i + 1] for i in range(len(pairs))]
+    margins = [float(i) for i in range(len(pairs))]
+    rows = Rows(pairs, [Role.GOLD], {Role.GOLD: gold}, behind=99, margins=margins)
+    places = st.integers(0, len(pairs) - 1)
+    kept = data.draw(st.lists(places))
+    others = data.draw(st.lists(st.tuples(places, ids, ids), min_size=not kept))
+    found = rows.select(kept, others)
+    assert len(found) == len(kept) + len(others) == len(found.lengths())
+    for index, place in enumerate(kept):
+        assert found[index] == rows[place]
+    for index, (place, chosen, rejected) in enumerate(others, len(kept)):
+        row, before = found[index], rows[place]
+        assert (row.prompt, row.row, row.margin) == (before.prompt, before.row, before.margin)
+        assert by_role(row, Role.CHOSEN) == [[*chosen, 99]]
+        assert by_role(row, Role.REJECTED) == [[*rejected, 99]]
+        assert by_role(row, Role.GOLD) == by_role(before, Role.GOLD)

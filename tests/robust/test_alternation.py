@@ -3,18 +3,23 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from lightning.pytorch import Callback
 from sklearn.metrics import roc_auc_score
 
+from rotopo.data.batch import Role
 from rotopo.models import samples
 from rotopo.objectives import DPO, ROPO
 from rotopo.robust import alternation, resampling
+from rotopo.robust.decisions import Decision
+from rotopo.robust.resampling import NewPair
 from tests.small_run import save_config
 from tests.test_training import (
     CHECKPOINTS,
@@ -31,6 +36,10 @@ FILTER = [
     "--trainer.callbacks+=rotopo.robust.Alternation",
     "--trainer.callbacks.rho=0.3",
     "--trainer.max_epochs=3",
+]
+LONG = [
+    "--trainer.callbacks.resampling={max_new_tokens: 200}",
+    "--trainer.accumulate_grad_batches=6",
 ]
 SAMPLES = ["--trainer.callbacks.resampling={samples: 3, max_new_tokens: 4, quantile: 0.9}"]
 
@@ -104,6 +113,71 @@ def test_flipped_labels_are_counted_where_they_are_known(config):
         assert round_["precision"] == here[here.weight == 0].flipped.mean()
 
 
+def test_the_precision_is_that_of_what_was_dropped():
+    """Losses that rise with the margin, as IPO's do above its target."""
+    margins, flipped = np.arange(5.0), np.array([True, False, False, False, True])
+    kept = np.array([True, True, True, False, False])
+    found = Decision(1, 3, margins**2, margins, kept, -np.inf, {}).numbers(flipped, 0.4)
+    assert found["precision"] == 0.5
+    assert found["auroc"] == 0.5
+    assert (found["loss_kept"], found["loss_dropped"]) == (5 / 3, 12.5)
+
+
+def test_accepted_pairs_are_trained_on_and_no_others(config, monkeypatch):
+    trained: list[set[tuple[int, ...]]] = [set(), set(), set()]
+    original = ROPO.training_step
+
+    def step(self, batch, batch_idx):
+        for role in (Role.CHOSEN, Role.REJECTED):
+            of_role = (batch.roles == role)[batch.owners]
+            trained[self.trainer.current_epoch].add((int(role), *batch.targets[of_role].tolist()))
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(ROPO, "training_step", step)
+    half = ["--trainer.callbacks.resampling.quantile=0.5"]
+    run = fit(config, "run", *FILTER, *SAMPLES, *half, "--model=ROPO", "--data.pairs_per_step=1")
+    rows, table = run.datamodule.rows("train"), pairs(run)
+    (callback,) = (c for c in run.trainer.callbacks if isinstance(c, alternation.Alternation))
+    for t, decision in enumerate(callback.decisions, 1):
+        here = table[table["round"] == t].set_index("pair")
+        most = np.quantile(here[here.weight == 1].loss, 0.5)
+        dropped = here[here.weight == 0]
+        assert ((dropped.outcome == "accepted") == (dropped.new_loss <= most)).all()
+        assert set(dropped.outcome) == {"accepted", "refused"}
+        expected = set()
+        for place in here.index[here.weight == 1]:
+            pair = rows.pairs[place]
+            expected |= {(Role.CHOSEN, *pair["chosen"]), (Role.REJECTED, *pair["rejected"])}
+        for place in dropped.index[dropped.outcome == "accepted"]:
+            pair = decision.new[place]
+            expected |= {(Role.CHOSEN, *pair.chosen), (Role.REJECTED, *pair.rejected)}
+        assert trained[t] == expected
+
+
+def test_a_decision_survives_a_checkpoint(tmp_path):
+    pairs_ = {
+        3: NewPair([5, 6], [7], ("sample 1", "chosen"), (0.5, -0.25), 0.125),
+        1: None,
+        0: NewPair([8], [9, 10, 11], ("rejected", "sample 2"), (0.1, 0.0), 0.75),
+    }
+    before = Decision(
+        2, 6, np.array([2.0, 1, 0, 3]), np.arange(4.0), np.arange(4) == 2, 0.5, pairs_
+    )
+    torch.save(before.plain(), tmp_path / "state")
+    after = Decision.from_plain(torch.load(tmp_path / "state", weights_only=True))
+    assert after.outcomes() == before.outcomes() == ["refused", "no pair", "kept", "accepted"]
+    assert list(after.new) == list(before.new)
+    assert after.new_rows() == before.new_rows() == [(3, [5, 6], [7])]
+    assert after.new[0] == replace(pairs_[0], chosen=[], rejected=[])
+    assert after.losses.tolist() == before.losses.tolist()
+    assert (after.epoch, after.step, after.most) == (2, 6, 0.5)
+
+
+def test_a_later_fit_without_it_is_plain(config):
+    run = fit(config, "run", *FILTER)
+    assert run.datamodule.selector is None
+
+
 def test_it_filters_for_reward_models(config, tmp_path):
     settings = yaml.safe_load(config.read_text())
     policy = settings["model"]["init_args"]["policy"]
@@ -130,10 +204,33 @@ def test_it_filters_for_reward_models(config, tmp_path):
         (["--trainer.callbacks.resampling={quantile: 2}"], "resampling.quantile is 2"),
         ([*SAMPLES, "--model=SamPO"], "SamPO does not judge a pair by its two responses"),
         (["--model=DrDPO"], "DrDPO's loss of a pair depends"),
+        (["--trainer.max_epochs=1"], "set trainer.max_epochs to 2, 3, 4"),
+        (["--trainer.callbacks.epochs_per_round=2"], "set trainer.max_epochs to 4, 6, 8"),
+        (["--trainer.val_check_interval=3"], "val_check_interval is 3, but a round may have 2"),
+        ([*LONG, "--data.token_budget=300"], "of resampling.max_new_tokens (200) a new pair"),
     ],
 )
 def test_what_it_cannot_do(message, options, words):
     assert words in message(*FILTER, *options)
+
+
+def test_a_step_that_a_later_round_cuts_is_refused(message):
+    """Two micro-batches a step: .6 of five steps is three of them, .6 of three is not two."""
+    options = ["--data.pairs_per_step=4", "--trainer.accumulate_grad_batches=2"]
+    error = message(*FILTER, *options, "--trainer.limit_train_batches=0.6")
+    assert "comes to 3 micro-batches, which is within an optimiser step" in error
+
+
+def test_unpaired_rows_are_refused(config, message, tmp_path):
+    lines = [
+        {"prompt": f"{i}: film", "completion": f"of {i}", "label": i % 2 == 0} for i in range(40)
+    ]
+    (tmp_path / "kto.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    kto = [f"--data.source={tmp_path}/kto.jsonl", "--model=NCA"]
+    assert "training rows have one response" in message(*FILTER, *kto)
+    noise = ["--data.noise=SymmetricFlips", "--data.noise.rate=0.3"]
+    detect = ["--trainer.callbacks+=rotopo.robust.NoiseDetection"]
+    assert "training rows have one response" in message(*noise, *detect, *kto)
 
 
 def test_a_checkpoint_of_other_rounds_is_refused(config, message):
