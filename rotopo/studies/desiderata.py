@@ -11,13 +11,11 @@ the thresholds of the verdicts and the sizes of the samples are ours.
 
 import inspect
 import math
-import sys
 from itertools import product
 from pathlib import Path
 
 import pandas as pd
 import torch
-from jsonargparse import ArgumentParser
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,8 +23,8 @@ import rotopo.objectives
 from rotopo.errors import InputError
 from rotopo.objectives import DPO, IPO, TYPO, Mixture
 from rotopo.objectives.base import PreferenceModule
+from rotopo.studies import command, results
 from rotopo.studies import desiderata_plots as plots
-from rotopo.studies import results
 from rotopo.studies.minimise import minimise
 from rotopo.studies.surfaces import surface
 from rotopo.studies.tabular import (
@@ -424,27 +422,9 @@ def _near(grid: pd.Series, wanted: tuple[float, ...]) -> list[float]:
 
 
 def main(args: list[str] | None = None) -> None:
-    """The command.
-
-    Args:
-        args: arguments without the program's name; None reads them from the process.
-
-    Raises:
-        SystemExit: with status 2 after bad input, whose message is printed without a traceback.
-    """
+    """The command, see :func:`rotopo.studies.command.run`."""
     torch.set_num_threads(1)  # the tensors are tiny: more threads would wait for one another
-    parser = ArgumentParser(prog="python -m rotopo.studies.desiderata", description=_HELP)
-    parser.add_function_arguments(study)
-    parsed = parser.parse_args(args)
-    try:
-        settings = parser.instantiate(parsed)
-    except ValueError as error:  # an objective's InputError, of which jsonargparse makes its own
-        parser.error(str(error))
-    try:
-        study(**settings)
-    except InputError as error:
-        print(f"desiderata: {error}", file=sys.stderr)
-        sys.exit(2)
+    command.run(study, "desiderata", _HELP, args)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ so that differences between methods are taken seed by seed.
 """
 
 import math
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Literal, Protocol
@@ -16,12 +15,11 @@ from typing import Literal, Protocol
 import numpy as np
 import pandas as pd
 import torch
-from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
 from rotopo.errors import InputError
 from rotopo.objectives.base import in_range
-from rotopo.studies import noise_plots, results
+from rotopo.studies import command, noise_plots, results
 from rotopo.studies.noise_language_model import LanguageModel, LanguageModelRuns
 from rotopo.studies.noise_methods import Method, Outcome
 from rotopo.studies.noise_tabular import Tabular
@@ -97,8 +95,11 @@ def study(
         InputError: a setting that cannot be used.
     """
     results.check(output)
-    chosen: Task = tabular
-    if task == "language_model":
+    chosen: Task
+    if task == "tabular":
+        chosen = tabular
+        torch.set_num_threads(1)  # its tensors are tiny: more threads would wait for one another
+    else:
         chosen = LanguageModelRuns(language_model, output / task)
     names = [objective] if isinstance(objective, str) else objective
     methods = [Method.named(name) for name in (chosen.methods if names is None else names)]
@@ -221,28 +222,8 @@ def _with_interval(text: str, interval: float) -> str:
 
 
 def main(args: list[str] | None = None) -> None:
-    """The command.
-
-    Args:
-        args: arguments without the program's name; None reads them from the process.
-
-    Raises:
-        SystemExit: with status 2 after bad input, whose message is printed without a traceback.
-    """
-    parser = ArgumentParser(prog="python -m rotopo.studies.noise", description=_HELP)
-    parser.add_function_arguments(study)
-    parsed = parser.parse_args(args)
-    if parsed.task == "tabular":
-        torch.set_num_threads(1)  # its tensors are tiny: more threads would wait for one another
-    try:
-        settings = parser.instantiate(parsed)
-    except ValueError as error:  # an InputError, of which jsonargparse makes its own
-        parser.error(str(error))
-    try:
-        study(**settings)
-    except InputError as error:
-        print(f"noise: {error}", file=sys.stderr)
-        sys.exit(2)
+    """The command, see :func:`rotopo.studies.command.run`."""
+    command.run(study, "noise", _HELP, args)
 
 
 if __name__ == "__main__":
