@@ -258,6 +258,8 @@ class PairwiseDataModule(LightningDataModule):
             self._loaded = {split: self._load(split) for split in self._source_splits()}
 
     def setup(self, stage: str | None = None) -> None:
+        if stage == "fit":
+            self.selector = None  # that of another run; this one's callbacks come next
         if self._pairs or self._only_scores():
             return
         rows: dict[str, Dataset] = {}

@@ -74,11 +74,6 @@ class Alternation(Callback):
         data.selector = self
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if stage == "fit" and data is not None and data.selector is self:
-            data.selector = None  # it may be trained on without this callback
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         rows = data.rows("train")

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from sklearn.metrics import roc_auc_score
 
 from rotopo.data.batch import Role
@@ -175,7 +175,15 @@ def test_a_decision_survives_a_checkpoint(tmp_path):
 
 def test_a_later_fit_without_it_is_plain(config):
     run = fit(config, "run", *FILTER)
-    assert run.datamodule.selector is None
+    plain = Trainer(
+        accelerator="cpu",
+        max_epochs=3,
+        logger=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+    )
+    plain.fit(run.model, run.datamodule)
+    assert (run.trainer.global_step, plain.global_step) == (3 + 2 + 2, 9)
 
 
 def test_it_filters_for_reward_models(config, tmp_path):
