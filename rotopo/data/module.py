@@ -47,7 +47,7 @@ _EXTRA_ROLES = {"gold": Role.GOLD, "reference_sample": Role.REFERENCE_SAMPLE}
 class Selector(Protocol):
     """Who decides before every epoch what to train on."""
 
-    def training_rows(self, rows: Rows) -> Rows:
+    def training_rows(self, trainer: Any, rows: Rows) -> Rows:
         """Of all training rows those of the epoch that begins, or these with others."""
 
     def settings(self) -> str:
@@ -305,7 +305,7 @@ class PairwiseDataModule(LightningDataModule):
         world_size, rank = self._ranks()
         rows = self.rows("train")
         if self.selector is not None:
-            rows = self.selector.training_rows(rows)
+            rows = self.selector.training_rows(self.trainer, rows)
         sampler = StepSampler(
             rows.lengths(),
             self.pairs_per_step,

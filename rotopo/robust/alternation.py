@@ -62,13 +62,11 @@ class Alternation(Callback):
         self.rho = rho
         self.resampling = resampling
         self.decisions: list[Decision] = []
-        self.trainer: Trainer | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        self.trainer = trainer
         if trainer.current_epoch == 0:  # else the same Trainer goes on
             self.decisions = []
         data.selector = self
@@ -108,14 +106,12 @@ class Alternation(Callback):
         """What decisions follow from: a checkpoint of other settings is refused."""
         return f"rho={self.rho}, epochs_per_round={self.epochs_per_round}, {self.resampling}"
 
-    def training_rows(self, rows: Rows) -> Rows:
+    def training_rows(self, trainer: Trainer, rows: Rows) -> Rows:
         """What the epoch that begins trains on.
 
         Lightning asks for a loader before each epoch, at its beginning and also when it resumes:
         so this is where a decision is made if it has not been, with the weights as they are then.
         """
-        trainer = self.trainer
-        assert trainer is not None
         epoch = trainer.current_epoch
         if trainer.max_epochs not in (None, -1):
             epoch = min(epoch, trainer.max_epochs - 1)  # of a run that is over

@@ -146,11 +146,13 @@ def resample(
         dropped: places of those that were dropped.
         settings: how.
     """
+    module: Any = trainer.lightning_module
+    source = f"{module.prediction_fingerprint()} {settings}"  # hashes all that trains: once
     made: list[NewPair | None] = []
     folders = []
     for number, start in enumerate(range(0, len(dropped), _PROMPTS_AT_ONCE)):
         part = dropped[start : start + _PROMPTS_AT_ONCE]
-        pools, folder = _pools(trainer, rows, part, settings, number)
+        pools, folder = _pools(trainer, rows, part, settings, source, number)
         made += _new_pairs(trainer, rows, part, pools, settings.against_chosen)
         folders.append(folder)
     trainer.strategy.barrier()
@@ -159,7 +161,12 @@ def resample(
 
 
 def _pools(
-    trainer: Trainer, rows: Rows, dropped: Sequence[int], settings: Resampling, number: int
+    trainer: Trainer,
+    rows: Rows,
+    dropped: Sequence[int],
+    settings: Resampling,
+    source: str,
+    number: int,
 ) -> tuple[list[Pool], Path]:
     """Of each dropped row's prompt all different responses, the originals first; and the folder
     that keeps what was drawn."""
@@ -177,7 +184,7 @@ def _pools(
             Sampling(settings.max_new_tokens, settings.temperature, seed=seed),
             data.encoder,
             data.cache_dir / "samples",
-            f"{module.prediction_fingerprint()} {settings}",
+            source,
         )
     pools: list[Pool] = []
     for i, row in enumerate(originals):

@@ -65,7 +65,7 @@ def scored(trainer: Trainer, rows: Rows, description: str) -> Iterator[tuple[Ten
     """
     module: Any = trainer.lightning_module
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    loader = data.batches(rows, list(range(len(rows))))
+    loader = data.batches(rows, range(len(rows)))
     hidden = None if trainer.is_global_zero else True
     bar = tqdm(loader, description, leave=False, disable=hidden)
     training = [m for m in module.modules() if m.training]

@@ -324,15 +324,14 @@ class Uneven(Callback):
     """Epochs of 3, 1, 3, 2 and 3 steps."""
 
     def setup(self, trainer, pl_module, stage) -> None:
-        self.trainer = trainer
         trainer.datamodule.selector = self
         trainer.reload_dataloaders_every_n_epochs = 1
 
     def settings(self) -> str:
         return "uneven"
 
-    def training_rows(self, rows):
-        return rows.select(range((20, 7, 19, 13, 20, 20)[self.trainer.current_epoch]))
+    def training_rows(self, trainer, rows):
+        return rows.select(range((20, 7, 19, 13, 20, 20)[trainer.current_epoch]))
 
 
 LONGER = [

@@ -12,6 +12,7 @@ from rotopo.objectives import DPO, SFT, TYPO, Mixture
 from rotopo.studies import desiderata, desiderata_plots
 from rotopo.studies.surfaces import surface
 from rotopo.studies.tabular import Prompt, at_strength, kl
+from tests.studies.refusals import assert_refused, assert_refuses_a_file
 
 PROMPT = Prompt.of([0.6, 0.3, 0.1], [0.4, 0.4, 0.2])
 GOOD = Prompt.of([0.6, 0.3, 0.1], [0.6, 0.3, 0.1])
@@ -258,21 +259,11 @@ def test_the_command_takes_any_objective(option, names, tmp_path, monkeypatch):
     ],
 )
 def test_bad_settings_are_named_and_nothing_is_written(option, expected, tmp_path, capsys):
-    folder = tmp_path / "folder"
-    with pytest.raises(SystemExit) as stop:
-        desiderata.main(["--output", str(folder), *SMALL, option])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert expected in error
-    assert "Traceback" not in error
-    assert not folder.exists()
+    assert_refused(desiderata.main, tmp_path / "folder", [*SMALL, option], expected, capsys)
 
 
 def test_an_output_that_is_a_file_is_refused_before_anything_is_computed(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit):
-        desiderata.main(["--output", str(tmp_path / "file"), *SMALL])
-    assert "name a folder" in capsys.readouterr().err
+    assert_refuses_a_file(desiderata.main, tmp_path, SMALL, capsys)
 
 
 def test_a_failure_at_the_end_leaves_the_results_of_before(tmp_path, monkeypatch, coarse):

@@ -12,6 +12,7 @@ from sklearn.isotonic import isotonic_regression
 from rotopo.objectives import DPO
 from rotopo.studies import noise, noise_plots
 from rotopo.studies.noise_methods import Method
+from tests.studies.refusals import assert_refused, assert_refuses_a_file
 
 COLUMNS = ["task", "objective", "noise", "seed", "accuracy", "auroc", "recall"]
 SHORT = ("--tabular.epochs=2", "--tabular.rounds=2", "--seeds=[7,8]")
@@ -182,21 +183,11 @@ def test_names_of_methods():
     ],
 )
 def test_bad_settings_are_named_and_nothing_is_written(option, expected, tmp_path, capsys):
-    folder = tmp_path / "folder"
-    with pytest.raises(SystemExit) as stop:
-        noise.main(["--output", str(folder), *SHORT, option])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert expected in error
-    assert "Traceback" not in error
-    assert not folder.exists()
+    assert_refused(noise.main, tmp_path / "folder", [*SHORT, option], expected, capsys)
 
 
 def test_an_output_that_is_a_file_is_refused_before_anything_is_computed(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit):
-        noise.main(["--output", str(tmp_path / "file"), *SHORT])
-    assert "name a folder" in capsys.readouterr().err
+    assert_refuses_a_file(noise.main, tmp_path, SHORT, capsys)
 
 
 def test_a_failure_at_the_end_leaves_the_results_of_before(tmp_path, monkeypatch):
