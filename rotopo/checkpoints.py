@@ -19,6 +19,10 @@ def read(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         raise InputError(f"ckpt_path: there is no checkpoint {path}.")
+    if path.is_dir():
+        from rotopo import checkpoint_folders  # slow to import, and few checkpoints are folders
+
+        return checkpoint_folders.read(path)
     checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if "rotopo" not in checkpoint:
         raise InputError(f"ckpt_path: {path} was not written by rotopo.")

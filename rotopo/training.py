@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -27,6 +28,7 @@ if TYPE_CHECKING:  # else rotopo --help would wait for them
 
     from rotopo.data.batch import PairBatch
     from rotopo.models.backbone import Backbone
+    from rotopo.models.sharding import Sharding
 
 
 class Warmup(LambdaLR):
@@ -62,9 +64,10 @@ class Warmup(LambdaLR):
         super().__init__(optimizer, factor)
 
 
-def divided_among_ranks(trainer: Trainer) -> bool:
-    """Whether no rank holds the whole model."""
-    return isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
+def works_in_steps_only(trainer: Trainer) -> bool:
+    """Whether the model's weights are there only within a step: so with FSDP1, which gathers them
+    in the module's own forward pass, and nowhere else."""
+    return isinstance(trainer.strategy, FSDPStrategy)
 
 
 def _settings(value: Any) -> Any:
@@ -79,6 +82,44 @@ def _settings(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_settings(v) for v in value]
     return _settings(vars(value)) if is_dataclass(value) else None
+
+
+def _of_all_ranks(value: Any) -> list[Any]:
+    """A value's counterparts on all ranks, in their order."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def _recut_steps(checkpoint: dict[str, Any], accumulation: int) -> None:
+    """Let a checkpoint count its place in the epoch in micro-batches of another size.
+
+    A step is the same pairs on any number of ranks and in any number of micro-batches, but
+    Lightning counts micro-batches.
+
+    Raises:
+        InputError: the checkpoint was written within a step.
+    """
+    before = checkpoint["accumulate_grad_batches"]
+    if before == accumulation:
+        return
+    loop = checkpoint["loops"]["fit_loop"]
+    progress = loop["epoch_loop.batch_progress"]
+    loaders = loop["state_dict"].get("combined_loader", [])
+    for counts in (progress["total"], progress["current"], *loaders):
+        behind = counts["ready"] - counts["completed"] if "ready" in counts else 0
+        for name in counts.keys() - {"completed"}:
+            if counts[name] % before:
+                raise InputError(
+                    f"ckpt_path: this checkpoint was written within an optimiser step of {before} "
+                    f"micro-batches: set trainer.accumulate_grad_batches to {before}."
+                )
+            counts[name] = counts[name] // before * accumulation
+        if "ready" in counts:
+            counts["completed"] = counts["ready"] - behind
+    checkpoint["accumulate_grad_batches"] = accumulation
 
 
 class PairwiseModule(LightningModule):
@@ -122,6 +163,11 @@ class PairwiseModule(LightningModule):
                 "small steps a half type loses: leave it out and set policy.dtype (of a reward "
                 "model, backbone.dtype) instead."
             )
+
+    @property
+    def sharding(self) -> "Sharding | None":
+        """How the strategy wants the model divided; None where it does so itself, or not at all."""
+        return getattr(self.trainer.strategy, "sharding", None) if self._trainer else None
 
     @property
     @abstractmethod
@@ -172,6 +218,12 @@ class PairwiseModule(LightningModule):
             for prefix, module in modules.items()
             for name, _ in module.named_buffers(recurse=False)
         }
+
+    def _whole_shape(self, name: str) -> torch.Size:
+        """Of a parameter or buffer; FSDP1 leaves its parameters flat, and knows what they were."""
+        module, _, own = name.rpartition(".")
+        value = getattr(self.get_submodule(module), own)
+        return getattr(value, "_unsharded_shape", value.shape)
 
     def validation_step(self, batch: "PairBatch", batch_idx: int) -> dict[str, Any]:
         return self._step(batch)
@@ -233,19 +285,23 @@ class PairwiseModule(LightningModule):
         checkpoint["rotopo"] = {
             "version": rotopo.__version__,
             "base_fingerprint": self.base_fingerprint,
+            "shapes": {name: list(self._whole_shape(name)) for name in sorted(saved)},
         }
-        checkpoint["random_state"] = {
-            "python": random.getstate(),
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
+        checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
+        checkpoint["random_states"] = _of_all_ranks(
+            {
+                "python": random.getstate(),
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+            }
+        )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that does not fit.
 
         Raises:
-            InputError: it is not rotopo's, its base model is another one, or it trains other
-                parameters.
+            InputError: it is not rotopo's, its base model is another one, it trains other
+                parameters, or it was written within a step that is cut up in another way now.
         """
         ours = checkpoint.get("rotopo")
         if ours is None:
@@ -256,13 +312,19 @@ class PairwiseModule(LightningModule):
                 f"{ours['base_fingerprint']}, here {self.base_fingerprint}): check the "
                 "model's path."
             )
-        wrong = self.saved_names() ^ set(checkpoint["state_dict"])
+        there = {name: tuple(shape) for name, shape in ours["shapes"].items()}
+        here = {name: tuple(self._whole_shape(name)) for name in self.saved_names()}
+        wrong = {name for name, _ in there.items() ^ here.items()}
         if wrong:
             raise InputError(
                 f"ckpt_path: checkpoint and module train different parameters ({len(wrong)} of "
                 f"them, {min(wrong)} for one): check the adapter's settings."
             )
-        self._random_state = checkpoint["random_state"]
+        states = checkpoint["random_states"]
+        rank = self.trainer.global_rank if len(states) == self.trainer.world_size else 0
+        self._random_state = states[rank]
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            _recut_steps(checkpoint, self.trainer.accumulate_grad_batches)
 
     @abstractmethod
     def predict(self, batch: Any) -> list[dict[str, Any]]:
@@ -270,12 +332,17 @@ class PairwiseModule(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
         """As :meth:`predict`; nothing for a batch that an interrupted run has done."""
-        if all(row in self.predicted for row in batch.rows.tolist()):
+        done = all(row in self.predicted for row in batch.rows.tolist())
+        if self._trainer is not None:  # ranks that work on one model have to work together
+            done = self.trainer.strategy.reduce_boolean_decision(done)
+        if done:
             return []
         return self.predict(batch)
 
     def prediction_fingerprint(self) -> str:
         """Hash of all that a prediction follows from beside the rows: weights and settings."""
+        from rotopo.models.sharding import whole
+
         modules = [m for m in self.modules() if isinstance(m, PairwiseModule)]
         settings = [[type(m).__name__, _settings(vars(m))] for m in modules]
         facts = [self.base_fingerprint, str(self.language_model.dtype), settings]
@@ -284,7 +351,7 @@ class PairwiseModule(LightningModule):
         for name, value in sorted(self.state_dict().items()):
             if name in saved:
                 digest.update(name.encode())
-                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+                digest.update(whole(value).contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
 
     def on_fit_start(self) -> None:
@@ -350,5 +417,5 @@ class PairwiseModule(LightningModule):
             version, internal, gauss = state["python"]
             random.setstate((version, tuple(internal), gauss))
             torch.set_rng_state(state["torch"])
-            if state["cuda"] and torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(state["cuda"])
+            if state["cuda"] is not None and torch.cuda.is_available():
+                torch.cuda.set_rng_state(state["cuda"])

@@ -183,7 +183,7 @@ def test_a_checkpoint_of_another_base_or_adapter_is_refused(config, tiny_tokeniz
 
 @pytest.mark.parametrize(
     "option",
-    ["--data.pairs_per_step=3", "--data.seed=5", "--trainer.accumulate_grad_batches=2"],
+    ["--data.pairs_per_step=3", "--data.seed=5"],
 )
 def test_resuming_at_a_position_that_means_something_else_is_refused(config, capsys, option):
     fit(config, "run", *CHECKPOINTS, "--data.validation=0", "--data.test=0")
@@ -191,6 +191,19 @@ def test_resuming_at_a_position_that_means_something_else_is_refused(config, cap
     with pytest.raises(SystemExit):
         fit(config, "other", f"--ckpt_path={file}", "--data.validation=0", "--data.test=0", option)
     assert "Resume with the same" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 2), (2, 1)])
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_a_run_resumes_with_steps_cut_up_in_another_way(config, before, after, step):
+    """Three steps an epoch, two epochs: in the midst of both, and between them."""
+    cut = "--trainer.accumulate_grad_batches={}".format
+    options = [*EXACT, *CHECKPOINTS, "--trainer.val_check_interval=1.0"]
+    whole = fit(config, "whole", *options, cut(before))
+    (file,) = (config.parent / "whole").rglob(f"*step={step}.ckpt")
+    resumed = fit(config, "resumed", *options, cut(after), f"--ckpt_path={file}")
+    assert resumed.trainer.global_step == whole.trainer.global_step == 6
+    assert_equal(weights(resumed), weights(whole), rtol=1e-7, atol=1e-9)
 
 
 def test_warmup_rises_and_decays():

@@ -7,7 +7,8 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from rotopo.data.batch import PairBatch
-from rotopo.training import divided_among_ranks
+from rotopo.errors import InputError
+from rotopo.training import works_in_steps_only
 
 
 class Geometry(Callback):
@@ -26,13 +27,15 @@ class Geometry(Callback):
     - ``geometry/hyperspherical_energy``: of the same weights, their sum relative to its value
       before training.
 
-    The last two are not measured where the model is divided among ranks, or no adapted layer is a
-    linear one. Source: the diagnosis of
-    RoPO (arXiv 2508.17637).
+    The last two are not measured where no adapted layer is a linear one. Nothing is under
+    FSDPStrategy, which is refused. Source: the diagnosis of RoPO (arXiv 2508.17637).
 
     Args:
         pairs: held-out pairs of the fixed batch (training pairs where none are held out).
         every_n_steps: optimiser steps between two measurements.
+
+    Raises:
+        InputError: the strategy is FSDP1.
     """
 
     def __init__(self, pairs: int = 8, every_n_steps: int = 50) -> None:
@@ -49,6 +52,11 @@ class Geometry(Callback):
         self.energy = state_dict["energy"]
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if works_in_steps_only(trainer):
+            raise InputError(
+                "The Geometry callback cannot look at a model under FSDPStrategy: leave it out of "
+                "trainer.callbacks, or take configs/strategies/fsdp2.yaml."
+            )
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         self.batch = data.probe(self.pairs).to(pl_module.device)
         self._log(trainer, pl_module)
@@ -66,6 +74,7 @@ class Geometry(Callback):
 
     @torch.no_grad()
     def _log(self, trainer: Trainer, module: Any) -> None:
+        from rotopo.models.sharding import in_turn
         from rotopo.rotation.geometry import (
             effective_rank,
             hyperspherical_energy,
@@ -87,15 +96,15 @@ class Geometry(Callback):
                 norm = reference[layer].norm(dim=1)
                 distance = (state - reference[layer]).norm(dim=1) / norm
                 values[f"distance/{layer:02}"] = distance.mean()
-        if not divided_among_ranks(trainer):
-            cosines, energy = [], 0.0
-            for weight in merged_weights(model):  # one at a time: together they are a whole model
+        cosines, energy = [], 0.0
+        for group in in_turn(module.backbone):
+            for weight in merged_weights(model, group):  # together they are a whole model
                 cosines.append(float(neuron_cosine(weight)))
                 energy += float(hyperspherical_energy(weight))
-            if cosines:
-                values["neuron_cosine"] = sum(cosines) / len(cosines)
-                self.energy = energy if self.energy is None else self.energy
-                values["hyperspherical_energy"] = energy / self.energy
+        if cosines:
+            values["neuron_cosine"] = sum(cosines) / len(cosines)
+            self.energy = energy if self.energy is None else self.energy
+            values["hyperspherical_energy"] = energy / self.energy
         model.train(training)
         self.measured_at = trainer.global_step
         for logger in trainer.loggers:

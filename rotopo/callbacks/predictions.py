@@ -35,14 +35,14 @@ class PredictionWriter(Callback):
         self.path = path
         self.folder = Path()
         self.part: TextIO | None = None
-        self.rows = 0  # of this rank's batches
+        self.rows: set[int] = set()  # of this rank's batches
 
     def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         settings = [pl_module.prediction_fingerprint(), data.prediction_fingerprint()]
         settings += [trainer.world_size, trainer.precision, trainer.limit_predict_batches]
         key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-        key = trainer.strategy.broadcast(key)  # a shard's hash differs by rank
+        key = trainer.strategy.broadcast(key)  # FSDP1's flat shares differ by rank
         root = trainer.logger.save_dir if trainer.logger is not None else None
         self.folder = Path(root or trainer.default_root_dir) / ".unfinished" / key
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ class PredictionWriter(Callback):
             raise InputError(
                 f"Another process makes these very predictions, in {self.folder}: let it end."
             ) from error
-        self.rows = 0
+        self.rows = set()
         done = _whole_lines(file)
         pl_module.predicted = done
         if done:
@@ -69,7 +69,7 @@ class PredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self.rows += len(batch.rows)
+        self.rows.update(batch.rows.tolist())
         if not outputs:
             return
         assert self.part is not None
@@ -90,7 +90,7 @@ class PredictionWriter(Callback):
         assert self.part is not None
         pl_module.predicted = ()
         rows = trainer.strategy.reduce(
-            torch.tensor(self.rows, device=pl_module.device), reduce_op="sum"
+            torch.tensor(len(self.rows), device=pl_module.device), reduce_op="sum"
         )
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         name = "responses.jsonl" if data.score is None else "scores.jsonl"

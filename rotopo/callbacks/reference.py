@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from rotopo.data.batch import Role
 from rotopo.data.rows import Rows
 from rotopo.errors import InputError
-from rotopo.training import divided_among_ranks
+from rotopo.training import works_in_steps_only
 
 
 class CacheReference(Callback):
@@ -81,8 +81,8 @@ def _why_not(trainer: Trainer, module: Any) -> str:
     """Why the reference cannot be cached; empty where it can."""
     if Role.REFERENCE_SAMPLE in module.needs.roles:
         return f"{type(module).__name__} needs the reference's whole distributions"
-    if divided_among_ranks(trainer):
-        return "filling the cache from a model that is divided among ranks is not supported yet"
+    if works_in_steps_only(trainer):
+        return "FSDPStrategy cannot fill the cache (configs/strategies/fsdp2.yaml can)"
     return ""
 
 

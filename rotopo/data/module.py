@@ -358,9 +358,12 @@ class PairwiseDataModule(LightningDataModule):
             for prompt, responses in rows.lengths()
         ]
         order = sorted(range(len(rows)), key=lambda i: sizes[i], reverse=True)
+        mine = order[rank::world_size]
+        # As many on every rank, since none may wait for another: the shortest comes once more.
+        mine += mine[-1:] * (-(-len(order) // world_size) - len(mine))
         # By batch size, since Lightning rebuilds the batch sampler of a prediction.
         return DataLoader(
-            Subset(rows, order[rank::world_size]),
+            Subset(rows, mine),
             batch_size=self.eval_pairs_per_batch,
             collate_fn=collate_fn,
             **self._beside_the_step(),
@@ -473,8 +476,6 @@ class PairwiseDataModule(LightningDataModule):
             "pairs_per_step": self.pairs_per_step,
             "length_window": self.length_window,
             "margin": self.margin,
-            "accumulate_grad_batches": self._accumulation(),
-            "ranks": self._ranks()[0],
             "selection": self.selector.settings() if self.selector is not None else None,
         }
 
@@ -482,8 +483,7 @@ class PairwiseDataModule(LightningDataModule):
         """Refuse to go on training where the position in the epoch would mean something else.
 
         Raises:
-            InputError: the checkpoint's training pairs, their order, or their division into
-                micro-batches are not these.
+            InputError: the checkpoint's training pairs or their order are not these.
         """
         assert self.trainer is not None
         if self.trainer.state.fn != TrainerFn.FITTING:

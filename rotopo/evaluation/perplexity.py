@@ -75,13 +75,12 @@ def perplexity(
     ]
     has_reference = isinstance(policy.model, PeftModel) or policy.reference is not None
     needs = Needs(reference=has_reference, pairs=False)
-    device = next(policy.parameters()).device
     total = reference_total = 0.0
     training = policy.model.training
     policy.model.eval()
     for first in range(0, len(rows), windows_per_batch):
         batch = collate(rows[first : first + windows_per_batch], 0, "padded", loss_scale=1.0)
-        log_probs = policy(batch.to(device), needs)
+        log_probs = policy(batch.to(policy.device), needs)
         total -= float(log_probs.chosen.double().sum())
         if log_probs.reference_chosen is not None:
             reference_total -= float(log_probs.reference_chosen.double().sum())

@@ -26,6 +26,7 @@ from rotopo.errors import InputError
 from rotopo.models.attention import attention_inputs
 from rotopo.models.segment_attention import segment_attention
 from rotopo.models.settings import BackboneConfig, DtypeName
+from rotopo.models.sharding import Sharding, decoder_layers
 from rotopo.pretrained import first_line, pretrained_folder
 
 
@@ -81,21 +82,26 @@ def load_config(path: str, setting: str = "policy") -> PretrainedConfig:
     return config
 
 
-def load_model(path: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+def load_model(path: str, dtype: torch.dtype | None, attention: str) -> PreTrainedModel:
     """A causal language model.
 
     Args:
         path: see :func:`rotopo.pretrained.pretrained_folder`.
-        dtype: dtype of the weights.
+        dtype: dtype of the weights; None leaves them in their file, mapped to memory.
         attention: the attention implementation, as transformers names it.
 
     Raises:
         InputError: no such model, or it has no such attention.
     """
     config = load_config(path)
+    if dtype is None:
+        config.dtype = None  # else auto is what the configuration says, not what the file holds
     try:
         return AutoModelForCausalLM.from_pretrained(
-            pretrained_folder(path), config=config, dtype=dtype, attn_implementation=attention
+            pretrained_folder(path),
+            config=config,
+            dtype=dtype or "auto",
+            attn_implementation=attention,
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise InputError(
@@ -153,8 +159,7 @@ def compile_layers(model: PreTrainedModel, setting: str = "policy") -> None:
     """
     if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
         raise InputError(f"{setting}.compile: torch.compile needs a C++ compiler; install g++.")
-    names = model._no_split_modules or ()
-    layers = [module for module in model.modules() if type(module).__name__ in names]
+    layers = decoder_layers(model)
     if not layers:
         raise InputError(f"{setting}.compile: {type(model).__name__} does not name its layers.")
     # Its blocks hang on the mask, where the compiler does not see them.
@@ -217,6 +222,9 @@ class Backbone(nn.Module):
         model: the Hugging Face model, with or without a PEFT adapter.
         base_fingerprint: see :func:`fingerprint`.
         reference: a frozen copy, if there is one.
+
+    Attributes:
+        sharding: how the model is divided among ranks, if it is.
     """
 
     def __init__(
@@ -230,6 +238,7 @@ class Backbone(nn.Module):
         self.base_fingerprint = base_fingerprint
         self.reference = reference
         self.compiled = False
+        self.sharding: Sharding | None = None
         self._checked: set[Layout] = set()
 
     @property
@@ -239,6 +248,13 @@ class Backbone(nn.Module):
         if isinstance(model, PeftModel):
             return cast(PreTrainedModel, model.get_base_model())
         return model
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches have to be: an offloaded model's weights are elsewhere."""
+        if self.sharding is not None and self.sharding.mesh.device_type == "cuda":
+            return torch.device("cuda", torch.cuda.current_device())
+        return embeddings(self.language_model).device
 
     @torch.no_grad()
     def hidden_states(self, batch: PairBatch, reference: bool = False) -> list[Tensor] | None:
@@ -303,16 +319,20 @@ class Backbone(nn.Module):
             ) from error
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
     """A short hash that tells base models apart: names, shapes and a sample of every weight.
 
     The sample is rounded to bfloat16 first, so that the dtype a model is loaded in does not
     count.
+
+    Args:
+        model: as loaded.
+        dtype: the dtype that its weights will be converted to, if they still are in another.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         flat = parameter.detach().flatten()
-        sample = flat[:: max(1, len(flat) // 64)].to("cpu", torch.bfloat16)
+        sample = flat[:: max(1, len(flat) // 64)].to("cpu", dtype).to(torch.bfloat16)
         digest.update(sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]

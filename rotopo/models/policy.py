@@ -37,6 +37,7 @@ from rotopo.models.log_probs import (
 )
 from rotopo.models.reference_cache import ReferenceCache
 from rotopo.models.settings import PolicyConfig, ReferenceMode, Sampling
+from rotopo.models.sharding import Sharding, divide
 from rotopo.pretrained import cache_dir
 
 # Of the reference's log-probs: what a run that dies loses at most.
@@ -73,22 +74,33 @@ class Policy(Backbone):
             )
 
     @classmethod
-    def load(cls, config: PolicyConfig, needs_reference: bool) -> Self:
-        """Load a model and put its adapter on it.
+    def load(
+        cls, config: PolicyConfig, needs_reference: bool, sharding: Sharding | None = None
+    ) -> Self:
+        """Load a model, put its adapter on it, and divide it.
 
         Args:
             config: which model, and what is trained of it.
             needs_reference: keep a frozen copy for the reference if there is no adapter.
+            sharding: how to divide it among ranks; None leaves it whole.
 
         Raises:
             InputError: a path, dtype, attention or adapter that does not work, by its setting.
         """
-        model = load_model(config.path, trained_dtype(config), config.attention)
-        return cls.build(model, config, needs_reference)
+        dtype = trained_dtype(config)
+        model = load_model(config.path, None if sharding else dtype, config.attention)
+        return cls.build(model, config, needs_reference, dtype, sharding)
 
     @classmethod
-    def build(cls, model: PreTrainedModel, config: PolicyConfig, needs_reference: bool) -> Self:
-        """As :meth:`load`, from a model in memory."""
+    def build(
+        cls,
+        model: PreTrainedModel,
+        config: PolicyConfig,
+        needs_reference: bool,
+        dtype: torch.dtype | None = None,
+        sharding: Sharding | None = None,
+    ) -> Self:
+        """As :meth:`load`, from a model in memory, to be converted to a dtype as it is divided."""
         if config.reference not in get_args(ReferenceMode):
             raise InputError(
                 f"policy.reference is {config.reference!r}: it has to be one of "
@@ -99,7 +111,7 @@ class Policy(Backbone):
                 "policy.reference_cache is set, but policy.reference is 'online' and uses none: "
                 "set it to 'cached' or 'auto'."
             )
-        base = fingerprint(model)
+        base = fingerprint(model, dtype)
         own = list(model.parameters())
         adapted = adapt(model, config, model.get_output_embeddings())
         reference = None
@@ -112,10 +124,16 @@ class Policy(Backbone):
                     "be the reference any more."
                 )
         elif needs_reference:
-            reference = copy.deepcopy(model).requires_grad_(False).eval()
+            # To be divided it shares the file that both are mapped to.
+            shared = {id(p): nn.Parameter(p.detach()) for p in own} if sharding else {}
+            reference = copy.deepcopy(model, shared).requires_grad_(False).eval()
+            own += reference.parameters()
         policy = cls(adapted.train(), reference, base)
         if config.compile:
             policy.compile_layers()
+        if sharding is not None:
+            assert dtype is not None
+            divide(policy, set(map(id, own)), dtype, sharding)
         return policy
 
     def compile_layers(self) -> None:
@@ -182,11 +200,10 @@ class Policy(Backbone):
     def cache_reference(self, batches: Iterable[PairBatch]) -> None:
         """Compute the reference's log-probs of these batches, and keep them in the cache."""
         assert self.cache is not None
-        device = embeddings(self.language_model).device
         with self.reference_model() as model:
             for number, batch in enumerate(batches, 1):
                 self._check_once(batch.layout)
-                here = batch.to(device)
+                here = batch.to(self.device)
                 inputs = decoder_inputs(model, here)
                 states = hidden_states(model, here, inputs, here.predictors)
                 log_probs = token_log_probs(states, _head(model), here.targets).log_prob
@@ -230,6 +247,8 @@ class Policy(Backbone):
                     max_new_tokens=sampling.max_new_tokens,
                     eos_token_id=stop_ids,
                     pad_token_id=pad_id,
+                    # A rank whose responses have ended goes on with those that wait for it.
+                    synced_gpus=self.sharding is not None and self.sharding.mesh.size() > 1,
                     **settings,
                 )
         finally:

@@ -77,15 +77,23 @@ def draw(
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank = torch.distributed.get_rank() if distributed else 0
     world_size = torch.distributed.get_world_size() if distributed else 1
-    missing = [n for n in range(rank, len(parts), world_size) if not files[n].exists()]
+    missing = [n for n in range(len(parts)) if not files[n].exists()]
+    if distributed:  # one rank decides for all, since files come while others look
+        agreed = [missing]
+        torch.distributed.broadcast_object_list(agreed)
+        missing = agreed[0]
+    turns = -(-len(missing) // world_size)
+    mine = missing[rank::world_size]
+    if policy.sharding is not None:  # every rank has to work whenever one does
+        mine += missing[: turns - len(mine)]
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     whose = "the reference" if reference else "the policy"
-    for number in tqdm(missing, desc=f"Sampling {whose}", disable=not missing or rank > 0):
+    for number in tqdm(mine, desc=f"Sampling {whose}", disable=not mine or rank > 0):
         batch = collate_prompts([prompts[i] for i in parts[number]], encoder.pad_id, parts[number])
         with torch.random.fork_rng(devices):
             torch.manual_seed(sampling.seed * 1_000_003 + number)
             responses = policy.generate(
-                batch.to(next(policy.parameters()).device),
+                batch.to(policy.device),
                 sampling,
                 encoder.stop_ids,
                 encoder.pad_id,

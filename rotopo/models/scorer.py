@@ -32,6 +32,7 @@ from rotopo.models.backbone import (
     trained_dtype,
 )
 from rotopo.models.settings import BackboneConfig
+from rotopo.models.sharding import Sharding, divide
 from rotopo.pretrained import first_line, pretrained_folder
 
 
@@ -53,21 +54,30 @@ class Scorer(Backbone):
     """
 
     @classmethod
-    def load(cls, config: BackboneConfig) -> Self:
-        """Load a model and put its adapter on it.
+    def load(cls, config: BackboneConfig, sharding: Sharding | None = None) -> Self:
+        """Load a model, put its adapter on it, and divide it.
 
         Args:
             config: which model, and what is trained of it.
+            sharding: how to divide it among ranks; None leaves it whole.
 
         Raises:
             InputError: a path, dtype, attention or adapter that does not work, by its setting; a
                 model that has no such head, or one with several outputs.
         """
-        return cls.build(_load_model(config.path, trained_dtype(config), config.attention), config)
+        dtype = trained_dtype(config)
+        model = _load_model(config.path, None if sharding else dtype, config.attention)
+        return cls.build(model, config, dtype, sharding)
 
     @classmethod
-    def build(cls, model: PreTrainedModel, config: BackboneConfig) -> Self:
-        """As :meth:`load`, from a model in memory."""
+    def build(
+        cls,
+        model: PreTrainedModel,
+        config: BackboneConfig,
+        dtype: torch.dtype | None = None,
+        sharding: Sharding | None = None,
+    ) -> Self:
+        """As :meth:`load`, from a model in memory, to be converted to a dtype as it is divided."""
         head = getattr(model, "score", None)
         if not isinstance(head, nn.Linear) or model.base_model is model:
             raise InputError(
@@ -79,7 +89,8 @@ class Scorer(Backbone):
                 f"backbone.path: the model's head has {head.out_features} outputs, and a reward "
                 "is one: take another model."
             )
-        base = fingerprint(model.base_model)
+        base = fingerprint(model.base_model, dtype)
+        own = {id(p) for p in model.base_model.parameters()}
         head.to(torch.promote_types(head.weight.dtype, torch.float32))
         head.register_forward_pre_hook(_cast_to_head)
         if config.adapter is not None:
@@ -98,6 +109,9 @@ class Scorer(Backbone):
         if config.compile:
             compile_layers(model, config.setting)
             scorer.compiled = True
+        if sharding is not None:
+            assert dtype is not None
+            divide(scorer, own, dtype, sharding)
         return scorer
 
     def forward(self, batch: PairBatch) -> Tensor:
@@ -195,8 +209,10 @@ class Scorer(Backbone):
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _load_model(path: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+def _load_model(path: str, dtype: torch.dtype | None, attention: str) -> PreTrainedModel:
     """A sequence classifier of one label, with a new head if the model at ``path`` has none.
+
+    Arguments as of :func:`rotopo.models.backbone.load_model`.
 
     Raises:
         InputError: no such model or attention, or one with another head or missing weights.
@@ -209,13 +225,15 @@ def _load_model(path: str, dtype: torch.dtype, attention: str) -> PreTrainedMode
             "number: take another model."
         )
     config.num_labels = 1
+    if dtype is None:
+        config.dtype = None
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it would warn of the new head, which is what we want
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
             pretrained_folder(path),
             config=config,
-            dtype=dtype,
+            dtype=dtype or "auto",
             attn_implementation=attention,
             output_loading_info=True,
         )
@@ -235,10 +253,10 @@ def _load_model(path: str, dtype: torch.dtype, attention: str) -> PreTrainedMode
     if new:
         std = config.get_text_config().initializer_range
         generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
-        with torch.no_grad():
-            weight = cast(Tensor, model.score.weight)
-            noise = torch.randn(weight.shape, generator=generator, device="cpu")
-            weight.copy_(std * noise)
+        weight = cast(Tensor, model.score.weight)
+        noise = torch.randn(weight.shape, generator=generator, device="cpu")
+        wide = torch.promote_types(dtype or torch.float32, torch.float32)
+        model.score.weight = nn.Parameter((std * noise).to(weight.device, wide))
     return model
 
 

@@ -22,7 +22,7 @@ from rotopo.data.batch import PairBatch, PromptBatch
 from rotopo.errors import InputError
 from rotopo.models.log_probs import Needs, PairLogProbs
 from rotopo.models.settings import PolicyConfig, Sampling
-from rotopo.training import PairwiseModule, divided_among_ranks
+from rotopo.training import PairwiseModule, works_in_steps_only
 
 if TYPE_CHECKING:  # else rotopo --help would wait for PEFT and transformers
     from rotopo.models.policy import Policy
@@ -90,7 +90,7 @@ class PreferenceModule(PairwiseModule):
         from rotopo.models.policy import Policy
 
         if self.policy is None:
-            self.policy = Policy.load(self.policy_config, self.needs.reference)
+            self.policy = Policy.load(self.policy_config, self.needs.reference, self.sharding)
 
     def always_on(self) -> list[Callback]:
         return [
@@ -147,16 +147,16 @@ class PreferenceModule(PairwiseModule):
             data: the datamodule that they come from.
 
         Raises:
-            InputError: the model is divided among ranks.
+            InputError: the strategy is FSDP1.
         """
         from rotopo.models.samples import sample_reference
 
         assert self.policy is not None
-        if divided_among_ranks(self.trainer):
+        if works_in_steps_only(self.trainer):
             raise InputError(
-                f"{type(self).__name__} draws responses from the reference, which a model that is "
-                "divided among ranks does not support yet: draw them before, and name their "
-                "column in data.extra_responses, {reference_sample: COLUMN}."
+                f"{type(self).__name__} draws responses from the reference, which FSDPStrategy "
+                "does not support: take configs/strategies/fsdp2.yaml, or name a column of them in "
+                "data.extra_responses, {reference_sample: COLUMN}."
             )
         return sample_reference(
             self.policy,

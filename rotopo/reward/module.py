@@ -99,7 +99,7 @@ class RewardModule(PairwiseModule):
         from rotopo.models.scorer import Scorer
 
         if self.scorer is None:
-            self.scorer = Scorer.load(self.backbone_config)
+            self.scorer = Scorer.load(self.backbone_config, self.sharding)
 
     def always_on(self) -> list[Callback]:
         return [ImplicitRewards(), Orthogonality(), Speed(), PairScores(), PredictionWriter()]

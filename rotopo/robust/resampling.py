@@ -20,7 +20,7 @@ from rotopo.errors import InputError
 from rotopo.models.settings import Sampling
 from rotopo.robust.scoring import score
 from rotopo.robust.selection import best_and_worst
-from rotopo.training import divided_among_ranks
+from rotopo.training import works_in_steps_only
 
 _ORIGINALS = ("chosen", "rejected")
 # Dropped prompts whose responses are in memory at once.
@@ -110,10 +110,10 @@ def check(trainer: Trainer, rows: Rows, settings: Resampling) -> None:
             f"resampling: {name} does not judge a pair by its two responses alone, so that new "
             "pairs cannot be chosen by it: leave resampling out, or take ROPO or DPO."
         )
-    if divided_among_ranks(trainer):
+    if works_in_steps_only(trainer):
         raise InputError(
-            "resampling: generating with a model that is divided among ranks is not supported yet: "
-            "leave resampling out, or take the strategy ddp."
+            "resampling: FSDPStrategy cannot generate: leave resampling out, or take "
+            "configs/strategies/fsdp2.yaml."
         )
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     if data.token_budget is None:

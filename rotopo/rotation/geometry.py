@@ -7,7 +7,7 @@ from weights trained without that constraint.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import cast
 
 import torch
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from rotopo.errors import InputError
+from rotopo.models.sharding import in_turn
 from rotopo.rotation.givens import Delta
 from rotopo.rotation.tuner import RotationLayer
 
@@ -30,12 +31,15 @@ def orthogonality_errors(model: nn.Module) -> dict[str, float]:
     """`orthogonality_error` of every rotating layer by its name in the model, the largest over its
     active adapters. Empty for a model without such layers."""
     errors = {}
-    for name, layer in model.named_modules():
+    names = {module: name for name, module in model.named_modules()}
+    for layer in (layer for group in in_turn(model) for layer in group):
         if isinstance(layer, ROTATING_LAYERS):
             present = getattr(layer, layer.adapter_layer_names[0])
             active = [adapter for adapter in layer.active_adapters if adapter in present]
             if active:
-                errors[name] = max(orthogonality_error(layer, adapter) for adapter in active)
+                errors[names[layer]] = max(
+                    orthogonality_error(layer, adapter) for adapter in active
+                )
     return errors
 
 
@@ -92,16 +96,23 @@ def _probe_columns(D: int, probes: int) -> Tensor:
 
 
 @torch.no_grad()
-def merged_weights(model: nn.Module) -> Iterator[Tensor]:
+def merged_weights(
+    model: nn.Module, modules: Iterable[nn.Module] | None = None
+) -> Iterator[Tensor]:
     """The weights (out, D) that a model computes with where it trains, in at least float32.
 
     Those of linear layers with an adapter, the adapter merged in; of a model without adapters
     those of all linear layers that train, but for the output head.
+
+    Args:
+        model: the model.
+        modules: those of its modules that are asked for, their weights whole; None asks for all.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
-    adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
-    for layer in adapted:
+    adapted = {m for m in model.modules() if isinstance(m, BaseTunerLayer)}
+    modules = list(model.modules() if modules is None else modules)
+    linear = [m for m in modules if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    for layer in (m for m in modules if m in adapted):
         base = layer.get_base_layer()
         if isinstance(base, nn.Linear | Conv1D):
             # A copy: in a half type, merging and its undoing would leave other weights behind.

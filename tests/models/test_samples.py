@@ -98,6 +98,11 @@ def test_ranks_share_the_parts(sample, monkeypatch):
     monkeypatch.setattr(distributed, "get_rank", lambda: 1)
     monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(distributed, "barrier", lambda: None)
+
+    def agree(missing: list) -> None:  # with the first rank, which looked before a part was there
+        missing[0] = [0, 1, 2]
+
+    monkeypatch.setattr(distributed, "broadcast_object_list", agree)
     prompts = [[40 + i, 41] for i in range(70)]
     with pytest.raises(samples.InputError, match=r"data\.cache_dir"):
         sample(prompts)

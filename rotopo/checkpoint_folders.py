@@ -1,0 +1,137 @@
+"""Checkpoints as folders: each rank's share in a safetensors file of its own, the rest in another.
+
+The shares are torch's distributed checkpoints in their safetensors form, which any number of ranks
+can read; their other form is read by unpickling.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import checkpoint as distributed
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+
+from rotopo.errors import InputError
+
+_REST = "meta.pt"  # by which Lightning tells such a folder, too
+
+
+def write(path: Path, checkpoint: dict[str, Any], first: bool, barrier: Callable[[], None]) -> None:
+    """Write a folder that has its name only when all of it is there; all ranks together.
+
+    Args:
+        path: of the folder.
+        checkpoint: Lightning's, with each rank's shares of tensors.
+        first: whether this is the first rank, which writes what is not shared.
+        barrier: waits for all ranks.
+    """
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    tensors: dict[str, Tensor] = {}
+    states = [
+        {**state, "state": {n: _aside(tensors, f"{i}.{n}", v) for n, v in state["state"].items()}}
+        for i, state in enumerate(checkpoint.get("optimizer_states", []))
+    ]
+    rest = checkpoint | {"optimizer_states": states}
+    rest["state_dict"] = _aside(tensors, "model", checkpoint["state_dict"])
+    if first:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    barrier()
+    try:
+        writer = HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
+        distributed.save(tensors, storage_writer=writer)
+        if first:
+            rest["shares"] = {f.name: f.stat().st_size for f in unfinished.glob("*.safetensors")}
+            with (unfinished / _REST).open("wb") as stream:
+                torch.save(rest, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            old = path.with_name(f".{path.name}.old")
+            if path.exists():
+                path.rename(old)
+            unfinished.rename(path)
+            if old.is_dir():
+                shutil.rmtree(old)
+            else:
+                old.unlink(missing_ok=True)
+    finally:
+        if first:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    barrier()
+
+
+def read_rest(path: Path) -> dict[str, Any]:
+    """All but the shared tensors, of which None stands in the places.
+
+    Raises:
+        InputError: the folder is no checkpoint of ours, or a part of it is missing or cut off.
+    """
+    if not (path / _REST).is_file():
+        raise InputError(f"{path}: a folder without {_REST}, which no checkpoint is.")
+    rest = torch.load(path / _REST, map_location="cpu", weights_only=True)
+    for name, size in rest.get("shares", {}).items():
+        share = path / name
+        if not share.is_file() or share.stat().st_size != size:
+            raise InputError(f"{path}: {name} is missing or not whole.")
+    return rest
+
+
+def read(
+    path: Path,
+    targets: Mapping[str, Tensor] | None = None,
+    parameters: Sequence[Sequence[Tensor]] = (),
+) -> dict[str, Any]:
+    """The checkpoint as Lightning has it, whole, or as this rank's shares; all ranks together then.
+
+    Args:
+        path: of the folder.
+        targets: divided tensors by name, like which the state dict is to be divided; None reads
+            whole tensors, by one process alone.
+        parameters: of each optimiser, by number, like which its state is to be divided.
+
+    Raises:
+        InputError: as :func:`read_rest`.
+    """
+    rest = read_rest(path)
+    reader = HuggingFaceStorageReader(str(path))
+    stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    tensors = {}
+    for name, found in stored.items():
+        kind, _, own = name.partition(".")
+        like = None
+        if targets is not None and kind == "model":
+            like = targets.get(own)
+        elif targets is not None and int(kind) < len(parameters):
+            like = parameters[int(kind)][int(own.partition(".")[0])]
+        dtype = found.properties.dtype
+        if like is not None and like.shape == found.size:
+            tensors[name] = torch.empty_like(like, dtype=dtype, requires_grad=False)
+        else:
+            tensors[name] = torch.empty(found.size, dtype=dtype)
+    distributed.load(tensors, storage_reader=reader, no_dist=targets is None)
+    for i, state in enumerate(rest["optimizer_states"]):
+        for n, values in state["state"].items():
+            _back(tensors, f"{i}.{n}", values)
+    _back(tensors, "model", rest["state_dict"])
+    return rest
+
+
+def _aside(tensors: dict[str, Tensor], prefix: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The values, None in the tensors' place, which are put aside."""
+    found = {k: v for k, v in values.items() if isinstance(v, Tensor)}
+    tensors.update((f"{prefix}.{k}", v.detach()) for k, v in found.items())
+    return values | dict.fromkeys(found)
+
+
+def _back(tensors: dict[str, Tensor], prefix: str, values: dict[str, Any]) -> None:
+    """Put the tensors back in their place."""
+    for k in values:
+        if f"{prefix}.{k}" in tensors:
+            values[k] = tensors[f"{prefix}.{k}"]

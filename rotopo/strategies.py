@@ -1,0 +1,158 @@
+"""FSDP2 with an adapter: what Lightning's ModelParallelStrategy leaves to others."""
+
+import shutil
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.optim import Optimizer
+
+from rotopo import checkpoints
+
+if TYPE_CHECKING:  # else rotopo --help would wait for torch's distributed tensors
+    from rotopo.models.sharding import Sharding
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Every rank holds a share of each weight, gradient and optimiser state.
+
+    A decoder layer is whole on a rank only while it is computed, and the model never, not even as
+    it is loaded. Checkpoints are as under any other strategy: what trains, whole, in one file that
+    resumes on any number of ranks, under this strategy or another; or, for full fine-tuning of
+    large models, a folder to which each rank writes its share.
+
+    Args:
+        cpu_offload: keep the shares and the optimiser's state in the processor's memory.
+        save_distributed_checkpoint: write checkpoints as folders.
+        process_group_backend: how the ranks talk; None is nccl for GPUs (with gloo beside it for
+            what is offloaded) and gloo for processors.
+        timeout: how long a rank waits for another before the run ends.
+    """
+
+    def __init__(
+        self,
+        cpu_offload: bool = False,
+        save_distributed_checkpoint: bool = False,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+        self.cpu_offload = cpu_offload
+
+    @property
+    def sharding(self) -> "Sharding":
+        """How a module divides its model in ``configure_model``."""
+        from rotopo.models.sharding import Sharding
+
+        return Sharding(self.device_mesh["data_parallel"], self.cpu_offload)
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def _get_process_group_backend(self) -> str:
+        if self.cpu_offload and self.root_device.type == "cuda":
+            return self._process_group_backend or "cpu:gloo,cuda:nccl"
+        return super()._get_process_group_backend()
+
+    def model_to_device(self) -> None:
+        # Weights are where they belong: of what is offloaded only the buffers are not.
+        assert self.model is not None
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(self.root_device)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds: Lightning would gather the frozen base too."""
+        module: Any = self.lightning_module
+        saved = module.saved_names()
+        state = {name: value for name, value in module.state_dict().items() if name in saved}
+        return self._for_checkpoint(state)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """In torch's own form, so that every strategy can go on from it."""
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer._optimizer
+        state = optimizer.state_dict()
+        of = {number: self._for_checkpoint(values) for number, values in state["state"].items()}
+        return {"state": of, "param_groups": state["param_groups"]}
+
+    def _for_checkpoint(self, values: dict[str, Any]) -> dict[str, Any]:
+        from rotopo.models.sharding import whole
+
+        if self._save_distributed_checkpoint:
+            return values
+        kept = {}
+        for name, value in values.items():
+            gathered = whole(value)  # by all ranks
+            if self.is_global_zero:
+                kept[name] = gathered
+        return kept
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+    ) -> None:
+        path = Path(self.broadcast(filepath))
+        if not self._save_distributed_checkpoint:
+            if self.is_global_zero:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
+            return
+        from rotopo import checkpoint_folders
+
+        checkpoint_folders.write(path, checkpoint, self.is_global_zero, self.barrier)
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Restore model and optimisers, each rank its share; nothing pickled is read."""
+        from rotopo import checkpoint_folders
+        from rotopo.models.sharding import share_of
+
+        path = Path(self.broadcast(checkpoint_path))
+        module: Any = self.lightning_module
+        fits = self.optimizers if module.trainer.state.fn == TrainerFn.FITTING else []
+        saved = module.saved_names()
+        targets = {name: value for name, value in module.state_dict().items() if name in saved}
+        by_number = [_parameters(optimizer) for optimizer in fits]
+        if path.is_dir():
+            checkpoint = checkpoint_folders.read(path, targets, by_number)
+        else:
+            checkpoint = checkpoints.read(path)
+            for name, value in checkpoint["state_dict"].items():
+                if name in targets and targets[name].shape == value.shape:
+                    checkpoint["state_dict"][name] = share_of(value, targets[name])
+            for parameters, state in zip(by_number, checkpoint["optimizer_states"], strict=False):
+                for number, values in state["state"].items():
+                    like = parameters[number]
+                    for name, value in values.items():
+                        if torch.is_tensor(value) and value.shape == like.shape:
+                            values[name] = share_of(value, like)
+        module.on_load_checkpoint(checkpoint)  # refuses before anything is changed
+        with torch.no_grad():
+            for name, target in targets.items():
+                target.copy_(checkpoint["state_dict"][name])
+        for optimizer, state in zip(fits, checkpoint["optimizer_states"], strict=False):
+            optimizer.load_state_dict(state)
+        return checkpoint
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Done by :meth:`load_checkpoint`."""
+
+
+def _parameters(optimizer: Optimizer) -> list[torch.Tensor]:
+    """As an optimiser's state numbers them."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
