@@ -48,6 +48,7 @@ def divide(backbone: "Backbone", base: set[int], dtype: torch.dtype, sharding: S
         dtype: of these; what else trains keeps its own where that is wider.
         sharding: how.
     """
+    backbone.sharding = sharding
     settings: dict[str, Any] = {"mesh": sharding.mesh}
     if sharding.offload:
         pinned = sharding.mesh.device_type == "cuda"

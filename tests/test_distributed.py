@@ -1,0 +1,173 @@
+"""Two ranks over gloo against one process: the same losses, metrics, weights and files."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from rotopo import checkpoints
+from rotopo.cli import run
+from tests.ranks import on_ranks, strategy
+from tests.small_run import save_config
+from tests.test_training import CHECKPOINTS, last_checkpoint
+
+ROTATION = ["--model.policy.adapter=rotopo.rotation.RotationConfig"]
+LORA = ["--model.policy.adapter.lora_dropout=0"]
+REWARD = [
+    "--model=rotopo.reward.RewardModule",
+    "--model.centering=0.1",
+    "--model.backbone.dtype=float32",
+    "--model.backbone.adapter={class_path: peft.LoraConfig, init_args: {r: 4}}",
+]
+FULL = ["--model.policy={adapter: null, dtype: float32}"]
+OBJECTIVES = {
+    "DPO with rotation": ROTATION,
+    "reward model": REWARD,
+    "KTO": ["--model=KTO", *LORA],
+    "TYPO, which samples": ["--model=TYPO", *ROTATION],
+    "full fine-tuning": FULL,
+    "recomputed activations": [*LORA, "--model.policy.activation_checkpointing=true"],
+    "cached reference": [*LORA, "--model.policy.reference=cached"],
+}
+# Nine of the 40 pairs are held out for validation and eleven for the test: uneven on two ranks.
+SPLITS = ["--data.validation=0.225", "--data.test=0.275", "--data.eval_pairs_per_batch=2"]
+COMMON = [*SPLITS, *CHECKPOINTS, "--trainer.gradient_clip_val=0.5"]
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_tokenizer) -> Path:
+    return save_config(tmp_path, tiny_tokenizer)
+
+
+def arguments(config: Path, root: str, options: list[str], command: str = "fit") -> list[str]:
+    model = config.parent / "model"
+    reward = any("RewardModule" in option for option in options)
+    path = f"--model.{'backbone' if reward else 'policy'}.path={model}"
+    own = config.parent / root  # caches too, or one run would find what another has computed
+    folders = [f"--trainer.default_root_dir={own}", f"--data.cache_dir={own / 'cache'}"]
+    if any("reference=cached" in option for option in options):
+        folders.append(f"--model.policy.reference_cache={own / 'reference'}")
+    return [command, "--config", str(config), *options, path, *folders]
+
+
+def logged(folder: Path) -> pd.DataFrame:
+    (file,) = folder.rglob("metrics.csv")
+    log = pd.read_csv(file)
+    names = ("train/", "val/", "test/", "orthogonality/", "geometry/")
+    return log[sorted(c for c in log if c.startswith(names))]
+
+
+def trained(folder: Path) -> dict[str, torch.Tensor]:
+    file = last_checkpoint(folder)
+    assert file is not None
+    return checkpoints.read(file)["state_dict"]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Logs and weights, to 1e-5 in float32."""
+    pd.testing.assert_frame_equal(logged(one), logged(other), rtol=1e-5, atol=1e-5)
+    expected, found = trained(one), trained(other)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=name)
+
+
+FEW = ("DPO with rotation", "reward model", "KTO")
+CASES = [
+    pytest.param(
+        how,
+        OBJECTIVES[what],
+        id=f"{what}, {how}",
+        marks=[] if what in FEW and how == "fsdp2" else pytest.mark.slow,
+    )
+    for what in OBJECTIVES
+    for how in ("ddp", "fsdp2")
+]
+
+
+@pytest.mark.parametrize(("how", "options"), CASES)
+def test_two_ranks_train_as_one_process_does(config, how, options):
+    run(arguments(config, "one", [*COMMON, *options]))
+    on_ranks(2, *arguments(config, "two", [*COMMON, *options, *strategy(how)]))
+    assert_same_run(config.parent / "one", config.parent / "two")
+
+
+def test_evaluation_and_generation_are_those_of_one_process(config):
+    """An odd number of prompts, of pairs to test, and of responses to score, in uneven batches."""
+    run(arguments(config, "one", [*COMMON, *LORA]))
+    resume = [*SPLITS, *LORA, f"--ckpt_path={last_checkpoint(config.parent / 'one')}"]
+    for command in ("test", "predict"):
+        run(arguments(config, f"{command}_one", resume, command))
+        on_ranks(2, *arguments(config, f"{command}_two", [*resume, *strategy("fsdp2")], command))
+    found = [json.loads(f.read_text()) for f in sorted(config.parent.rglob("test.json"))]
+    assert len(found) == 2
+    assert found[0]["pairs"] == 11
+    for name, value in found[0].items():
+        assert found[1][name] == pytest.approx(value, abs=1e-5), name
+    responses = [f.read_text() for f in sorted(config.parent.rglob("responses.jsonl"))]
+    assert responses[0] == responses[1]
+    assert len(responses[0].splitlines()) == 11
+
+    (file, _) = sorted(config.parent.rglob("responses.jsonl"))
+    score = [*resume, f"--data.score={file}"]
+    run(arguments(config, "score_one", score, "predict"))
+    on_ranks(2, *arguments(config, "score_two", [*score, *strategy("fsdp2")], "predict"))
+    scores = [
+        [json.loads(line) for line in f.read_text().splitlines()]
+        for f in sorted(config.parent.rglob("scores.jsonl"))
+    ]
+    for one, two in zip(*scores, strict=True):
+        assert one.pop("score") == pytest.approx(two.pop("score"), abs=1e-5)
+        assert one == two
+
+
+SHARED = ["--trainer.strategy.save_distributed_checkpoint=true"]
+GOES_ON = [
+    ("fsdp2", "one", []),
+    ("fsdp2", "fsdp2", []),
+    ("fsdp2", "ddp", []),
+    ("ddp", "fsdp2", []),
+    ("one", "fsdp2", []),
+    ("fsdp2", "one", SHARED),
+    ("fsdp2", "fsdp2", SHARED),
+    ("fsdp2", "three", SHARED),
+]
+
+
+@pytest.mark.parametrize("options", [pytest.param(ROTATION, id="rotation"), FULL], ids=str)
+@pytest.mark.parametrize(
+    ("before", "after", "form"),
+    [
+        pytest.param(
+            *case,
+            id=" ".join(map(str, case)),
+            marks=[] if case in GOES_ON[6:7] else pytest.mark.slow,
+        )
+        for case in GOES_ON
+    ],
+)
+def test_a_run_goes_on_elsewhere(config, before, after, form, options):
+    """From the middle of an epoch, on other ranks, under another strategy: the same end."""
+    if options == FULL and after != "fsdp2":
+        pytest.skip("the adapter shows it")
+
+    def start(where: str, root: str, *more: str) -> None:
+        given = [*COMMON, *options, *more]
+        if where == "one":
+            run(arguments(config, root, given))
+        elif where == "three":
+            on_ranks(3, *arguments(config, root, [*given, *strategy("fsdp2"), *form]))
+        else:
+            form_of = form if where == "fsdp2" else []
+            on_ranks(2, *arguments(config, root, [*given, *strategy(where), *form_of]))
+
+    start("one", "whole")
+    start(before, "before")
+    (checkpoint,) = (config.parent / "before").rglob("*step=4.ckpt")
+    assert checkpoint.is_dir() == bool(form)
+    start(after, "after", f"--ckpt_path={checkpoint}")
+    expected, found = trained(config.parent / "whole"), trained(config.parent / "after")
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=name)
