@@ -1,16 +1,27 @@
-"""FSDP2 with an adapter: what Lightning's ModelParallelStrategy leaves to others."""
+"""Sharding a frozen base with an adapter: what Lightning's strategies leave to others."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.plugins.precision import FSDPPrecision
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.distributed.fsdp import (
+    FullOptimStateDictConfig,
+    FullStateDictConfig,
+    StateDictType,
+)
+from torch.distributed.fsdp import FullyShardedDataParallel as Fsdp1
+from torch.nn import Module
 from torch.optim import Optimizer
 
 from rotopo import checkpoints
@@ -153,6 +164,127 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Done by :meth:`load_checkpoint`."""
 
 
-def _parameters(optimizer: Optimizer) -> list[torch.Tensor]:
+class FSDP1Strategy(FSDPStrategy):
+    """Lightning's FSDPStrategy, whose checkpoints are those of the other strategies.
+
+    Its own gather the frozen base each time too, and number the optimiser's state in a way that
+    nothing else goes on from.
+    """
+
+    def setup(self, trainer: Trainer) -> None:
+        super().setup(trainer)
+        root: Any = self.model
+        self._root = root
+        # By the parameters themselves: their shapes and places change as units are gathered.
+        self._names: dict[Tensor, str] = {
+            parameter: name.replace("_fsdp_wrapped_module.", "").removeprefix("_forward_module.")
+            for name, parameter in self._root.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def _gathered(self, write: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Parameters that train, whole, unit by unit, by all ranks together."""
+        inside: set[Tensor] = set()
+        for unit in reversed(Fsdp1.fsdp_modules(self._root)):
+            own = [p for p in unit.parameters() if p in self._names and p not in inside]
+            inside.update(own)
+            if own:
+                with Fsdp1.summon_full_params(unit, recurse=False, writeback=write):
+                    for parameter in own:
+                        yield self._names[parameter], parameter
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        module: Any = self.lightning_module
+        state = {name: value.detach().cpu().clone() for name, value in self._gathered()}
+        return state | {name: value.cpu() for name, value in module.named_buffers()}
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer._optimizer
+        with self._whole_states(rank0_only=True):
+            named = Fsdp1.optim_state_dict(self._root, optimizer)
+        numbers = {self._names[p]: n for n, p in enumerate(_parameters(optimizer))}
+        groups = optimizer.state_dict()["param_groups"]
+        return {
+            "state": {numbers[name]: values for name, values in named.get("state", {}).items()},
+            "param_groups": groups,
+        }
+
+    def _whole_states(self, rank0_only: bool) -> AbstractContextManager:
+        """Within it, the optimiser's states are whole."""
+        # On processors torch would put all of a parameter's states into one tensor.
+        settings = {"offload_to_cpu": self.root_device.type != "cpu", "rank0_only": rank0_only}
+        return Fsdp1.state_dict_type(
+            self._root,
+            StateDictType.FULL_STATE_DICT,
+            FullStateDictConfig(**settings),
+            FullOptimStateDictConfig(**settings),
+        )
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        checkpoint = checkpoints.read(Path(self.broadcast(checkpoint_path)))
+        module: Any = self.lightning_module
+        module.on_load_checkpoint(checkpoint)  # refuses before anything is changed
+        with torch.no_grad():
+            for name, parameter in self._gathered(write=True):
+                parameter.copy_(checkpoint["state_dict"][name])
+            for name, buffer in module.named_buffers():
+                if name in checkpoint["state_dict"]:
+                    buffer.copy_(checkpoint["state_dict"][name])
+        if module.trainer.state.fn != TrainerFn.FITTING:
+            return checkpoint
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            names = [self._names[p] for p in _parameters(optimizer)]
+            named = {
+                "state": {names[n]: values for n, values in state["state"].items()},
+                "param_groups": [
+                    group | {"params": [names[n] for n in group["params"]]}
+                    for group in state["param_groups"]
+                ],
+            }
+            with self._whole_states(rank0_only=False):
+                shares = Fsdp1.optim_state_dict_to_load(self._root, optimizer, named)
+            optimizer.load_state_dict(shares)
+        return checkpoint
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
     """As an optimiser's state numbers them."""
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def adapter_units(module: Module, recurse: bool, nonwrapped_numel: int) -> bool:
+    """FSDPStrategy's ``auto_wrap_policy`` for a frozen base with an adapter on it.
+
+    Decoder layers are units, and so is each module whose own weights train: FSDP1 wants one dtype
+    in a unit, and an adapter is float32 on a base that is not. Without an adapter give the layers'
+    class instead, or every module would be a unit.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    own = list(module.parameters(recurse=False))
+    trains = bool(own) and all(parameter.requires_grad for parameter in own)
+    return recurse or trains or isinstance(module, GradientCheckpointingLayer)
+
+
+class KeepDtypes(FSDPPrecision):
+    """FSDPStrategy's precision where modules bring their own: Lightning's would cast a bfloat16
+    base to float32, and every batch, frozen as ours are."""
+
+    def __init__(self) -> None:
+        super().__init__("32-true")
+
+    @property
+    def mixed_precision_config(self) -> Any:
+        return None
+
+    def convert_module(self, module: Module) -> Module:
+        return module
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+    def convert_output(self, data: Any) -> Any:
+        return data

@@ -210,7 +210,8 @@ class PairwiseModule(LightningModule):
 
     def saved_names(self) -> set[str]:
         """What a checkpoint holds: parameters that train, and the module's own running values."""
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        own = {name: p.requires_grad for name, p in self.named_parameters()}
+        trained = {name.replace("_fsdp_wrapped_module.", "") for name in own if own[name]}
         # A module inside another, as in a mixture, has running values too; a model has its own.
         modules = {n: m for n, m in self.named_modules() if isinstance(m, PairwiseModule)}
         return trained | {
@@ -218,12 +219,6 @@ class PairwiseModule(LightningModule):
             for prefix, module in modules.items()
             for name, _ in module.named_buffers(recurse=False)
         }
-
-    def _whole_shape(self, name: str) -> torch.Size:
-        """Of a parameter or buffer; FSDP1 leaves its parameters flat, and knows what they were."""
-        module, _, own = name.rpartition(".")
-        value = getattr(self.get_submodule(module), own)
-        return getattr(value, "_unsharded_shape", value.shape)
 
     def validation_step(self, batch: "PairBatch", batch_idx: int) -> dict[str, Any]:
         return self._step(batch)
@@ -285,7 +280,7 @@ class PairwiseModule(LightningModule):
         checkpoint["rotopo"] = {
             "version": rotopo.__version__,
             "base_fingerprint": self.base_fingerprint,
-            "shapes": {name: list(self._whole_shape(name)) for name in sorted(saved)},
+            "shapes": {k: list(v.shape) for k, v in checkpoint["state_dict"].items()},
         }
         checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
         checkpoint["random_states"] = _of_all_ranks(
@@ -312,9 +307,11 @@ class PairwiseModule(LightningModule):
                 f"{ours['base_fingerprint']}, here {self.base_fingerprint}): check the "
                 "model's path."
             )
-        there = {name: tuple(shape) for name, shape in ours["shapes"].items()}
-        here = {name: tuple(self._whole_shape(name)) for name in self.saved_names()}
-        wrong = {name for name, _ in there.items() ^ here.items()}
+        shapes, state = ours["shapes"], self.state_dict()
+        here = self.saved_names()
+        wrong = shapes.keys() ^ here
+        if not works_in_steps_only(self.trainer):  # FSDP1's shares are flat
+            wrong |= {k for k in shapes.keys() & here if list(state[k].shape) != shapes[k]}
         if wrong:
             raise InputError(
                 f"ckpt_path: checkpoint and module train different parameters ({len(wrong)} of "

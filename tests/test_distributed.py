@@ -22,6 +22,7 @@ REWARD = [
     "--model.backbone.adapter={class_path: peft.LoraConfig, init_args: {r: 4}}",
 ]
 FULL = ["--model.policy={adapter: null, dtype: float32}"]
+SHARED = ["--trainer.strategy.save_distributed_checkpoint=true"]
 OBJECTIVES = {
     "DPO with rotation": ROTATION,
     "reward model": REWARD,
@@ -39,6 +40,14 @@ COMMON = [*SPLITS, *CHECKPOINTS, "--trainer.gradient_clip_val=0.5"]
 @pytest.fixture
 def config(tmp_path: Path, tiny_tokenizer) -> Path:
     return save_config(tmp_path, tiny_tokenizer)
+
+
+def ranks(how: str) -> list[str]:
+    """Options of a strategy, on processors."""
+    if how != "fsdp":
+        return strategy(how)
+    units = "--trainer.strategy.auto_wrap_policy=rotopo.strategies.adapter_units"
+    return [*strategy(how), "--trainer.strategy=tests.on_processors.FSDPOnProcessors", units]
 
 
 def arguments(config: Path, root: str, options: list[str], command: str = "fit") -> list[str]:
@@ -83,14 +92,15 @@ CASES = [
         marks=[] if what in FEW and how == "fsdp2" else pytest.mark.slow,
     )
     for what in OBJECTIVES
-    for how in ("ddp", "fsdp2")
+    for how in ("ddp", "fsdp2", "fsdp")
+    if how != "fsdp" or what in ("DPO with rotation", "reward model", "KTO")
 ]
 
 
 @pytest.mark.parametrize(("how", "options"), CASES)
 def test_two_ranks_train_as_one_process_does(config, how, options):
     run(arguments(config, "one", [*COMMON, *options]))
-    on_ranks(2, *arguments(config, "two", [*COMMON, *options, *strategy(how)]))
+    on_ranks(2, *arguments(config, "two", [*COMMON, *options, *ranks(how)]))
     assert_same_run(config.parent / "one", config.parent / "two")
 
 
@@ -100,7 +110,7 @@ def test_evaluation_and_generation_are_those_of_one_process(config):
     resume = [*SPLITS, *LORA, f"--ckpt_path={last_checkpoint(config.parent / 'one')}"]
     for command in ("test", "predict"):
         run(arguments(config, f"{command}_one", resume, command))
-        on_ranks(2, *arguments(config, f"{command}_two", [*resume, *strategy("fsdp2")], command))
+        on_ranks(2, *arguments(config, f"{command}_two", [*resume, *ranks("fsdp2")], command))
     found = [json.loads(f.read_text()) for f in sorted(config.parent.rglob("test.json"))]
     assert len(found) == 2
     assert found[0]["pairs"] == 11
@@ -113,7 +123,7 @@ def test_evaluation_and_generation_are_those_of_one_process(config):
     (file, _) = sorted(config.parent.rglob("responses.jsonl"))
     score = [*resume, f"--data.score={file}"]
     run(arguments(config, "score_one", score, "predict"))
-    on_ranks(2, *arguments(config, "score_two", [*score, *strategy("fsdp2")], "predict"))
+    on_ranks(2, *arguments(config, "score_two", [*score, *ranks("fsdp2")], "predict"))
     scores = [
         [json.loads(line) for line in f.read_text().splitlines()]
         for f in sorted(config.parent.rglob("scores.jsonl"))
@@ -123,45 +133,49 @@ def test_evaluation_and_generation_are_those_of_one_process(config):
         assert one == two
 
 
-SHARED = ["--trainer.strategy.save_distributed_checkpoint=true"]
 GOES_ON = [
-    ("fsdp2", "one", []),
-    ("fsdp2", "fsdp2", []),
-    ("fsdp2", "ddp", []),
-    ("ddp", "fsdp2", []),
-    ("one", "fsdp2", []),
-    ("fsdp2", "one", SHARED),
-    ("fsdp2", "fsdp2", SHARED),
-    ("fsdp2", "three", SHARED),
+    ("fsdp2", "one", [], ROTATION),
+    ("fsdp2", "fsdp2", [], ROTATION),
+    ("fsdp2", "fsdp2", [], FULL),
+    ("fsdp2", "ddp", [], ROTATION),
+    ("ddp", "fsdp2", [], ROTATION),
+    ("one", "fsdp2", [], ROTATION),
+    ("one", "fsdp2", [], FULL),
+    ("fsdp2", "one", SHARED, ROTATION),
+    ("fsdp2", "fsdp2", SHARED, ROTATION),
+    ("fsdp2", "fsdp2", SHARED, FULL),
+    ("fsdp2", "three", SHARED, ROTATION),
+    ("fsdp", "one", [], ROTATION),
+    ("one", "fsdp", [], ROTATION),
+    ("fsdp", "fsdp2", [], ROTATION),
 ]
+QUICK = ("fsdp2", "three", SHARED, ROTATION)
 
 
-@pytest.mark.parametrize("options", [pytest.param(ROTATION, id="rotation"), FULL], ids=str)
+def name_of(before: str, after: str, form: list[str], options: list[str]) -> str:
+    what = "full fine-tuning" if options == FULL else "rotation"
+    return f"{what}: {before}{' in a folder' * bool(form)}, then {after}"
+
+
 @pytest.mark.parametrize(
-    ("before", "after", "form"),
+    ("before", "after", "form", "options"),
     [
-        pytest.param(
-            *case,
-            id=" ".join(map(str, case)),
-            marks=[] if case in GOES_ON[6:7] else pytest.mark.slow,
-        )
+        pytest.param(*case, id=name_of(*case), marks=[] if case == QUICK else pytest.mark.slow)
         for case in GOES_ON
     ],
 )
 def test_a_run_goes_on_elsewhere(config, before, after, form, options):
     """From the middle of an epoch, on other ranks, under another strategy: the same end."""
-    if options == FULL and after != "fsdp2":
-        pytest.skip("the adapter shows it")
 
     def start(where: str, root: str, *more: str) -> None:
         given = [*COMMON, *options, *more]
         if where == "one":
             run(arguments(config, root, given))
         elif where == "three":
-            on_ranks(3, *arguments(config, root, [*given, *strategy("fsdp2"), *form]))
+            on_ranks(3, *arguments(config, root, [*given, *ranks("fsdp2"), *form]))
         else:
             form_of = form if where == "fsdp2" else []
-            on_ranks(2, *arguments(config, root, [*given, *strategy(where), *form_of]))
+            on_ranks(2, *arguments(config, root, [*given, *ranks(where), *form_of]))
 
     start("one", "whole")
     start(before, "before")

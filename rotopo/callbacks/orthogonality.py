@@ -26,7 +26,8 @@ class Orthogonality(Callback):
         errors = orthogonality_errors(module)
         if each:
             for name, error in errors.items():
-                # The name of the layer in the model, without PEFT's and our own wrappers.
+                # The name of the layer in the model, without PEFT's, FSDP's and our own wrappers.
+                name = name.replace("_fsdp_wrapped_module.", "")
                 layer = name.rpartition("base_model.model.")[2]
                 module.log(f"orthogonality/{layer}", error, batch_size=1)
         if errors:

@@ -150,7 +150,8 @@ class Rotation(nn.Module):
                 delta = tree(angles) if self.layout == "tree" else chain(angles)
             if vectors is not None:
                 delta = after_reflections(delta, vectors)
-        return Factors(*delta, magnitude)
+        # A copy: FSDP1 frees a parameter's own memory behind the call that gathered it.
+        return Factors(*delta, None if magnitude is None else magnitude.clone())
 
 
 def fold(weight: Tensor, adapters: list[Factors]) -> Tensor:
