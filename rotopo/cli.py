@@ -108,6 +108,8 @@ def run(args: list[str] | None = None) -> RotopoCLI:
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`")
     warnings.filterwarnings("ignore", "`loftq_config` specified but will be ignored")
+    # Our callbacks' values are those of all ranks already.
+    warnings.filterwarnings("ignore", r"It is recommended to use `self\.log")
     advice = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     advice.addFilter(lambda record: "Tip: For seamless cloud" not in record.getMessage())
     with _messages():

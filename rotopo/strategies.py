@@ -175,6 +175,9 @@ class FSDP1Strategy(FSDPStrategy):
         super().setup(trainer)
         root: Any = self.model
         self._root = root
+        # The root has to be first: a unit that is gathered before it would take its part.
+        with Fsdp1.summon_full_params(root, recurse=False, writeback=False):
+            pass
         # By the parameters themselves: their shapes and places change as units are gathered.
         self._names: dict[Tensor, str] = {
             parameter: name.replace("_fsdp_wrapped_module.", "").removeprefix("_forward_module.")

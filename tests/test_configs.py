@@ -290,7 +290,13 @@ class OnMeta:
         self.loader = loader
 
     def from_pretrained(
-        self, folder, config, dtype, attn_implementation, output_loading_info=False
+        self,
+        folder,
+        config,
+        dtype,
+        attn_implementation,
+        trust_remote_code,
+        output_loading_info=False,
     ):
         with torch.device("meta"):
             model = self.loader.from_config(

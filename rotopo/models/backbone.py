@@ -2,20 +2,22 @@
 
 import copy
 import hashlib
+import importlib.util
 import os
 import shutil
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -25,7 +27,7 @@ from rotopo.data.batch import Layout, PairBatch
 from rotopo.errors import InputError
 from rotopo.models.attention import attention_inputs
 from rotopo.models.segment_attention import segment_attention
-from rotopo.models.settings import BackboneConfig, DtypeName
+from rotopo.models.settings import BackboneConfig, DtypeName, Quantization
 from rotopo.models.sharding import Sharding, decoder_layers
 from rotopo.pretrained import first_line, pretrained_folder
 
@@ -62,7 +64,9 @@ def trained_dtype(config: BackboneConfig) -> torch.dtype:
     return resolve_dtype(name)
 
 
-def load_config(path: str, setting: str = "policy") -> PretrainedConfig:
+def load_config(
+    path: str, setting: str = "policy", trust_remote_code: bool = False
+) -> PretrainedConfig:
     """The configuration of the model at ``path``, with every dropout of the base set to zero.
 
     Dropout in the base would make policy and reference differ before training; an adapter's own
@@ -70,7 +74,7 @@ def load_config(path: str, setting: str = "policy") -> PretrainedConfig:
     """
     folder = pretrained_folder(path)
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise InputError(
             f"No model at {path!r}: give {setting}.path a model's name on the Hub, a folder, a "
@@ -82,18 +86,73 @@ def load_config(path: str, setting: str = "policy") -> PretrainedConfig:
     return config
 
 
-def load_model(path: str, dtype: torch.dtype | None, attention: str) -> PreTrainedModel:
+def quantized(config: BackboneConfig, divided: bool) -> dict[str, Any]:
+    """What ``from_pretrained`` takes beside for a quantised base; nothing for one that is not.
+
+    Args:
+        config: the model's settings.
+        divided: whether the model is to be divided among ranks.
+
+    Raises:
+        InputError: quantising does not go with the adapter, the strategy or the machine.
+    """
+    if config.quantize is None:
+        return {}
+    name = f"{config.setting}.quantize"
+    known = get_args(Quantization)
+    if config.quantize not in known:
+        raise InputError(f"{name} is {config.quantize!r}: it has to be {' or '.join(known)}.")
+    if not isinstance(config.adapter, LoraConfig):
+        raise InputError(
+            f"{name}: quantised weights are for LoRA: set {config.setting}.adapter to "
+            "peft.LoraConfig, or leave quantize out."
+        )
+    if divided:
+        raise InputError(f"{name}: quantised weights cannot be divided among ranks: take ddp.")
+    if not torch.cuda.is_available():
+        raise InputError(
+            f"{name}: quantised weights need a GPU, and none is here: leave quantize out."
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(f"{name} takes the bitsandbytes package: pip install bitsandbytes.")
+    return {
+        "quantization_config": quantization(config.quantize, resolve_dtype(config.dtype)),
+        "device_map": {"": torch.cuda.current_device()},
+    }
+
+
+def quantization(kind: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """How bitsandbytes keeps a base whose products are computed in a dtype."""
+    if kind == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def load_model(
+    path: str,
+    dtype: torch.dtype | None,
+    attention: str,
+    trust_remote_code: bool = False,
+    **settings: Any,
+) -> PreTrainedModel:
     """A causal language model.
 
     Args:
         path: see :func:`rotopo.pretrained.pretrained_folder`.
         dtype: dtype of the weights; None leaves them in their file, mapped to memory.
         attention: the attention implementation, as transformers names it.
+        trust_remote_code: see :class:`.BackboneConfig`.
+        settings: of :func:`quantized`.
 
     Raises:
         InputError: no such model, or it has no such attention.
     """
-    config = load_config(path)
+    config = load_config(path, trust_remote_code=trust_remote_code)
     if dtype is None:
         config.dtype = None  # else auto is what the configuration says, not what the file holds
     try:
@@ -102,6 +161,8 @@ def load_model(path: str, dtype: torch.dtype | None, attention: str) -> PreTrain
             config=config,
             dtype=dtype or "auto",
             attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            **settings,
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise InputError(

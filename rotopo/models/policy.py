@@ -24,6 +24,7 @@ from rotopo.models.backbone import (
     fingerprint,
     hidden_states,
     load_model,
+    quantized,
     rounding,
     trained_dtype,
 )
@@ -88,7 +89,13 @@ class Policy(Backbone):
             InputError: a path, dtype, attention or adapter that does not work, by its setting.
         """
         dtype = trained_dtype(config)
-        model = load_model(config.path, None if sharding else dtype, config.attention)
+        model = load_model(
+            config.path,
+            None if sharding else dtype,
+            config.attention,
+            config.trust_remote_code,
+            **quantized(config, sharding is not None),
+        )
         return cls.build(model, config, needs_reference, dtype, sharding)
 
     @classmethod

@@ -28,6 +28,7 @@ from rotopo.models.backbone import (
     fingerprint,
     hidden_states,
     load_config,
+    quantized,
     rounding,
     trained_dtype,
 )
@@ -66,7 +67,13 @@ class Scorer(Backbone):
                 model that has no such head, or one with several outputs.
         """
         dtype = trained_dtype(config)
-        model = _load_model(config.path, None if sharding else dtype, config.attention)
+        model = _load_model(
+            config.path,
+            None if sharding else dtype,
+            config.attention,
+            config.trust_remote_code,
+            **quantized(config, sharding is not None),
+        )
         return cls.build(model, config, dtype, sharding)
 
     @classmethod
@@ -209,7 +216,13 @@ class Scorer(Backbone):
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _load_model(path: str, dtype: torch.dtype | None, attention: str) -> PreTrainedModel:
+def _load_model(
+    path: str,
+    dtype: torch.dtype | None,
+    attention: str,
+    trust_remote_code: bool = False,
+    **settings: Any,
+) -> PreTrainedModel:
     """A sequence classifier of one label, with a new head if the model at ``path`` has none.
 
     Arguments as of :func:`rotopo.models.backbone.load_model`.
@@ -217,7 +230,7 @@ def _load_model(path: str, dtype: torch.dtype | None, attention: str) -> PreTrai
     Raises:
         InputError: no such model or attention, or one with another head or missing weights.
     """
-    config = load_config(path, "backbone")
+    config = load_config(path, "backbone", trust_remote_code)
     trained = any("SequenceClassification" in name for name in config.architectures or ())
     if trained and config.num_labels != 1:
         raise InputError(
@@ -236,6 +249,8 @@ def _load_model(path: str, dtype: torch.dtype | None, attention: str) -> PreTrai
             dtype=dtype or "auto",
             attn_implementation=attention,
             output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+            **settings,
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise InputError(

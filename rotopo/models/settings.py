@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import rotopo.rotation  # noqa: F401
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+Quantization = Literal["4bit", "8bit"]
 ReferenceMode = Literal["online", "cached", "auto"]
 
 
@@ -36,6 +37,11 @@ class BackboneConfig:
             be there. The first steps then take a minute or more (torch keeps the result on disk
             for later runs) and the others less; losses move by rounding. Not together with
             activation_checkpointing.
+        quantize: keep the frozen base in 4 bits a weight (NF4, doubly quantised) or 8, by
+            bitsandbytes, which has to be installed; for LoRA on a GPU that holds the whole model.
+            What is computed in is ``dtype``.
+        trust_remote_code: run the Python code that the model's folder brings along. Only for a
+            model whose code you have read, or whose author you trust.
     """
 
     setting: ClassVar[str] = "backbone"  # what messages call it
@@ -46,6 +52,8 @@ class BackboneConfig:
     attention: str = "segments"
     activation_checkpointing: bool = False
     compile: bool = False
+    quantize: Quantization | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
