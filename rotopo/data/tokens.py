@@ -189,18 +189,40 @@ class PairEncoder:
             {role: ids(response, role) for role, response in preference.extra.items()},
         )
 
-    @property
-    def closed_template(self) -> str:
-        """The chat template without what it writes behind the last end of turn (ChatML's line
-        feed), so that a conversation ends with the token at which our reward models are read."""
-        template = cast(str, self.tokenizer.chat_template)
-        if not self._after_end:
+    def exported_template(self, closed: bool) -> str:
+        """The chat template with all that we do around it, by which ``apply_chat_template`` alone
+        gives our tokens: the system message, and a BOS that only the tokenizer adds.
+
+        Args:
+            closed: end conversations with the token at which our reward models are read: leave out
+                what the template writes behind the last end of turn (ChatML's line feed), and
+                write the eos of a template that ends turns with none.
+        """
+        template = cast(str, self.tokenizer.get_chat_template())
+        tail = (self._after_end, "" if self._template_ends_turns else self._end_token)
+        closed = closed and any(tail)
+        if not (closed or self._added_bos or self.system_message is not None):
             return template
-        return (
-            "{%- set conversation -%}" + template + "{%- endset -%}"
-            "{%- if add_generation_prompt -%}{{ conversation }}{%- else -%}"
-            f"{{{{ conversation.removesuffix({self._after_end!r}) }}}}{{%- endif -%}}"
-        )
+        system = bos = ""
+        if self.system_message is not None:
+            turn = {"role": "system", "content": self.system_message}
+            system = (
+                "{%- if messages[0]['role'] != 'system' -%}"
+                f"{{%- set messages = [{turn!r}] + messages -%}}"
+                "{%- endif -%}"
+            )
+        if self._added_bos:
+            bos = "{%- if not conversation.startswith(bos_token) -%}{{- bos_token -}}{%- endif -%}"
+        written = "{{- conversation -}}"
+        if closed:
+            written = (
+                "{%- if add_generation_prompt -%}" + written + "{%- else -%}"
+                f"{{{{- conversation.removesuffix({tail[0]!r}) + {tail[1]!r} -}}}}"
+                "{%- endif -%}"
+            )
+        # Jinja drops a line feed at a template's end, and this one's is no longer at the end.
+        whole = template.removesuffix("\n")
+        return system + "{%- set conversation -%}" + whole + "{%- endset -%}" + bos + written
 
     def truncate(self, pair: TokenizedPair) -> tuple[TokenizedPair, Outcome]:
         """The pair within ``max_length``, and what was done to it.
