@@ -35,7 +35,8 @@ Kind = Literal["merged", "adapter", "reward"]  # the first two of a policy
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 # What the written model may differ by from the trained one, as a share of the largest logit (of a
-# reward model: of a reward's scale): rounding of two ways to compute the same in float32.
+# reward model: of a reward's scale): rounding of two ways to compute the same in float32. Sums of
+# more than 1,024 products, the hidden size, round by the root more [ours].
 _TOLERANCE = 1e-5
 # The same where merged weights are rounded to a half type, in its machine epsilons [ours].
 _HALF_TOLERANCE = 8
@@ -78,12 +79,6 @@ class _Job:
     wide: torch.dtype
     written: torch.dtype
 
-    @property
-    def tolerance(self) -> float:
-        """What outputs may differ by, as a share of their scale."""
-        rounded = self.written != self.wide and self.config.adapter is not None
-        return _HALF_TOLERANCE * torch.finfo(self.written).eps if rounded else _TOLERANCE
-
 
 @dataclass(frozen=True)
 class _Trained:
@@ -96,6 +91,7 @@ class _Trained:
             whose head was drawn at random.
         trained: parameters that were trained.
         parameters: all of them.
+        hidden_size: D.
     """
 
     outputs: list[Tensor]
@@ -103,6 +99,7 @@ class _Trained:
     moved: float | None
     trained: int
     parameters: int
+    hidden_size: int
 
 
 def export(
@@ -323,10 +320,11 @@ def _write(job: _Job, state: dict[str, Any], folder: Path) -> _Trained:
             sum(p.numel() for p in backbone.model.parameters() if p.requires_grad or every)
             for every in (False, True)
         ]
+        hidden_size = backbone.language_model.config.get_text_config().hidden_size
         _save(backbone.model, job, folder)
     finally:
         module.policy = module.scorer = None
-    return _Trained(outputs, scale, moved, *counts)
+    return _Trained(outputs, scale, moved, *counts, hidden_size)
 
 
 def _logits(policy: "Policy", job: _Job) -> list[Tensor]:
@@ -377,6 +375,7 @@ def _save(model: Any, job: _Job, folder: Path) -> None:
     tokenizer = _exported_tokenizer(job)
     if job.kind != "reward":
         generation = model.generation_config
+        generation._from_model_config = False
         generation.eos_token_id = job.data.stop_ids
         generation.pad_token_id = tokenizer.pad_token_id
         if not generation.do_sample:  # else some models' own settings do not go together
@@ -433,22 +432,28 @@ def _check_outputs(job: _Job, trained: _Trained, folder: Path) -> str:
                 logits = model(input_ids=tokens, use_cache=False).logits[0]
                 found.append(logits[len(probe.row.prompt) - 1 + positions])
     difference = _largest_difference(trained.outputs, found)
-    share = difference / trained.scale
+    share, allowed = difference / trained.scale, _tolerance(job, trained)
     what = "rewards" if job.kind == "reward" else "logits"
     compared = f"{what} of {len(found)} responses to {len(job.probes)} prompts ({job.split})"
-    if not share <= job.tolerance:
+    if not share <= allowed:
         raise InputError(
             f"output: the written files do not say what was trained: {compared} differ by up to "
-            f"{difference:.3g}, {share:.2g} of their scale, and {job.tolerance:.2g} is allowed. "
+            f"{difference:.3g}, {share:.2g} of their scale, and {allowed:.2g} is allowed. "
             "Nothing was kept."
         )
     of = "the rewards' scale" if job.kind == "reward" else "the largest"
     against = "" if trained.moved is None else f" Training moved them by up to {trained.moved:.3g}."
     return (
         f"{compared[0].upper()}{compared[1:]}: loaded again, they differ from the trained module's "
-        f"by at most {difference:.2g}, {share:.1g} of {of} ({job.tolerance:.1g} is allowed)."
-        + against
+        f"by at most {difference:.2g}, {share:.1g} of {of} ({allowed:.1g} is allowed)." + against
     )
+
+
+def _tolerance(job: _Job, trained: _Trained) -> float:
+    """What outputs may differ by, as a share of their scale."""
+    if job.written != job.wide and job.config.adapter is not None:
+        return _HALF_TOLERANCE * torch.finfo(job.written).eps
+    return _TOLERANCE * max(1.0, (trained.hidden_size / 1024) ** 0.5)
 
 
 def _check_tokens(job: _Job, folder: Path) -> Iterator[str]:
@@ -527,7 +532,9 @@ def _appearing_whole(output: Path) -> Iterator[Path]:
         output.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
         yield partial
-        partial.chmod(0o755)  # mkdtemp's is for its owner alone
+        partial.chmod(0o755)  # mkdtemp's is for its owner alone, and so are safetensors' files
+        for file in partial.iterdir():
+            file.chmod(0o644)
         partial.rename(output)
     except (OSError, SafetensorError) as error:
         raise InputError(f"output: {output} cannot be made: {first_line(error)}") from error

@@ -91,8 +91,8 @@ def model_card(card: Card) -> str:
                 _table(("", ""), _subject(card)),
                 "## How",
                 _table(("", ""), _training(card)),
-                "All settings:",
-                _fenced("yaml", yaml.safe_dump(_all_settings(card), sort_keys=False)),
+                "All settings that are not null:",
+                _fenced("yaml", yaml.safe_dump(_without_nulls(_settings(card)), sort_keys=False)),
                 *_measured(card),
                 "## Check of these files",
                 *card.checks,
@@ -211,11 +211,16 @@ def _training(card: Card) -> list[tuple[str, str]]:
     return rows
 
 
-def _all_settings(card: Card) -> dict[str, Any]:
+def _settings(card: Card) -> dict[str, Any]:
     trainer = card.settings.get("trainer", {})
-    kept = {k: v for k, v in trainer.items() if v is not None and k not in _ASIDE}
-    shown = {k: card.settings[k] for k in ("seed_everything", "model", "data")}
-    return {**shown, "trainer": kept}
+    shown = {name: card.settings.get(name) for name in ("seed_everything", "model", "data")}
+    return {**shown, "trainer": {k: v for k, v in trainer.items() if k not in _ASIDE}}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def _measured(card: Card) -> list[str]:
