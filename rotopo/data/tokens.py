@@ -152,6 +152,8 @@ class PairEncoder:
         bos_id = cast(int | None, self.tokenizer.bos_token_id)
         adds_bos = bos_id is not None and self.tokenizer("a")["input_ids"][:1] == [bos_id]
         self._added_bos = cast(list[int], [bos_id] if adds_bos else [])
+        bos = self.tokenizer.bos_token
+        self._writes_bos = bos is not None and written.startswith(cast(str, bos))
         ids = self._prompt_ids(written)
         # What the template writes at every turn, as in ChatML, begins turns and not rows.
         self._leading_bos = bos_id if ids[0] == bos_id and ids.count(bos_id) == 1 else None
@@ -201,9 +203,10 @@ class PairEncoder:
         template = cast(str, self.tokenizer.get_chat_template())
         tail = (self._after_end, "" if self._template_ends_turns else self._end_token)
         closed = closed and any(tail)
-        if not (closed or self._added_bos or self.system_message is not None):
+        lacks_bos = bool(self._added_bos) and not self._writes_bos
+        if not (closed or lacks_bos or self.system_message is not None):
             return template
-        system = bos = ""
+        system = ""
         if self.system_message is not None:
             turn = {"role": "system", "content": self.system_message}
             system = (
@@ -211,8 +214,6 @@ class PairEncoder:
                 f"{{%- set messages = [{turn!r}] + messages -%}}"
                 "{%- endif -%}"
             )
-        if self._added_bos:
-            bos = "{%- if not conversation.startswith(bos_token) -%}{{- bos_token -}}{%- endif -%}"
         written = "{{- conversation -}}"
         if closed:
             written = (
@@ -222,7 +223,8 @@ class PairEncoder:
             )
         # Jinja drops a line feed at a template's end, and this one's is no longer at the end.
         whole = template.removesuffix("\n")
-        return system + "{%- set conversation -%}" + whole + "{%- endset -%}" + bos + written
+        bos = "{{- bos_token -}}" if lacks_bos else ""
+        return system + "{%- set conversation %}" + whole + "{% endset -%}" + bos + written
 
     def truncate(self, pair: TokenizedPair) -> tuple[TokenizedPair, Outcome]:
         """The pair within ``max_length``, and what was done to it.
