@@ -97,6 +97,7 @@ def model_card(card: Card) -> str:
                 "## Check of these files",
                 *card.checks,
                 "## Limits",
+                *_without_remedies(card),
                 _LIMITS["reward" if card.kind == "reward" else "policy"]
                 + " One run with one seed. The base model's limits and licence hold here too.",
             ]
@@ -252,6 +253,17 @@ def _measured(card: Card) -> list[str]:
         ]
         parts.append(_table(("", ""), results))
     return ["## What was measured", *parts] if parts else []
+
+
+def _without_remedies(card: Card) -> list[str]:
+    set_ones = [name for name in ("length_alpha", "length_penalty") if card.module.get(name)]
+    if card.kind != "reward" or not set_ones:
+        return []
+    remedies = " and ".join(f"{_code(name)} {_code(card.module[name])}" for name in set_ones)
+    return [
+        "These files give the head's reward, without the length remedies that it was trained and "
+        f"measured with: {remedies}."
+    ]
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

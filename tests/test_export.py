@@ -93,15 +93,18 @@ def rewards(tmp_path_factory, tokenizer) -> Run:
 def whole(tmp_path_factory, tokenizer) -> Run:
     """Full fine-tuning of a model with tied embeddings, under a system message."""
     config = save_config(tmp_path_factory.mktemp("whole"), tokenizer)
-    settings = json.loads((config.parent / "model/config.json").read_text())
-    untied = LlamaForCausalLM.from_pretrained(config.parent / "model").config
-    assert not settings["tie_word_embeddings"]
-    untied.tie_word_embeddings = True
-    torch.manual_seed(0)
-    LlamaForCausalLM(untied).save_pretrained(config.parent / "model")
+    tie_embeddings(config.parent / "model")
     return fit(
         config, *QUICK, "--model.policy={adapter: null}", "--data.system_message=Be 'brief' {{ now"
     )
+
+
+def tie_embeddings(folder: Path) -> None:
+    config = LlamaForCausalLM.from_pretrained(folder).config
+    assert not config.tie_word_embeddings
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +149,7 @@ assert not any(name.partition(".")[0] in ("rotopo", "peft") for name in sys.modu
             assert difference <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("adapter", [ROTATION, OFT])
+@pytest.mark.parametrize("adapter", [ROTATION, pytest.param(OFT, marks=pytest.mark.slow)])
 def test_both_forms_of_an_adapter_say_what_was_trained(adapter, tmp_path, tiny_tokenizer):
     config = save_config(tmp_path, tiny_tokenizer)
     one = fit(config, *QUICK, adapter, "--model.policy.adapter.target_modules=[q_proj,v_proj]")
@@ -235,6 +238,8 @@ def test_an_exported_reward_model_scores_as_its_users_call_it(exports):
         found = model(**inputs).logits.squeeze(1)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert model.config.pad_token_id == data.pad_id != data.encoder.end_of_turn_id
+    assert "without the length remedies" in card(folder)
+    assert "`length_alpha` `2.0`" in card(folder)
 
 
 def test_half_types_are_for_those_who_ask(lora, merged, tmp_path, capsys):
@@ -330,32 +335,33 @@ def test_checkpoints_of_others_are_refused(lora, whole, tmp_path, tiny_tokenizer
     assert not (tmp_path / "export").exists()
 
 
-def test_a_model_that_does_not_say_what_was_trained_is_not_kept(lora, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("by", "expected"), [(0.01, r"0\.0\d+"), (torch.nan, "nan")])
+def test_files_that_do_not_say_what_was_trained_are_not_kept(
+    by, expected, lora, tmp_path, monkeypatch
+):
     load = rotopo.export._load
 
     def damaged(job, folder):
         model = load(job, folder)
         with torch.no_grad():
-            model.lm_head.weight[17, 3] += 0.01
+            model.lm_head.weight[17, 3] += by
         return model
 
     monkeypatch.setattr(rotopo.export, "_load", damaged)
-    error = refused(lora.folder, tmp_path / "export")
-    assert re.search(r"differ by up to 0\.0\d+, .* 1e-05 is allowed", error)
+    error = refused(lora.folder, tmp_path / "export", form="adapter")
+    assert re.search(rf"differ by up to {expected}, .* 1e-05 is allowed", error)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_not_a_number_is_no_equality(lora, tmp_path, monkeypatch):
-    load = rotopo.export._load
-
-    def damaged(job, folder):
-        model = load(job, folder)
-        with torch.no_grad():
-            model.lm_head.weight[17, 3] = torch.nan
-        return model
-
-    monkeypatch.setattr(rotopo.export, "_load", damaged)
-    assert "differ by up to nan" in refused(lora.folder, tmp_path / "export")
+def test_what_merging_would_change_is_refused(tmp_path, tiny_tokenizer):
+    """An adapter on embeddings that the head is tied to: merged, it would be on the head too."""
+    config = save_config(tmp_path, tiny_tokenizer)
+    tie_embeddings(tmp_path / "model")
+    one = fit(config, *QUICK, "--model.policy.adapter.target_modules=[embed_tokens]")
+    assert "do not say what was trained" in refused(one.folder, tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+    export(one.folder, tmp_path / "export", form="adapter")
+    one.close(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "export"))
 
 
 def test_other_tokens_are_refused(lora, tmp_path, monkeypatch):
@@ -441,6 +447,7 @@ def test_the_card_says_what_the_run_was_and_measured(lora, merged):
     ):
         assert expected in text, expected
     assert "null" not in text.replace("that are not null", "")
+    assert "Test of this checkpoint" not in text
 
 
 def test_another_run_has_another_card(lora, exports, tmp_path):
@@ -470,16 +477,13 @@ def test_a_test_of_the_checkpoint_is_on_the_card_and_no_other(lora, tmp_path):
     export(lora.folder, tmp_path / "export", form="adapter", test=tests[0])
     assert f"| accuracy | {found['accuracy']:.4f} (95 % interval" in card(tmp_path / "export")
     assert "is no test of" in refused(lora.folder, tmp_path / "other", test=tests[1])
-    # Beside the run it is found, and the test of an untrained model is left alone.
+    # Beside the run it is found, although there is a later one of the untrained model.
     run_folder = copied(lora, tmp_path / "tests" / "run")
     settings = yaml.safe_load((tests[0] / "config.yaml").read_text())
     settings["ckpt_path"] = str(run_folder / "checkpoints" / checkpoint.name)
     (tests[0] / "config.yaml").write_text(yaml.safe_dump(settings))
     export(run_folder, tmp_path / "beside", form="adapter")
     assert f"| accuracy | {found['accuracy']:.4f} " in card(tmp_path / "beside")
-    (tests[0] / "config.yaml").unlink()
-    export(run_folder, tmp_path / "alone", form="adapter")
-    assert "Test of this checkpoint" not in card(tmp_path / "alone")
 
 
 def test_texts_of_a_run_are_texts_on_the_card(lora, tmp_path):

@@ -192,7 +192,8 @@ def _load_model(path: str, dtype: torch.dtype, attention: str) -> PreTrainedMode
             "one): only decoders are supported, whole."
         )
     if new:
-        std = config.get_text_config().initializer_range
+        text = config.get_text_config()
+        std = getattr(text, "initializer_range", None) or text.init_std  # OPT's name of it
         generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
         with torch.no_grad():
             weight = cast(Tensor, model.score.weight)
