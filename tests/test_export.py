@@ -165,6 +165,7 @@ def test_both_forms_of_an_adapter_say_what_was_trained(adapter, tmp_path, tiny_t
     assert not list((tmp_path / "adapter").glob("model*"))
 
 
+@pytest.mark.slow
 def test_an_adapter_of_lora_is_loaded_with_its_base(lora, tmp_path):
     export(lora.folder, tmp_path / "adapter", form="adapter")
     lora.close(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"))
@@ -353,6 +354,7 @@ def test_files_that_do_not_say_what_was_trained_are_not_kept(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_what_merging_would_change_is_refused(tmp_path, tiny_tokenizer):
     """An adapter on embeddings that the head is tied to: merged, it would be on the head too."""
     config = save_config(tmp_path, tiny_tokenizer)
@@ -465,6 +467,7 @@ def test_another_run_has_another_card(lora, exports, tmp_path):
     assert "(100.000%)" in text
 
 
+@pytest.mark.slow
 def test_a_test_of_the_checkpoint_is_on_the_card_and_no_other(lora, tmp_path):
     config = lora.folder.parents[1] / "config.yaml"
     (checkpoint,) = (lora.folder / "checkpoints").iterdir()
