@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +95,9 @@ def call(command: str, args: list[str]) -> None:
     """
     from jsonargparse import auto_cli
 
-    from rotopo.data.sources import import_function
-
+    module, _, name = _FUNCTIONS[command].rpartition(".")
     with _messages():
-        function = import_function(_FUNCTIONS[command])
+        function = getattr(import_module(module), name)
         auto_cli(function, args=args, as_positional=False, prog=f"rotopo {command}")
 
 

@@ -130,8 +130,8 @@ def export(
             ``adapter``: the adapter for PEFT, to be put on the base model at its present path. A
             rotation is an adapter for PEFT after ``import rotopo.rotation``.
         prompts: how many prompts to compare on, each with its responses.
-        dtype: of merged weights; None is float32, or a half type in which every weight was trained.
-            Half types round most of an adapter's change away.
+        dtype: of merged weights; None is float32, or the dtype in which every weight was trained. A
+            half type rounds the merged weights, and a small change by an adapter may be lost.
         test: the folder of a ``rotopo test`` run of the same checkpoint, for the model card; None
             takes one that lies beside the run, if there is one.
 
@@ -173,12 +173,7 @@ def export(
     data.setup()
     split, probes = _probes(data, prompts)
     wide = torch.float64 if config.dtype == "float64" else torch.float32
-    if dtype is not None:
-        written = getattr(torch, dtype)
-    elif config.adapter is None and config.dtype != "auto":
-        written = getattr(torch, config.dtype)
-    else:
-        written = wide
+    written = _dtype(dtype) or (_dtype(config.dtype) if config.adapter is None else None) or wide
     job = _Job(module, data, kind, config, split, probes, wide, written)
 
     with _appearing_whole(output) as folder:
@@ -205,6 +200,10 @@ def export(
     print(f"export: {output} is whole.")
 
 
+def _dtype(name: str | None) -> torch.dtype | None:
+    return None if name in (None, "auto") else getattr(torch, str(name))
+
+
 def _choose_checkpoint(run: Path, given: Path | None) -> tuple[Path, str]:
     """The checkpoint to export, and which one that is, in words."""
     if given is not None:
@@ -216,7 +215,7 @@ def _choose_checkpoint(run: Path, given: Path | None) -> tuple[Path, str]:
             "the run go on until it has written one."
         )
     last = [file for file in files if file.name.startswith("last")] or files
-    for callback in read(last[-1])["callbacks"].values():
+    for callback in read(last[-1]).get("callbacks", {}).values():
         if callback.get("monitor") and callback.get("best_model_path"):
             best = run / "checkpoints" / Path(callback["best_model_path"]).name
             if not best.exists():
@@ -316,15 +315,15 @@ def _write(job: _Job, state: dict[str, Any], folder: Path) -> _Trained:
             outputs = _logits(backbone, job)
             scale = max(float(logits.abs().max()) for logits in outputs)
         moved = None if before is None else _largest_difference(before, outputs)
-        counts = [
-            sum(p.numel() for p in backbone.model.parameters() if p.requires_grad or every)
-            for every in (False, True)
-        ]
+        parameters = list(backbone.model.parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        every = sum(p.numel() for p in parameters)
+        del parameters
         hidden_size = backbone.language_model.config.get_text_config().hidden_size
         _save(backbone.model, job, folder)
     finally:
         module.policy = module.scorer = None
-    return _Trained(outputs, scale, moved, *counts, hidden_size)
+    return _Trained(outputs, scale, moved, trained, every, hidden_size)
 
 
 def _logits(policy: "Policy", job: _Job) -> list[Tensor]:
@@ -451,7 +450,8 @@ def _check_outputs(job: _Job, trained: _Trained, folder: Path) -> str:
 
 def _tolerance(job: _Job, trained: _Trained) -> float:
     """What outputs may differ by, as a share of their scale."""
-    if job.written != job.wide and job.config.adapter is not None:
+    as_trained = job.config.adapter is None and job.written == _dtype(job.config.dtype)
+    if job.written != job.wide and not as_trained:
         return _HALF_TOLERANCE * torch.finfo(job.written).eps
     return _TOLERANCE * max(1.0, (trained.hidden_size / 1024) ** 0.5)
 

@@ -243,15 +243,30 @@ def test_an_exported_reward_model_scores_as_its_users_call_it(exports):
     assert "`length_alpha` `2.0`" in card(folder)
 
 
-def test_half_types_are_for_those_who_ask(lora, merged, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["lora", "whole"])
+def test_half_types_are_for_those_who_ask(name, exports, tmp_path, capsys):
+    one, merged = exports[name]
     capsys.readouterr()
-    export(lora.folder, tmp_path / "half", dtype="bfloat16")
+    export(one.folder, tmp_path / "half", dtype="bfloat16")
     found = re.search(r"at most (\S+), .* \((\S+) is allowed\)", capsys.readouterr().out)
     assert float(found[1]) > 1e-4
     assert float(found[2]) == pytest.approx(8 * 2**-7, rel=0.05)
     for folder, dtype in ((merged, "F32"), (tmp_path / "half", "BF16")):
         with safe_open(folder / "model.safetensors", "pt") as weights:
             assert {weights.get_slice(key).get_dtype() for key in weights.keys()} == {dtype}  # noqa: SIM118
+
+
+@pytest.mark.slow
+def test_weights_trained_in_a_half_type_stay_in_it(tmp_path, tiny_tokenizer, capsys):
+    config = save_config(tmp_path, tiny_tokenizer)
+    one = fit(config, *QUICK, "--model.policy={adapter: null, dtype: bfloat16}")
+    capsys.readouterr()
+    export(one.folder, tmp_path / "export")
+    assert "(1e-05 is allowed)" in capsys.readouterr().out
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "export").state_dict()
+    for name, weight in one.module.policy.model.state_dict().items():
+        assert found[name].dtype == torch.bfloat16
+        assert torch.equal(found[name], weight)
 
 
 # What is refused.
