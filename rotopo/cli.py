@@ -65,10 +65,12 @@ class RotopoCLI(LightningCLI):
 
 
 class _Parts(RotopoCLI):
-    """Module and datamodule of a run's settings, without a Trainer."""
+    """Module and datamodule of a run's settings, whose Trainer does nothing."""
 
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
-        return None
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+        self.model.trainer = trainer  # which modules ask for their rank when they load
+        return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
@@ -119,7 +121,7 @@ def parts(config: Path) -> tuple[PairwiseModule, PairwiseDataModule]:
     Raises:
         SystemExit: as :func:`run`.
     """
-    # Made with the Trainer, which is not there, and perhaps not possible here.
+    # Of the run's own Trainer, and perhaps not possible here.
     without = ("callbacks=null", "strategy=auto", "logger=false", "plugins=null", "profiler=null")
     options = ["--ckpt_path=null", *(f"--trainer.{setting}" for setting in without)]
     cli = _built(_Parts, ["fit", f"--config={config}", *options])
