@@ -1,11 +1,12 @@
 """The ``rotopo`` command: fit, validate, test and predict, configured by YAML and class paths;
-judge and report on what they wrote."""
+judge, report and export what they wrote."""
 
 import logging
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ A run is a YAML file of class paths and settings; any setting can be overridden 
 rotopo fit --config configs/quickstart.yaml --model.beta 0.05 --trainer.max_epochs 2.
 What a class takes: rotopo fit --model.help DPO, rotopo fit --data.help PairwiseDataModule.
 What a run would use: add --print_config. Resume: --ckpt_path runs/version_0/checkpoints/last.ckpt.
-Beside them there are rotopo judge, which compares policies from files of scores, and rotopo report,
-which makes a page of runs and judgements: see rotopo judge --help.
+Beside them there are rotopo judge, which compares policies from files of scores, rotopo report,
+which makes a page of runs and judgements, and rotopo export, which makes a Hugging Face model of a
+run: see rotopo judge --help.
 """
 
 # Commands that need no Trainer: plain functions, whose arguments are theirs.
 _FUNCTIONS = {
+    "export": "rotopo.export.export",
     "judge": "rotopo.evaluation.judge.judge",
     "report": "rotopo.evaluation.report.report",
 }
@@ -61,6 +64,18 @@ class RotopoCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
+class _Parts(RotopoCLI):
+    """Module and datamodule of a run's settings, whose Trainer does nothing."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+        self.model.trainer = trainer  # which modules ask for their rank when they load
+        return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
 def main(args: list[str] | None = None) -> None:
     """The console script; see :func:`run` and :func:`call`."""
     args = sys.argv[1:] if args is None else args
@@ -74,7 +89,7 @@ def call(command: str, args: list[str]) -> None:
     """Run a command that needs no Trainer.
 
     Args:
-        command: ``judge`` or ``report``.
+        command: ``export``, ``judge`` or ``report``.
         args: its arguments.
 
     Raises:
@@ -82,10 +97,9 @@ def call(command: str, args: list[str]) -> None:
     """
     from jsonargparse import auto_cli
 
-    from rotopo.data.sources import import_function
-
+    module, _, name = _FUNCTIONS[command].rpartition(".")
     with _messages():
-        function = import_function(_FUNCTIONS[command])
+        function = getattr(import_module(module), name)
         auto_cli(function, args=args, as_positional=False, prog=f"rotopo {command}")
 
 
@@ -98,6 +112,23 @@ def run(args: list[str] | None = None) -> RotopoCLI:
     Raises:
         SystemExit: with status 2 after bad input, whose message is printed without a traceback.
     """
+    return _built(RotopoCLI, args)
+
+
+def parts(config: Path) -> tuple[PairwiseModule, PairwiseDataModule]:
+    """Module and datamodule of a run of ``rotopo fit``, from the ``config.yaml`` in its folder.
+
+    Raises:
+        SystemExit: as :func:`run`.
+    """
+    # Of the run's own Trainer, and perhaps not possible here.
+    without = ("callbacks=null", "strategy=auto", "logger=false", "plugins=null", "profiler=null")
+    options = ["--ckpt_path=null", *(f"--trainer.{setting}" for setting in without)]
+    cli = _built(_Parts, ["fit", f"--config={config}", *options])
+    return cli.model, cli.datamodule
+
+
+def _built(command: type[RotopoCLI], args: list[str] | None) -> RotopoCLI:
     _keep_only_what_classes_share()
     warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
     # The run's folder already holds config.yaml when the CSV logger looks at it.
@@ -113,7 +144,7 @@ def run(args: list[str] | None = None) -> RotopoCLI:
     advice = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     advice.addFilter(lambda record: "Tip: For seamless cloud" not in record.getMessage())
     with _messages():
-        return RotopoCLI(
+        return command(
             PairwiseModule,
             PairwiseDataModule,
             subclass_mode_model=True,

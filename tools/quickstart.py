@@ -16,6 +16,7 @@ from rotopo.cli import run as rotopo
 from rotopo.data import films
 from rotopo.data.batch import collate_prompts
 from rotopo.evaluation import plots
+from rotopo.export import export
 from rotopo.models.policy import Sampling
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
@@ -80,8 +81,7 @@ def main() -> None:
         scores = [analyser.polarity_scores(text)["compound"] for text in responses[name]]
         responses[f"vader_{name}"] = scores
     responses.to_json(output / "responses.jsonl", orient="records", lines=True)
-    cli.model.policy.model.save_pretrained(output / "adapter")
-    cli.datamodule.encoder.tokenizer.save_pretrained(output / "adapter")
+    export(run, run / "model", form="adapter" if cli.model.policy_config.adapter else "merged")
     plots.implicit_rewards(run / "metrics.csv", output / "implicit_rewards.png")
 
     held_out = len(cli.datamodule.test_dataloader().dataset)
@@ -116,7 +116,7 @@ def main() -> None:
     )
     for _, row in responses.head(SHOWN_PROMPTS).iterrows():
         print(f"\n{row['prompt']}\n  before: {row['before']}\n  after:  {row['after']}")
-    print(f"\nIn {output}: adapter/, implicit_rewards.png, responses.jsonl; the run in {run}")
+    print(f"\nIn {output}: implicit_rewards.png, responses.jsonl; in {run}: the run, and model/")
 
 
 if __name__ == "__main__":

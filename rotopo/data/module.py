@@ -410,6 +410,10 @@ class PairwiseDataModule(LightningDataModule):
             return self.responses.lines[row]
         return {"row": row, "prompt": self.preference(self._prompt_split(), row).prompt}
 
+    def has(self, name: str) -> bool:
+        """Whether there are rows of ``train``, ``validation`` or ``test``."""
+        return name in self._pairs
+
     def probe(self, pairs: int) -> PairBatch:
         """The first validation pairs (training pairs where there are none), as one batch that is
         the same on every rank and at any time."""

@@ -152,6 +152,8 @@ class PairEncoder:
         bos_id = cast(int | None, self.tokenizer.bos_token_id)
         adds_bos = bos_id is not None and self.tokenizer("a")["input_ids"][:1] == [bos_id]
         self._added_bos = cast(list[int], [bos_id] if adds_bos else [])
+        bos = self.tokenizer.bos_token
+        self._writes_bos = bos is not None and written.startswith(cast(str, bos))
         ids = self._prompt_ids(written)
         # What the template writes at every turn, as in ChatML, begins turns and not rows.
         self._leading_bos = bos_id if ids[0] == bos_id and ids.count(bos_id) == 1 else None
@@ -189,18 +191,40 @@ class PairEncoder:
             {role: ids(response, role) for role, response in preference.extra.items()},
         )
 
-    @property
-    def closed_template(self) -> str:
-        """The chat template without what it writes behind the last end of turn (ChatML's line
-        feed), so that a conversation ends with the token at which our reward models are read."""
-        template = cast(str, self.tokenizer.chat_template)
-        if not self._after_end:
+    def exported_template(self, closed: bool) -> str:
+        """The chat template with all that we do around it, by which ``apply_chat_template`` alone
+        gives our tokens: the system message, and a BOS that only the tokenizer adds.
+
+        Args:
+            closed: end conversations with the token at which our reward models are read: leave out
+                what the template writes behind the last end of turn (ChatML's line feed), and
+                write the eos of a template that ends turns with none.
+        """
+        template = cast(str, self.tokenizer.get_chat_template())
+        tail = (self._after_end, "" if self._template_ends_turns else self._end_token)
+        closed = closed and any(tail)
+        lacks_bos = bool(self._added_bos) and not self._writes_bos
+        if not (closed or lacks_bos or self.system_message is not None):
             return template
-        return (
-            "{%- set conversation -%}" + template + "{%- endset -%}"
-            "{%- if add_generation_prompt -%}{{ conversation }}{%- else -%}"
-            f"{{{{ conversation.removesuffix({self._after_end!r}) }}}}{{%- endif -%}}"
-        )
+        system = ""
+        if self.system_message is not None:
+            turn = {"role": "system", "content": self.system_message}
+            system = (
+                "{%- if messages[0]['role'] != 'system' -%}"
+                f"{{%- set messages = [{turn!r}] + messages -%}}"
+                "{%- endif -%}"
+            )
+        written = "{{- conversation -}}"
+        if closed:
+            written = (
+                "{%- if add_generation_prompt -%}" + written + "{%- else -%}"
+                f"{{{{- conversation.removesuffix({tail[0]!r}) + {tail[1]!r} -}}}}"
+                "{%- endif -%}"
+            )
+        # Jinja drops a line feed at a template's end, and this one's is no longer at the end.
+        whole = template.removesuffix("\n")
+        bos = "{{- bos_token -}}" if lacks_bos else ""
+        return system + "{%- set conversation %}" + whole + "{% endset -%}" + bos + written
 
     def truncate(self, pair: TokenizedPair) -> tuple[TokenizedPair, Outcome]:
         """The pair within ``max_length``, and what was done to it.

@@ -177,6 +177,13 @@ class Policy(Backbone):
             tokens = token_log_probs(states, head, batch.targets, moments=needs.moments)
         return pair_log_probs(batch, tokens, reference_log_probs, needs.roles)
 
+    @torch.no_grad()
+    def logits(self, batch: PairBatch, index: Tensor) -> Tensor:
+        """Logits of what follows the tokens at a flat index [N] -> [N, V], in float32 at least."""
+        self._check_once(batch.layout)
+        model = self.language_model
+        return _head(model).logits(hidden_states(model, batch, decoder_inputs(model, batch), index))
+
     @property
     def reference_fingerprint(self) -> str:
         """Hash of all that the reference's log-probs follow from: weights, dtype, configuration."""

@@ -2,18 +2,13 @@
 
 import copy
 import dataclasses
-import shutil
-import tempfile
-from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
 
@@ -179,42 +174,6 @@ class Scorer(Backbone):
                 )
             )
 
-    @torch.no_grad()
-    def save_pretrained(self, folder: Path | str, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write a plain Hugging Face model that scores the same without rotopo.
-
-        The adapter is merged. Weights are float32 at least: a half type would round most of an
-        adapter's change away. ``AutoModelForSequenceClassification`` reads a reward at the last
-        token that is not its pad token, so that the tokenizer's pad token must not end responses
-        (the datamodule's never does). The folder appears under its name only when it is whole.
-
-        Args:
-            folder: where to; nothing may be there yet.
-            tokenizer: saved beside the model, which takes its pad token.
-
-        Raises:
-            InputError: the folder is there already, or the tokenizer has no pad token.
-        """
-        folder = Path(folder)
-        if folder.exists():
-            raise InputError(f"{folder} is there already: remove it, or name another folder.")
-        if tokenizer.pad_token_id is None:
-            raise InputError("The tokenizer has no pad token: set data.pad_token.")
-        model: Any = copy.deepcopy(self.model)
-        model.to(torch.promote_types(embeddings(self.language_model).dtype, torch.float32))
-        merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
-        for config in (merged.config, merged.config.get_text_config()):
-            config.pad_token_id = tokenizer.pad_token_id
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
-        try:
-            merged.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
-            partial.chmod(0o755)  # mkdtemp's is for its owner alone
-            partial.rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-
 
 def _load_model(
     path: str,
@@ -266,7 +225,8 @@ def _load_model(
             "one): only decoders are supported, whole."
         )
     if new:
-        std = config.get_text_config().initializer_range
+        text = config.get_text_config()
+        std = getattr(text, "initializer_range", None) or text.init_std  # OPT's name of it
         generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
         weight = cast(Tensor, model.score.weight)
         noise = torch.randn(weight.shape, generator=generator, device="cpu")

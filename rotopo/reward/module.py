@@ -1,8 +1,6 @@
 """RewardModule: pairs through a scorer, and the loss of a reward model on their rewards."""
 
-import copy
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -138,22 +136,6 @@ class RewardModule(PairwiseModule):
                 "scores."
             )
         return [{"score": reward} for reward in self.response_rewards(batch).tolist()]
-
-    def export(self, folder: Path | str) -> None:
-        """Write a plain Hugging Face model, see :meth:`.Scorer.save_pretrained`.
-
-        It gives the head's reward r, without the length remedies. After ``fit``, or in any run
-        with a datamodule, whose tokenizer is saved beside it. Its chat template stops at the end
-        of the assistant's turn, where rewards are read, also where the given one writes on.
-
-        Raises:
-            InputError: the folder is there already.
-        """
-        assert self.scorer is not None
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        tokenizer = copy.deepcopy(data.encoder.tokenizer)
-        tokenizer.chat_template = data.encoder.closed_template
-        self.scorer.save_pretrained(folder, tokenizer)
 
     def _step(self, batch: PairBatch) -> dict[str, Any]:
         rewards = self.response_rewards(batch)

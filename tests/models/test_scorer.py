@@ -1,13 +1,11 @@
 """Rewards: the same whatever the batch looks like, and the same as the model's own."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
 from peft import HRAConfig, LoraConfig, OFTConfig
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from rotopo.data.batch import Role, TokenizedRow, collate
 from rotopo.errors import InputError
@@ -265,75 +263,6 @@ def test_a_family_that_does_not_follow_the_mask_is_refused():
     scorer(collate(some_rows(), PAD, "padded", 1.0))
     with pytest.raises(InputError, match=r"bloom.*data\.layout to 'padded'"):
         scorer(collate(some_rows(), PAD, "packed", 1.0))
-
-
-@pytest.mark.parametrize(
-    ("family", "adapter"),
-    [("llama", "lora"), ("llama", "rotation"), ("llama", None), ("gpt2", "lora")],
-)
-def test_an_export_scores_the_same(tmp_path, tiny_tokenizer, family, adapter):
-    """By transformers, one at a time and in a padded batch."""
-    config = {
-        "lora": lora(),
-        "rotation": RotationConfig(target_modules=["q_proj"]),
-        None: None,
-    }[adapter]
-    scorer = scorer_of(family, config, torch.float32, pad_token_id=None)
-    with torch.no_grad():
-        for parameter in trained(scorer).values():
-            parameter.add_(0.1 * parameter.abs().mean() * torch.randn_like(parameter))
-    rows = some_rows()
-    before = {n: p.clone() for n, p in scorer.state_dict().items()}
-    expected = scorer(collate(rows, PAD, "packed", 1.0)).tolist()
-    scorer.save_pretrained(tmp_path / "out", tiny_tokenizer)
-    assert all(torch.equal(p, before[n]) for n, p in scorer.state_dict().items())
-    sequences = [row.prompt + response[:-1] for row in rows for response in row.responses]
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    batch = tokenizer.pad({"input_ids": sequences}, padding_side="right", return_tensors="pt")
-    with torch.no_grad():
-        alone = [model(torch.tensor([ids])).logits.item() for ids in sequences]
-        padded = model(**batch).logits.squeeze(1).tolist()
-    for found in (alone, padded):
-        assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
-    again = Scorer.load(BackboneConfig(str(tmp_path / "out"), dtype="float32"))
-    found = again(collate(rows, PAD, "padded", 1.0)).tolist()
-    assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
-
-
-def test_an_export_needs_no_rotopo(tmp_path, tiny_tokenizer):
-    adapter = RotationConfig(target_modules=["q_proj"])
-    scorer = scorer_of("llama", adapter, torch.float32, attn_implementation="segments")
-    scorer.save_pretrained(tmp_path / "out", tiny_tokenizer)
-    script = f"""
-import sys, torch
-from transformers import AutoModelForSequenceClassification
-model = AutoModelForSequenceClassification.from_pretrained({str(tmp_path / "out")!r})
-print(model(torch.tensor([[5, 6, 7, 2]])).logits.item())
-assert not any(name.startswith("rotopo") for name in sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    row = TokenizedRow([5, 6], [[7, EOS, PAD]], [Role.CHOSEN], 0)
-    expected = scorer(collate([row], PAD, "packed", 1.0)).item()
-    assert float(done.stdout) == pytest.approx(expected, rel=1e-5)
-
-
-def test_an_export_appears_whole_or_not_at_all(tmp_path, tiny_tokenizer, monkeypatch):
-    scorer = scorer_of("llama", lora(), torch.bfloat16)
-    monkeypatch.setattr(type(tiny_tokenizer), "save_pretrained", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        scorer.save_pretrained(tmp_path / "out", tiny_tokenizer)
-    assert list(tmp_path.iterdir()) == []
-    monkeypatch.undo()
-    scorer.save_pretrained(tmp_path / "out", tiny_tokenizer)
-    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-    assert loaded.dtype == torch.float32  # an adapter's small steps survive the merge
-    with pytest.raises(InputError, match="is there already"):
-        scorer.save_pretrained(tmp_path / "out", tiny_tokenizer)
-    tiny_tokenizer.pad_token = None
-    with pytest.raises(InputError, match=r"data\.pad_token"):
-        scorer.save_pretrained(tmp_path / "other", tiny_tokenizer)
 
 
 @pytest.mark.slow

@@ -1,0 +1,530 @@
+"""Exports: what transformers and PEFT load says what was trained, or there is no export."""
+
+import json
+import re
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from markdown_it import MarkdownIt
+from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors import safe_open
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaForCausalLM,
+)
+
+import rotopo.export
+from rotopo.cli import main, run
+from rotopo.errors import InputError
+from rotopo.export import export
+from tests.models.families import FAMILIES, make
+from tests.reward.test_runs import save_reward_config
+from tests.small_run import save_config
+
+QUICK = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=0"]
+ROTATION = "--model.policy.adapter=rotopo.rotation.RotationConfig"
+OFT = "--model.policy.adapter=OFTConfig"
+
+
+@dataclass
+class Run:
+    """A finished training, with its module still in memory."""
+
+    cli: object
+    folder: Path
+    conversations: list[tuple[list[int], list[int]]]  # prompt and response, of held-out pairs
+
+    @property
+    def module(self):
+        return self.cli.model.eval()
+
+    @torch.no_grad()
+    def trained(self) -> list[torch.Tensor]:
+        """What the module in memory says, adapter unmerged, each conversation by itself."""
+        return answers(self.module.backbone.model, self.conversations)
+
+    def close(self, model) -> None:
+        """A model says what was trained, and not what there was before."""
+        found = answers(model.eval(), self.conversations)
+        for a, b in zip(found, self.trained(), strict=True):
+            assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+@torch.no_grad()
+def answers(model, conversations) -> list[torch.Tensor]:
+    return [model(input_ids=torch.tensor([p + r])).logits[0] for p, r in conversations]
+
+
+def fit(config: Path, *options: str) -> Run:
+    cli = run(["fit", f"--config={config}", *options])
+    rows = cli.datamodule.rows("test")
+    pairs = [rows[i] for i in range(3)]
+    ends = -1 if cli.model.needs.ends else None  # behind a response a token that is not its own
+    conversations = [(row.prompt, ids[:ends]) for row in pairs for ids in row.responses]
+    return Run(cli, Path(cli.trainer.log_dir), conversations)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer_dir):
+    return AutoTokenizer.from_pretrained(tiny_tokenizer_dir)
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory, tokenizer) -> Run:
+    return fit(save_config(tmp_path_factory.mktemp("lora"), tokenizer))
+
+
+@pytest.fixture(scope="module")
+def rewards(tmp_path_factory, tokenizer) -> Run:
+    folder = tmp_path_factory.mktemp("rewards")
+    return fit(save_reward_config(folder, tokenizer), *QUICK, "--model.length_alpha=2")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tokenizer) -> Run:
+    """Full fine-tuning of a model with tied embeddings, under a system message."""
+    config = save_config(tmp_path_factory.mktemp("whole"), tokenizer)
+    tie_embeddings(config.parent / "model")
+    return fit(
+        config, *QUICK, "--model.policy={adapter: null}", "--data.system_message=Be 'brief' {{ now"
+    )
+
+
+def tie_embeddings(folder: Path) -> None:
+    config = LlamaForCausalLM.from_pretrained(folder).config
+    assert not config.tie_word_embeddings
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def exports(lora, whole, rewards, tmp_path_factory) -> dict[str, tuple[Run, Path]]:
+    """The runs, each with its export as a plain model."""
+    found = {}
+    for name, one in (("lora", lora), ("whole", whole), ("rewards", rewards)):
+        output = tmp_path_factory.mktemp("exports") / name
+        export(one.folder, output)
+        found[name] = one, output
+    return found
+
+
+@pytest.fixture(scope="module")
+def merged(exports) -> Path:
+    return exports["lora"][1]
+
+
+def test_merged_models_need_no_rotopo(exports, tmp_path):
+    jobs = list(exports.values())
+    (tmp_path / "jobs.json").write_text(
+        json.dumps([[str(folder), one.conversations] for one, folder in jobs])
+    )
+    script = f"""
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+found = []
+for folder, conversations in json.load(open({str(tmp_path / "jobs.json")!r})):
+    auto = AutoModelForSequenceClassification if "rewards" in folder else AutoModelForCausalLM
+    model = auto.from_pretrained(folder).eval()
+    with torch.no_grad():
+        found.append([model(torch.tensor([p + r])).logits[0].tolist() for p, r in conversations])
+json.dump(found, open({str(tmp_path / "found.json")!r}, "w"))
+assert not any(name.partition(".")[0] in ("rotopo", "peft") for name in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    for (one, _), outputs in zip(jobs, found, strict=True):
+        for output, expected in zip(outputs, one.trained(), strict=True):
+            difference = (torch.tensor(output) - expected).abs().max()
+            assert difference <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("adapter", [ROTATION, pytest.param(OFT, marks=pytest.mark.slow)])
+def test_both_forms_of_an_adapter_say_what_was_trained(adapter, tmp_path, tiny_tokenizer):
+    config = save_config(tmp_path, tiny_tokenizer)
+    one = fit(config, *QUICK, adapter, "--model.policy.adapter.target_modules=[q_proj,v_proj]")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    with pytest.raises(AssertionError):
+        one.close(base)
+    export(one.folder, tmp_path / "merged")
+    one.close(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    export(one.folder, tmp_path / "adapter", form="adapter")
+    one.close(PeftModel.from_pretrained(base, tmp_path / "adapter"))
+    # By the base's path, as the run named it.
+    one.close(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"))
+    assert not list((tmp_path / "adapter").glob("model*"))
+
+
+@pytest.mark.slow
+def test_an_adapter_of_lora_is_loaded_with_its_base(lora, tmp_path):
+    export(lora.folder, tmp_path / "adapter", form="adapter")
+    lora.close(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("reward", [False, True])
+def test_every_family_is_exported(family, reward, tmp_path, tiny_tokenizer):
+    """The export's own check is what compares."""
+    save = save_reward_config if reward else save_config
+    config = save(tmp_path, tiny_tokenizer)
+    make(family, torch.float32, vocab_size=len(tiny_tokenizer)).save_pretrained(tmp_path / "model")
+    name = "backbone" if reward else "policy"
+    options = [f"--model.{name}.adapter.target_modules=all-linear"]
+    options += [f"--model.{name}.attention=eager"] * (family == "gemma2")
+    one = fit(config, *QUICK, *options)
+    export(one.folder, tmp_path / "export")
+    auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    assert auto.from_pretrained(tmp_path / "export").dtype == torch.float32
+
+
+def test_generation_stops_where_responses_ended(lora, merged):
+    data = lora.cli.datamodule
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    assert sorted(model.generation_config.eos_token_id) == data.stop_ids == [2, 4]
+    assert model.generation_config.pad_token_id == data.pad_id == 0
+    prompt = torch.tensor([lora.conversations[0][0]])
+    hidden = model.model(prompt).last_hidden_state[0, -1]
+    with torch.no_grad():
+        model.lm_head.weight[data.encoder.end_of_turn_id] = 100 * hidden
+    output = model.generate(prompt, max_new_tokens=8)
+    assert output[0, prompt.shape[1] :].tolist() == [data.encoder.end_of_turn_id]
+
+
+@pytest.mark.parametrize("name", ["lora", "whole", "rewards"])
+def test_the_chat_template_alone_gives_the_tokens_of_training(name, exports):
+    one, folder = exports[name]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    data = one.cli.datamodule
+    for row in data._pairs["test"]:
+        preference = data.preference("test", row["row"])
+        for turns, prompted, expected in (
+            (preference.prompt, True, row["prompt"]),
+            (preference.prompt + preference.chosen, False, row["prompt"] + row["chosen"]),
+        ):
+            ids = tokenizer.apply_chat_template(
+                turns, add_generation_prompt=prompted, return_dict=False
+            )
+            behind = [] if prompted or one.cli.model.needs.ends else tokenizer("\n")["input_ids"]
+            assert ids == expected + behind
+
+
+def test_an_exported_reward_model_scores_as_its_users_call_it(exports):
+    """Conversations through template and model in a padded batch; without the length remedies."""
+    rewards, folder = exports["rewards"]
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    data, module = rewards.cli.datamodule, rewards.module
+    batch = next(iter(data.test_dataloader()))
+    with torch.no_grad():
+        expected = module.scorer(batch)[batch.responses(0)]
+        preferences = [data.preference("test", row) for row in batch.rows.tolist()]
+        inputs = tokenizer.apply_chat_template(
+            [p.prompt + p.chosen for p in preferences],
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+            return_dict=True,
+        )
+        found = model(**inputs).logits.squeeze(1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert model.config.pad_token_id == data.pad_id != data.encoder.end_of_turn_id
+    assert "without the length remedies" in card(folder)
+    assert "`length_alpha` `2.0`" in card(folder)
+
+
+@pytest.mark.parametrize("name", ["lora", "whole"])
+def test_half_types_are_for_those_who_ask(name, exports, tmp_path, capsys):
+    one, merged = exports[name]
+    capsys.readouterr()
+    export(one.folder, tmp_path / "half", dtype="bfloat16")
+    found = re.search(r"at most (\S+), .* \((\S+) is allowed\)", capsys.readouterr().out)
+    assert float(found[1]) > 1e-4
+    assert float(found[2]) == pytest.approx(8 * 2**-7, rel=0.05)
+    for folder, dtype in ((merged, "F32"), (tmp_path / "half", "BF16")):
+        with safe_open(folder / "model.safetensors", "pt") as weights:
+            assert {weights.get_slice(key).get_dtype() for key in weights.keys()} == {dtype}  # noqa: SIM118
+
+
+@pytest.mark.slow
+def test_weights_trained_in_a_half_type_stay_in_it(tmp_path, tiny_tokenizer, capsys):
+    config = save_config(tmp_path, tiny_tokenizer)
+    one = fit(config, *QUICK, "--model.policy={adapter: null, dtype: bfloat16}")
+    capsys.readouterr()
+    export(one.folder, tmp_path / "export")
+    assert "(1e-05 is allowed)" in capsys.readouterr().out
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "export").state_dict()
+    for name, weight in one.module.policy.model.state_dict().items():
+        assert found[name].dtype == torch.bfloat16
+        assert torch.equal(found[name], weight)
+
+
+# What is refused.
+
+
+def refused(*arguments, **settings) -> str:
+    with pytest.raises(InputError) as error:
+        export(*arguments, **settings)
+    return str(error.value)
+
+
+def test_what_cannot_be_exported_is_named(lora, whole, rewards, tmp_path):
+    output = tmp_path / "export"
+    assert "holds no config.yaml" in refused(lora.folder.parent, output)
+    assert "form: " in refused(whole.folder, output, form="adapter")
+    assert "form: " in refused(rewards.folder, output, form="adapter")
+    assert "dtype: " in refused(lora.folder, output, form="adapter", dtype="bfloat16")
+    assert "prompts is 0" in refused(lora.folder, output, prompts=0)
+    assert "no checkpoint" in refused(lora.folder, output, checkpoint=tmp_path / "none.ckpt")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/config.yaml").write_text((lora.folder / "config.yaml").read_text())
+    assert "no checkpoint in" in refused(tmp_path / "empty", output)
+    assert "is no test of" in refused(lora.folder, output, test=tmp_path / "empty")
+    assert [file.name for file in tmp_path.iterdir()] == ["empty"]
+    assert "there already" in refused(lora.folder, tmp_path / "empty")
+
+
+def test_the_command_line_ends_with_one_line(lora, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["export", f"--run={lora.folder}", f"--output={lora.folder}"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("rotopo: output: ")
+    assert error.count("\n") == 1
+    with pytest.raises(SystemExit):
+        main(["export", "--help"])
+    assert "--checkpoint" in capsys.readouterr().out
+
+
+def copied(one: Run, folder: Path, change=lambda config: None) -> Path:
+    """A run's folder with changed settings."""
+    folder.mkdir()
+    for name in ("hparams.yaml", "metrics.csv"):
+        (folder / name).write_bytes((one.folder / name).read_bytes())
+    (folder / "checkpoints").symlink_to(one.folder / "checkpoints")
+    config = yaml.safe_load((one.folder / "config.yaml").read_text())
+    change(config)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def test_checkpoints_of_others_are_refused(lora, whole, tmp_path, tiny_tokenizer):
+    base = tmp_path / "other" / "model"
+    base.parent.mkdir()
+    save_config(base.parent, tiny_tokenizer)
+    with torch.no_grad():
+        model = LlamaForCausalLM.from_pretrained(base)
+        model.lm_head.weight.mul_(2)
+        model.save_pretrained(base)
+
+    def another_base(config):
+        config["model"]["init_args"]["policy"]["path"] = str(base)
+
+    def another_adapter(config):
+        config["model"]["init_args"]["policy"]["adapter"]["init_args"]["target_modules"] = [
+            "k_proj"
+        ]
+
+    def gone(config):
+        config["model"]["init_args"]["policy"]["path"] = str(tmp_path / "gone" / "model")
+
+    for name, change, expected in (
+        ("base", another_base, "another base model"),
+        ("adapter", another_adapter, "train different parameters"),
+        ("gone", gone, "there is no file or folder"),
+    ):
+        assert expected in refused(copied(lora, tmp_path / name, change), tmp_path / "export")
+    folder = copied(lora, tmp_path / "pairs")
+    facts = yaml.safe_load((folder / "hparams.yaml").read_text())
+    (folder / "hparams.yaml").write_text(yaml.safe_dump(facts | {"fingerprint": "0123"}))
+    assert "belongs to another run" in refused(folder, tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize(("by", "expected"), [(0.01, r"0\.0\d+"), (torch.nan, "nan")])
+def test_files_that_do_not_say_what_was_trained_are_not_kept(
+    by, expected, lora, tmp_path, monkeypatch
+):
+    load = rotopo.export._load
+
+    def damaged(job, folder):
+        model = load(job, folder)
+        with torch.no_grad():
+            model.lm_head.weight[17, 3] += by
+        return model
+
+    monkeypatch.setattr(rotopo.export, "_load", damaged)
+    error = refused(lora.folder, tmp_path / "export", form="adapter")
+    assert re.search(rf"differ by up to {expected}, .* 1e-05 is allowed", error)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_what_merging_would_change_is_refused(tmp_path, tiny_tokenizer):
+    """An adapter on embeddings that the head is tied to: merged, it would be on the head too."""
+    config = save_config(tmp_path, tiny_tokenizer)
+    tie_embeddings(tmp_path / "model")
+    one = fit(config, *QUICK, "--model.policy.adapter.target_modules=[embed_tokens]")
+    assert "do not say what was trained" in refused(one.folder, tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+    export(one.folder, tmp_path / "export", form="adapter")
+    one.close(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "export"))
+
+
+def test_other_tokens_are_refused(lora, tmp_path, monkeypatch):
+    from rotopo.data.tokens import PairEncoder
+
+    original = PairEncoder.exported_template
+    monkeypatch.setattr(
+        PairEncoder, "exported_template", lambda *args, **kw: "x" + original(*args, **kw)
+    )
+    error = refused(lora.folder, tmp_path / "export")
+    assert "prompt than training had: token 0" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing(lora, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # bytes of a file
+    try:
+        error = refused(lora.folder, tmp_path / "export")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.startswith(f"output: {tmp_path / 'export'} cannot be made")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Which checkpoint, and the model card.
+
+
+def card(folder: Path) -> str:
+    return (folder / "README.md").read_text("utf-8")
+
+
+def test_a_monitored_run_gives_its_best_checkpoint(tmp_path, tiny_tokenizer, capsys):
+    monitor = "--trainer.callbacks.monitor=val/loss"
+    one = fit(
+        save_config(tmp_path, tiny_tokenizer),
+        "--trainer.callbacks+=ModelCheckpoint",
+        monitor,
+        "--trainer.callbacks.mode=min",  # here the first epoch's: words drawn at random teach none
+        "--trainer.callbacks.save_top_k=2",
+        "--trainer.callbacks.save_last=true",
+    )
+    capsys.readouterr()
+    export(one.folder, tmp_path / "best", form="adapter")
+    assert "the best by val/loss" in capsys.readouterr().out
+    assert "| steps | 3," in card(tmp_path / "best")
+    (last,) = (one.folder / "checkpoints").glob("last.ckpt")
+    export(one.folder, tmp_path / "last", checkpoint=last, form="adapter")
+    assert "| steps | 6," in card(tmp_path / "last")
+    log = pd.read_csv(one.folder / "metrics.csv")["val/loss"].dropna().tolist()
+    for value, name in zip(log, ("best", "last"), strict=True):
+        assert f"| validation | `loss` | {value:.4g} |" in card(tmp_path / name)
+    one.close(PeftModel.from_pretrained(base_of(one), tmp_path / "last"))
+    with pytest.raises(AssertionError):
+        one.close(PeftModel.from_pretrained(base_of(one), tmp_path / "best"))
+
+
+def base_of(one: Run):
+    return AutoModelForCausalLM.from_pretrained(one.cli.model.policy_config.path)
+
+
+def test_the_card_says_what_the_run_was_and_measured(lora, merged):
+    text = card(merged)
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["library_name"] == "transformers"
+    assert front["pipeline_tag"] == "text-generation"
+    assert not {"base_model", "license", "language"} & front.keys()  # of a folder; not known
+    data, policy = lora.cli.datamodule, lora.cli.model.policy
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    every = sum(p.numel() for p in policy.parameters())
+    log = pd.read_csv(lora.folder / "metrics.csv")
+    for expected in (
+        f"| parameters trained | {trained:,} of {every:,} ",
+        f"| fingerprint of the training pairs | `{data.data_fingerprint}` |",
+        "| optimiser | `torch.optim.AdamW`, learning rate `0.01` |",
+        "| steps | 6, of `6` pairs each |",
+        f"| times through the pairs | {36 / len(data._pairs['train']):.2f} |",
+        "| seed | `1` |",
+        f"| training | `loss` | {log['train/loss'].dropna().iloc[-1]:.4g} | 6 |",
+        f"| validation | `loss` | {log['val/loss'].dropna().iloc[-1]:.4g} | 6 |",
+        "beta: 0.3",
+        "for 8 of 8 prompts and for 16 of 16 conversations",
+    ):
+        assert expected in text, expected
+    assert "null" not in text.replace("that are not null", "")
+    assert "Test of this checkpoint" not in text
+
+
+def test_another_run_has_another_card(lora, exports, tmp_path):
+    folder = copied(lora, tmp_path / "run")
+    log = pd.read_csv(folder / "metrics.csv")
+    log.loc[log["train/loss"].last_valid_index(), "train/loss"] = 12.345
+    log.drop(columns=[c for c in log if c.startswith("val/")]).to_csv(folder / "metrics.csv")
+    export(folder, tmp_path / "changed", form="adapter")
+    text = card(tmp_path / "changed")
+    assert "| training | `loss` | 12.35 | 6 |" in text
+    assert "| validation | `" not in text
+    text = card(exports["whole"][1])
+    assert "none: full fine-tuning" in text
+    assert "| steps | 3," in text
+    assert "(100.000%)" in text
+
+
+@pytest.mark.slow
+def test_a_test_of_the_checkpoint_is_on_the_card_and_no_other(lora, tmp_path):
+    config = lora.folder.parents[1] / "config.yaml"
+    (checkpoint,) = (lora.folder / "checkpoints").iterdir()
+    root = f"--trainer.default_root_dir={tmp_path / 'tests'}"
+    tests = [
+        Path(run(["test", f"--config={config}", root, *options]).trainer.log_dir)
+        for options in ([f"--ckpt_path={checkpoint}"], [])
+    ]
+    found = json.loads((tests[0] / "test.json").read_text())
+    export(lora.folder, tmp_path / "export", form="adapter", test=tests[0])
+    assert f"| accuracy | {found['accuracy']:.4f} (95 % interval" in card(tmp_path / "export")
+    assert "is no test of" in refused(lora.folder, tmp_path / "other", test=tests[1])
+    # Beside the run it is found, although there is a later one of the untrained model.
+    run_folder = copied(lora, tmp_path / "tests" / "run")
+    settings = yaml.safe_load((tests[0] / "config.yaml").read_text())
+    settings["ckpt_path"] = str(run_folder / "checkpoints" / checkpoint.name)
+    (tests[0] / "config.yaml").write_text(yaml.safe_dump(settings))
+    export(run_folder, tmp_path / "beside", form="adapter")
+    assert f"| accuracy | {found['accuracy']:.4f} " in card(tmp_path / "beside")
+
+
+def test_texts_of_a_run_are_texts_on_the_card(lora, tmp_path):
+    evil = "a`b``` | <script>alert(1)</script> <img src=x> [x](http://x.y) **b**\n# c\n```\n<b>d"
+    source = tmp_path / "<img src=y>`|_z_.jsonl"
+    source.write_bytes((lora.folder.parents[1] / "pairs.jsonl").read_bytes())
+
+    def change(config):
+        config["data"]["init_args"]["source"] = str(source)
+        config["data"]["init_args"]["score"] = evil
+        config["seed_everything"] = 1
+
+    folder = copied(lora, tmp_path / "run", change)
+    facts = yaml.safe_load((folder / "hparams.yaml").read_text())
+    (folder / "hparams.yaml").write_text(yaml.safe_dump(facts | {"torch": evil}))
+    export(folder, tmp_path / "<b>`e`|f", form="adapter")
+    text = card(tmp_path / "<b>`e`|f").split("---\n", 2)[2]
+    page = MarkdownIt("commonmark").enable("table").render(text)
+    assert set(re.findall(r"<(\w+)", page)) <= {
+        *("h1", "h2", "p", "pre", "code", "table", "thead", "tbody", "tr", "th", "td")
+    }
+    export(lora.folder, tmp_path / "plain", form="adapter")
+    text = card(tmp_path / "plain").split("---\n", 2)[2]
+    plain = MarkdownIt("commonmark").enable("table").render(text)
+    for tag in ("h1", "h2", "pre", "table", "tr", "td"):
+        assert page.count(f"<{tag}>") == plain.count(f"<{tag}>"), tag
