@@ -247,6 +247,11 @@ def _has(value: Any, key: str) -> bool:
 
 def _check_form(config: "BackboneConfig", kind: Kind, form: Form, dtype: Dtype | None) -> None:
     """Refuse a form or a dtype that there is not."""
+    if config.quantize is not None:
+        raise InputError(
+            f"run: its base was quantised ({config.setting}.quantize), and exporting such a run is "
+            "not supported yet."
+        )
     if form == "merged":
         return
     if kind == "reward":
@@ -406,13 +411,14 @@ def _load(job: _Job, folder: Path) -> Any:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    settings: Any = {"dtype": job.wide, "trust_remote_code": job.config.trust_remote_code}
     if job.kind == "reward":
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=job.wide)
+        model = AutoModelForSequenceClassification.from_pretrained(folder, **settings)
     elif job.kind == "merged":
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=job.wide)
+        model = AutoModelForCausalLM.from_pretrained(folder, **settings)
     else:
         base = pretrained_folder(job.config.path)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=job.wide)
+        model = AutoModelForCausalLM.from_pretrained(base, **settings)
         model = PeftModel.from_pretrained(model, folder)
     return model.eval()
 
