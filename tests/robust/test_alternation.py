@@ -1,8 +1,6 @@
 """ROPO's alternation through the command line: what is trained on, and resumption anywhere."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +12,14 @@ import yaml
 from lightning.pytorch import Callback, Trainer
 from sklearn.metrics import roc_auc_score
 
+from rotopo.cli import run
 from rotopo.data.batch import Role
 from rotopo.models import samples
 from rotopo.objectives import DPO, ROPO
 from rotopo.robust import alternation, resampling
 from rotopo.robust.decisions import Decision
 from rotopo.robust.resampling import NewPair
+from tests.ranks import on_ranks, strategy
 from tests.small_run import save_config
 from tests.test_training import (
     CHECKPOINTS,
@@ -251,17 +251,17 @@ def test_a_checkpoint_of_other_rounds_is_refused(config, message):
 
 
 @pytest.mark.slow
-def test_two_ranks_decide_as_one(config):
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_two_ranks_decide_as_one(config, how):
     """Exact arithmetic without dropout; samples are the same whoever draws them."""
     options = [*EXACT, *FILTER, *SAMPLES, "--model=ROPO", "--model.beta=0.3"]
-    command = [sys.executable, "-m", "rotopo.cli", "fit", "--config", str(config), *options]
-    ranks = ["--trainer.devices=2", "--trainer.strategy=ddp"]
-    found = []
-    for name, more in (("one", []), ("two", ranks)):
-        root = config.parent / name
-        subprocess.run([*command, *more, f"--trainer.default_root_dir={root}"], check=True)
-        folder = root / "version_0" / "rounds"
-        found.append([pd.read_csv(folder / "pairs.csv"), (folder / "accepted.jsonl").read_text()])
+    command = ["fit", "--config", str(config), *options]
+    roots = [config.parent / "one", config.parent / "two"]
+    of = [[f"--trainer.default_root_dir={root}", f"--data.cache_dir={root}"] for root in roots]
+    run([*command, *of[0]])
+    on_ranks(2, *command, *strategy(how), *of[1])
+    folders = [root / "version_0" / "rounds" for root in roots]
+    found = [[pd.read_csv(f / "pairs.csv"), (f / "accepted.jsonl").read_text()] for f in folders]
     one, two = found
     pd.testing.assert_frame_equal(one[0], two[0], rtol=1e-7)
     texts = [[json.loads(line)["chosen"] for line in f[1].splitlines()] for f in found]
