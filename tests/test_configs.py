@@ -24,6 +24,7 @@ import rotopo.models.policy
 import rotopo.models.scorer
 from rotopo import objectives
 from rotopo.cli import RotopoCLI, _keep_only_what_classes_share, run
+from rotopo.models.sharding import decoder_layers
 from rotopo.objectives.base import PreferenceModule
 from rotopo.reward import RewardModule
 from rotopo.training import Warmup
@@ -327,8 +328,8 @@ def without_weights(monkeypatch, tmp_path):
         OnMeta(AutoModelForSequenceClassification),
     )
     # There is nothing to take a fingerprint of.
-    monkeypatch.setattr(rotopo.models.policy, "fingerprint", lambda model: "meta")
-    monkeypatch.setattr(rotopo.models.scorer, "fingerprint", lambda model: "meta")
+    monkeypatch.setattr(rotopo.models.policy, "fingerprint", lambda *_: "meta")
+    monkeypatch.setattr(rotopo.models.scorer, "fingerprint", lambda *_: "meta")
 
 
 @pytest.mark.parametrize("file", PAPERS, ids=name_of)
@@ -353,10 +354,8 @@ def test_a_papers_file_builds_on_the_meta_device(file, build, without_weights):
     else:
         assert (trained, frozen) == (ROTATION, size)
         assert model.reference is None
-    sharded = yaml.safe_load(file.read_text("utf-8"))["trainer"]["strategy"]
-    if isinstance(sharded, dict):  # it says which layers are units, and the model has such
-        layers = {f"{type(m).__module__}.{type(m).__name__}" for m in model.model.modules()}
-        assert set(sharded["init_args"]["auto_wrap_policy"]) <= layers
+    if "FSDP2" in file.read_text("utf-8"):  # the model says which of its layers are units
+        assert len(decoder_layers(model.language_model)) == config.num_hidden_layers
     optimizer = cli.model.optimizer([p for p in parameters if p.requires_grad])
     assert isinstance(cli.model.scheduler(optimizer, total_steps=100), Warmup)
 
@@ -400,3 +399,18 @@ def test_a_file_begins_with_what_it_is_and_its_lines_are_short(file):
     lines = file.read_text("utf-8").splitlines()
     assert lines[0].startswith("# ")
     assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "fsdp"])
+def test_a_strategy_goes_on_top_of_any_file_and_leaves_the_rest_of_it(name, quickstart):
+    """Parsed and not built: FSDP1 would be refused without a GPU."""
+    file = CONFIGS / "strategies" / f"{name}.yaml"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RotopoCLI, "instantiate_classes", lambda self: None)
+        patch.setattr(RotopoCLI, "_run_subcommand", lambda self, subcommand: None)
+        cli = run(["fit", f"--config={QUICKSTART}", f"--config={file}"])
+    after = cli.config["fit"].as_dict()
+    assert after["model"] == quickstart["model"]
+    assert after["data"] == quickstart["data"]
+    assert after["trainer"]["callbacks"] == quickstart["trainer"]["callbacks"]
+    assert after["trainer"]["strategy"]["class_path"].endswith("Strategy")
