@@ -1,25 +1,192 @@
-"""Checkpoints: what a run writes to go on from, and what others read of it."""
+"""Checkpoints: written whole, read with care, and refused with the name of the last good one."""
 
+import signal
+import threading
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from fsspec.utils import get_protocol
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from rotopo.errors import InputError
+from rotopo.files import full_disk, writing_whole
+
+_ZIP = b"PK\x03\x04"
+# What a fit needs to go on, and what every checkpoint of ours has.
+_TO_GO_ON = ("optimizer_states", "lr_schedulers", "callbacks")
+_ALWAYS = ("state_dict", "random_state", "loops", "global_step")
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path, resume: bool = False, mmap: bool = True) -> dict[str, Any]:
     """A checkpoint, on the CPU; only tensors and plain values are read, no pickled object.
 
     Args:
         path: as ``--ckpt_path`` takes it.
+        resume: whether it also has to hold all that a fit needs to go on.
+        mmap: leave the tensors in the file until they are looked at.
 
     Raises:
-        InputError: there is none, or it is no checkpoint of ours.
+        InputError: there is none, or it is torn, damaged or none of ours; the message names the
+            last good one beside it.
     """
-    if not path.exists():
-        raise InputError(f"ckpt_path: there is no checkpoint {path}.")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if "rotopo" not in checkpoint:
-        raise InputError(f"ckpt_path: {path} was not written by rotopo.")
+    try:
+        return _verified(path, resume, mmap)
+    except InputError as error:
+        good = last_good(path.parent)
+        advice = f"the last good one here is {good}" if good else f"{path.parent} holds no good one"
+        raise InputError(f"ckpt_path: {error} ({advice})") from error
+
+
+def check(path: Path, resume: bool = False) -> None:
+    """Raise :func:`read`'s error, if there is one."""
+    read(path, resume)
+
+
+def last_good(folder: Path) -> Path | None:
+    """The checkpoint of the most steps in a folder that a run can go on from; of several the
+    newest. None if there is none."""
+    found = []
+    for path in folder.rglob("*.ckpt"):
+        try:
+            found.append((_opened(path, True)["global_step"], path.stat().st_mtime_ns, path))
+        except InputError:
+            continue
+    for _, _, path in sorted(found, reverse=True):
+        try:
+            _verified(path, True)
+        except InputError:
+            continue
+        return path
+    return None
+
+
+def _verified(path: Path, resume: bool, mmap: bool = True) -> dict[str, Any]:
+    """As :func:`_opened`, with all checksums compared, which torch does not."""
+    checkpoint = _opened(path, resume, mmap)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # whatever zipfile makes of other bytes
+        raise InputError(f"{path} is damaged: {_cause(error)}.") from error
+    if damaged is not None:
+        raise InputError(f"{path} is damaged: the checksum of {damaged} is wrong.")
     return checkpoint
+
+
+def _opened(path: Path, resume: bool, mmap: bool = True) -> dict[str, Any]:
+    if not path.exists():
+        raise InputError(f"there is no checkpoint {path}.")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: sharded checkpoints are not supported yet.")
+    with path.open("rb") as stream:
+        start = stream.read(len(_ZIP))
+    if not start:
+        raise InputError(f"{path} is empty.")
+    if start != _ZIP:
+        raise InputError(f"{path} is no checkpoint.")
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"{path} is torn: its end is missing.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # whatever torch and its unpickler make of other bytes
+        raise InputError(
+            f"{path} is damaged, or holds more than tensors and plain values: {_cause(error)}."
+        ) from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("rotopo"), dict):
+        raise InputError(f"{path} was not written by rotopo.")
+    missing = [name for name in _ALWAYS + _TO_GO_ON * resume if name not in checkpoint]
+    if missing:
+        raise InputError(f"{path} holds no {' and no '.join(missing)}: a fit cannot go on from it.")
+    return checkpoint
+
+
+def _cause(error: Exception) -> str:
+    return str(error).split("\n")[0].split(". ")[0] or type(error).__name__
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint so that it is whole or not there, and reads none that is neither.
+
+    Lightning's own writes into the system's folder for temporary files and moves the file from
+    there, which is copying it to its final name where that is another file system; nothing makes
+    sure that it is on the disk. Paths with a protocol, as of object stores, are still left to it.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        if get_protocol(str(path)) != "file":
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        try:
+            with writing_whole(path) as stream:
+                torch.save(checkpoint, stream)
+        except (OSError, RuntimeError) as error:  # torch's own has the disk's behind it
+            full = full_disk(error)
+            raise error if full is None else disk_is_full(path, full, path.parent) from error
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """As :func:`read`, whatever the arguments."""
+        if get_protocol(str(path)) != "file":
+            return super().load_checkpoint(path, "cpu", weights_only=True)
+        return read(Path(path), mmap=False)
+
+
+def disk_is_full(file: Path | None, error: OSError, folder: Path | None) -> InputError:
+    """What a user is told when a file cannot be written.
+
+    Args:
+        file: the file, if it is known.
+        error: what the system says.
+        folder: the run's checkpoints, if it keeps any.
+    """
+    good = last_good(folder) if folder else None
+    advice = f"go on with --ckpt_path {good}" if good else "there is no checkpoint to go on from"
+    return InputError(
+        f"{file or error.filename or 'a file'} cannot be written ({error.strerror}): make room; "
+        f"{advice}."
+    )
+
+
+class Interruption(Callback):
+    """On SIGTERM a fit ends with the optimiser step at hand, and keeps it, if it keeps checkpoints.
+
+    Lightning would end in the midst of a step and keep nothing; and of several ranks each would
+    wait for the others inside its signal handler, wherever they are. Where Lightning requeues a
+    SLURM job, its own way stays.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            return
+        if threading.current_thread() is threading.main_thread():
+            # The Trainer puts the handlers that it has found back when it ends.
+            signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        if not trainer.strategy.reduce_boolean_decision(self.asked, all=False):
+            return
+        keeper = trainer.checkpoint_callback
+        if isinstance(keeper, ModelCheckpoint) and not trainer.fast_dev_run:
+            trainer.save_checkpoint(Path(str(keeper.dirpath)) / "last-interrupted.ckpt")
+        raise SIGTERMException(128 + signal.SIGTERM)

@@ -1,14 +1,17 @@
-"""Text files: read with errors that name the line, written whole or not at all."""
+"""Files: text read with errors that name the line, anything written whole or not at all."""
 
 import bz2
+import errno
+import glob
 import gzip
 import json
 import lzma
 import os
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rotopo.errors import InputError
 
@@ -58,15 +61,45 @@ def read_jsonl(file: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, value
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a text file that appears under its name only when it is complete."""
+@contextmanager
+def writing_whole(file: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears under its name only when it is complete and on the disk.
+
+    Nothing of it stays behind when writing fails; what a killed process has left of it stays until
+    the file is next written.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    with unfinished.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    unfinished.replace(file)
+    try:
+        with unfinished.open("xb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    for left in file.parent.glob(f".{glob.escape(file.name)}.{'[0-9a-f]' * 32}"):
+        left.unlink(missing_ok=True)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # else the new name may not outlive a loss of power
+    finally:
+        os.close(folder)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file as :func:`writing_whole` does."""
+    with writing_whole(file) as stream:
+        stream.write(text.encode())
+
+
+def full_disk(error: BaseException | None) -> OSError | None:
+    """The full disk, spent quota or limit on a file's size behind an error; None if it is none."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def to_json(value: Any) -> str:

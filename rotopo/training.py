@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import rotopo
+from rotopo.checkpoints import Interruption
 from rotopo.errors import InputError
 
 if TYPE_CHECKING:  # else rotopo --help would wait for them
@@ -156,7 +157,8 @@ class PairwiseModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         given = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
-        return [callback for callback in self.always_on() if type(callback) not in given]
+        always = [*self.always_on(), Interruption()]  # last: it may end the run
+        return [callback for callback in always if type(callback) not in given]
 
     def response_lengths(self, batch: "PairBatch") -> Tensor:
         """Tokens of each response of a batch, the end-of-turn token included [S]."""
