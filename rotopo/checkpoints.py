@@ -3,6 +3,7 @@
 import signal
 import threading
 import zipfile
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from rotopo.errors import InputError
@@ -158,7 +160,8 @@ def disk_is_full(file: Path | None, error: OSError, folder: Path | None) -> Inpu
 
 
 class Interruption(Callback):
-    """On SIGTERM a fit ends with the optimiser step at hand, and keeps it, if it keeps checkpoints.
+    """On SIGTERM a fit ends with the optimiser step, or the batch of a validation, that is at hand,
+    and keeps what it has done, if it keeps checkpoints.
 
     Lightning would end in the midst of a step and keep nothing; and of several ranks each would
     wait for the others inside its signal handler, wherever they are. Where Lightning requeues a
@@ -167,6 +170,8 @@ class Interruption(Callback):
 
     def __init__(self) -> None:
         self.asked = False
+        # The loops as they were when the validation at hand was about to begin.
+        self._before_validation: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         environment = trainer._accelerator_connector.cluster_environment
@@ -182,8 +187,31 @@ class Interruption(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self._end_if_asked(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._before_validation = loops = deepcopy(trainer.fit_loop.state_dict())
+            # As a checkpoint of the batch before has it: it is behind that batch that a run which
+            # goes on validates, see PairwiseModule.on_train_start.
+            for part in ("total", "current"):
+                loops["epoch_loop.batch_progress"][part]["completed"] -= 1
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self._before_validation is not None:
+            self._end_if_asked(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self._before_validation = None
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._before_validation is not None:
+            checkpoint["loops"]["fit_loop"] = self._before_validation
+
+    def _end_if_asked(self, trainer: Trainer) -> None:
         if not trainer.strategy.reduce_boolean_decision(self.asked, all=False):
             return
         keeper = trainer.checkpoint_callback
