@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from rotopo.errors import InputError
-from rotopo.files import full_disk, writing_whole
+from rotopo.files import full_disk, unfinished, writing_whole
 
 _ZIP = b"PK\x03\x04"
 # What a fit needs to go on, and what every checkpoint of ours has.
@@ -130,6 +130,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
         try:
             with writing_whole(path) as stream:
                 torch.save(checkpoint, stream)
+            for left in unfinished(path):  # by killed processes: a checkpoint has one writer
+                left.unlink(missing_ok=True)
         except (OSError, RuntimeError) as error:  # torch's own has the disk's behind it
             full = full_disk(error)
             raise error if full is None else disk_is_full(path, full, path.parent) from error
@@ -139,7 +141,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """As :func:`read`, whatever the arguments."""
         if get_protocol(str(path)) != "file":
-            return super().load_checkpoint(path, "cpu", weights_only=True)
+            return super().load_checkpoint(path, weights_only=True)
         return read(Path(path), mmap=False)
 
 
@@ -215,6 +217,6 @@ class Interruption(Callback):
         if not trainer.strategy.reduce_boolean_decision(self.asked, all=False):
             return
         keeper = trainer.checkpoint_callback
-        if isinstance(keeper, ModelCheckpoint) and not trainer.fast_dev_run:
+        if isinstance(keeper, ModelCheckpoint):
             trainer.save_checkpoint(Path(str(keeper.dirpath)) / "last-interrupted.ckpt")
         raise SIGTERMException(128 + signal.SIGTERM)

@@ -75,7 +75,8 @@ class RotopoCLI(LightningCLI):
             good = last_good(Path(folder)) if folder and subcommand == "fit" else None
             advice = f": go on with --ckpt_path {good}" if good else ""
             print(f"rotopo: ended by SIGTERM{advice}.", file=sys.stderr)
-            sys.exit(stop.code or 128 + signal.SIGTERM)
+            stop.code = stop.code or 128 + signal.SIGTERM
+            raise
         except Exception as error:
             full = full_disk(error)
             if full is None or _input_error(error):

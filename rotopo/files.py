@@ -4,6 +4,7 @@ import bz2
 import errno
 import glob
 import gzip
+import hashlib
 import json
 import lzma
 import os
@@ -65,21 +66,19 @@ def read_jsonl(file: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def writing_whole(file: Path) -> Iterator[BinaryIO]:
     """A file to write that appears under its name only when it is complete and on the disk.
 
-    Nothing of it stays behind when writing fails; what a killed process has left of it stays until
-    the file is next written.
+    Nothing of it stays behind when writing fails; a killed process leaves what :func:`unfinished`
+    finds.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    part = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
-        with unfinished.open("xb") as stream:
+        with part.open("xb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        unfinished.replace(file)
+        part.replace(file)
     finally:
-        unfinished.unlink(missing_ok=True)
-    for left in file.parent.glob(f".{glob.escape(file.name)}.{'[0-9a-f]' * 32}"):
-        left.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
     folder = os.open(file.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # else the new name may not outlive a loss of power
@@ -87,10 +86,21 @@ def writing_whole(file: Path) -> Iterator[BinaryIO]:
         os.close(folder)
 
 
+def unfinished(file: Path) -> Iterator[Path]:
+    """What processes have written, or write at this moment, of a file."""
+    return file.parent.glob(f".{glob.escape(file.name)}.{'[0-9a-f]' * 32}")
+
+
 def write_whole(file: Path, text: str) -> None:
     """Write a text file as :func:`writing_whole` does."""
     with writing_whole(file) as stream:
         stream.write(text.encode())
+
+
+def sha256(file: Path) -> str:
+    """Hash of a file's bytes; about half a second for a gigabyte."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def full_disk(error: BaseException | None) -> OSError | None:

@@ -357,7 +357,8 @@ class PairwiseModule(LightningModule):
         stopping and the choice of the best checkpoint would have seen.
         """
         trainer, loop = self.trainer, self.trainer.fit_loop
-        epochs, batches = loop.epoch_progress, loop.epoch_loop.batch_progress
+        epochs: Any = loop.epoch_progress
+        batches = loop.epoch_loop.batch_progress
         if not loop.epoch_loop.restarted_on_train_batch_end:
             return
         # Put the counts where they stand while a run validates that has not been interrupted:

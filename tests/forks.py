@@ -9,21 +9,18 @@ import itertools
 import multiprocessing
 import os
 import signal
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-import torch.utils.tensorboard  # noqa: F401
+import torch.utils.tensorboard
 
 from rotopo import checkpoints, files
 from rotopo.cli import main
-from rotopo.data import module, token_cache
+from rotopo.data import token_cache
 from rotopo.models import policy, reference_cache  # noqa: F401
 from rotopo.training import PairwiseModule
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -26,7 +27,7 @@ from rotopo.errors import InputError
 from rotopo.models.attention import attention_inputs
 from rotopo.models.segment_attention import segment_attention
 from rotopo.models.settings import BackboneConfig, DtypeName
-from rotopo.pretrained import first_line, pretrained_folder
+from rotopo.pretrained import conversion_advice, first_line, pretrained_folder
 
 
 def resolve_dtype(name: DtypeName) -> torch.dtype:
@@ -73,7 +74,7 @@ def load_config(path: str, setting: str = "policy") -> PretrainedConfig:
     except (OSError, ValueError) as error:
         raise InputError(
             f"No model at {path!r}: give {setting}.path a model's name on the Hub, a folder, a "
-            f"GGUF file, or package:PACKAGE/FILE. ({first_line(error)})"
+            f"GGUF file, or package:PACKAGE/FILE. ({first_line(error)}){conversion_advice(path)}"
         ) from error
     for name, value in config.to_dict().items():
         if "drop" in name and isinstance(value, float):
@@ -97,10 +98,10 @@ def load_model(path: str, dtype: torch.dtype, attention: str) -> PreTrainedModel
         return AutoModelForCausalLM.from_pretrained(
             pretrained_folder(path), config=config, dtype=dtype, attn_implementation=attention
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise InputError(
             f"Cannot load policy.path {path!r} with policy.attention {attention!r}: "
-            f"{first_line(error)}"
+            f"{first_line(error)}{conversion_advice(path)}"
         ) from error
 
 

@@ -9,6 +9,7 @@ from typing import Any, Self, cast
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -32,7 +33,7 @@ from rotopo.models.backbone import (
     trained_dtype,
 )
 from rotopo.models.settings import BackboneConfig
-from rotopo.pretrained import first_line, pretrained_folder
+from rotopo.pretrained import conversion_advice, first_line, pretrained_folder
 
 
 class Scorer(Backbone):
@@ -219,10 +220,10 @@ def _load_model(path: str, dtype: torch.dtype, attention: str) -> PreTrainedMode
             attn_implementation=attention,
             output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise InputError(
             f"Cannot load backbone.path {path!r} with backbone.attention {attention!r}: "
-            f"{first_line(error)}"
+            f"{first_line(error)}{conversion_advice(path)}"
         ) from error
     finally:
         logging.set_verbosity(verbosity)
