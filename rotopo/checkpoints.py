@@ -92,10 +92,12 @@ def _opened(path: Path, resume: bool, mmap: bool = True) -> dict[str, Any]:
         raise InputError(f"{path} is empty.")
     if start != _ZIP:
         raise InputError(f"{path} is no checkpoint.")
-    if not zipfile.is_zipfile(path):
-        raise InputError(f"{path} is torn: its end is missing.")
     try:
+        if not zipfile.is_zipfile(path):
+            raise zipfile.BadZipFile("its end is missing")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except zipfile.BadZipFile as error:
+        raise InputError(f"{path} is torn or damaged: {error}.") from error
     except Exception as error:  # whatever torch and its unpickler make of other bytes
         raise InputError(
             f"{path} is damaged, or holds more than tensors and plain values: {_cause(error)}."
