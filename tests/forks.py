@@ -10,27 +10,53 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import torch
+
+# Imported here so that no fork has to.
 import torch.utils.tensorboard
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification  # noqa: F401
 
 from rotopo import checkpoints, files
 from rotopo.cli import main
 from rotopo.data import token_cache
-from rotopo.models import policy, reference_cache  # noqa: F401
+from rotopo.models import reference_cache
+from rotopo.rotation import tuner  # noqa: F401
 from rotopo.training import PairwiseModule
 
 torch.set_num_threads(1)
 
 
-def _half_a_checkpoint(strike: Callable[[], None], original: Callable, *args: Any) -> None:
-    value, stream = args
+@dataclass(frozen=True)
+class Fault:
+    """A signal at a moment of :data:`MOMENTS`, when it comes for the count-th time."""
+
+    moment: str
+    count: int
+    signal: signal.Signals
+
+    def plant(self) -> None:
+        """Have this process struck."""
+        owner, name, how = MOMENTS[self.moment]
+        original, calls = getattr(owner, name), itertools.count(1)
+
+        def struck(*args: Any, **settings: Any) -> Any:
+            if next(calls) == self.count:
+                return how(lambda: os.kill(os.getpid(), self.signal), original, *args, **settings)
+            return original(*args, **settings)
+
+        setattr(owner, name, struck)
+
+
+def _half(strike: Callable[[], None], save: Callable, value: Any, stream: Any) -> None:
     whole = io.BytesIO()
-    original(value, whole)
+    save(value, whole)
     half = len(whole.getvalue()) // 2
     stream.write(whole.getvalue()[:half])
     stream.flush()
@@ -38,12 +64,12 @@ def _half_a_checkpoint(strike: Callable[[], None], original: Callable, *args: An
     stream.write(whole.getvalue()[half:])
 
 
-def _first(strike: Callable[[], None], original: Callable, *args: Any, **settings: Any) -> Any:
+def _before(strike: Callable[[], None], original: Callable, *args: Any, **settings: Any) -> Any:
     strike()
     return original(*args, **settings)
 
 
-def _then(strike: Callable[[], None], original: Callable, *args: Any, **settings: Any) -> Any:
+def _behind(strike: Callable[[], None], original: Callable, *args: Any, **settings: Any) -> Any:
     result = original(*args, **settings)
     strike()
     return result
@@ -51,33 +77,19 @@ def _then(strike: Callable[[], None], original: Callable, *args: Any, **settings
 
 # Where a command can be struck: what is called there, and how.
 MOMENTS: dict[str, tuple[Any, str, Callable]] = {
-    "half a checkpoint is written": (checkpoints.torch, "save", _half_a_checkpoint),
-    "a file has no name yet": (files.os, "fsync", _then),
-    "an old checkpoint is to go": (checkpoints.WholeCheckpointIO, "remove_checkpoint", _first),
-    "in a step": (torch.optim.AdamW, "step", _first),
-    "behind a step": (torch.optim.AdamW, "step", _then),
-    "in a validation": (PairwiseModule, "validation_step", _then),
-    "tokens are written": (datasets.Dataset, "save_to_disk", _then),
-    "the log is written": (token_cache.json, "dumps", _first),
+    "half a checkpoint is written": (checkpoints.torch, "save", _half),
+    "a file has no name yet": (files.os, "fsync", _behind),
+    "an old checkpoint is to go": (checkpoints.WholeCheckpointIO, "remove_checkpoint", _before),
+    "before a step": (torch.optim.AdamW, "step", _before),
+    "behind a step": (torch.optim.AdamW, "step", _behind),
+    "in a validation": (PairwiseModule, "validation_step", _behind),
+    "tokens have no name yet": (token_cache, "_save", _behind),
+    "log-probs are written": (reference_cache.pa.ipc, "new_file", _before),
 }
+assert reference_cache.pa is pa
 
 
-def _plant(moment: str, count: int, number: signal.Signals) -> None:
-    """Have this process struck at the moment that comes for the count-th time."""
-    owner, name, how = MOMENTS[moment]
-    original, calls = getattr(owner, name), itertools.count(1)
-
-    def struck(*args: Any, **settings: Any) -> Any:
-        if next(calls) == count:
-            return how(lambda: os.kill(os.getpid(), number), original, *args, **settings)
-        return original(*args, **settings)
-
-    setattr(owner, name, struck)
-
-
-def _command(
-    arguments: list[str], log: Path, cache: Path, fault: tuple[str, int, signal.Signals] | None
-) -> None:
+def _command(arguments: list[str], log: Path, cache: Path, fault: Fault | None) -> None:
     multiprocessing.set_start_method("fork", force=True)  # of loaders' workers
     with log.open("ab", buffering=0) as stream:
         os.dup2(stream.fileno(), 1)
@@ -85,15 +97,12 @@ def _command(
     os.environ["ROTOPO_CACHE"] = str(cache)
     datasets.config.HF_DATASETS_CACHE = cache / "datasets"
     if fault is not None:
-        _plant(*fault)
+        fault.plant()
     main(arguments)
 
 
 def start(
-    arguments: list[str],
-    log: Path,
-    cache: Path,
-    fault: tuple[str, int, signal.Signals] | None = None,
+    arguments: list[str], log: Path, cache: Path, fault: Fault | None = None
 ) -> ForkServerProcess:
     """Start ``rotopo`` in a fork.
 
@@ -101,7 +110,7 @@ def start(
         arguments: its own.
         log: file that what it prints is put behind.
         cache: its cache folder.
-        fault: the moment, which time of it, and the signal.
+        fault: what happens to it.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.forks"])

@@ -1,0 +1,268 @@
+"""Runs that are killed, and what they leave: each ends as if nothing had been, or says why not.
+
+Every try is in a table, which the tests print.
+"""
+
+import json
+import os
+import random
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pytest
+import torch
+import yaml
+from transformers import PreTrainedTokenizerFast
+
+from rotopo.checkpoints import check, last_good, read
+from rotopo.files import read_jsonl
+from tests.forks import MOMENTS, Fault, start
+from tests.small_run import save_config
+from tests.test_training import CHECKPOINTS
+
+KINDS = {
+    "DPO, LoRA with dropout": [],
+    "DPO, cached reference": ["--model.policy.reference=cached"],
+    "reward model": [],
+    "KTO, rotation": ["--model=KTO", "--model.policy.adapter=rotopo.rotation.RotationConfig"],
+}
+# Moments that are worth as many tries as any time, and how often each comes at most.
+TIMES = {
+    "half a checkpoint is written": 8,
+    "a file has no name yet": 24,
+    "an old checkpoint is to go": 4,
+    "before a step": 6,
+    "behind a step": 6,
+    "in a validation": 4,
+    "tokens have no name yet": 1,
+    "log-probs are written": 2,
+}
+assert TIMES.keys() == MOMENTS.keys()
+
+
+@dataclass(frozen=True)
+class Try:
+    """What is run, and what happens to it each time that it is started."""
+
+    seed: int
+    kind: str
+    epochs: int
+    accumulation: int
+    workers: int
+    every_step: bool
+    faults: tuple[Fault | tuple[float, signal.Signals], ...]
+
+    @property
+    def run(self) -> tuple[str, int, int]:
+        """All that its numbers follow from."""
+        return self.kind, self.epochs, self.accumulation
+
+
+def drawn(seed: int) -> Try:
+    """A try by its seed: half of them are struck at some time, the others at a moment."""
+    chance = random.Random(seed)
+    kind = list(KINDS)[seed % len(KINDS)]
+    faults: list[Fault | tuple[float, signal.Signals]] = []
+    for _ in range(chance.choice([1, 1, 2])):
+        number = chance.choice([signal.SIGTERM, signal.SIGKILL])
+        moments = [m for m in TIMES if m != "log-probs are written" or "cached" in kind]
+        if seed // 4 % 2:
+            moment = chance.choice(moments)
+            faults.append(Fault(moment, chance.randint(1, TIMES[moment]), number))
+        else:
+            faults.append((chance.uniform(0, 1), number))
+    return Try(
+        seed,
+        kind,
+        chance.choice([2, 3]),
+        chance.choice([1, 2]),
+        int(chance.random() < 0.25),
+        chance.random() < 0.7,
+        tuple(faults),
+    )
+
+
+@dataclass
+class Laboratory:
+    """Where tries are made, with the numbers of runs that nothing happens to."""
+
+    folder: Path
+    configs: dict[str, Path]
+    table: list[dict[str, Any]] = field(default_factory=list)
+    whole: dict[tuple, tuple[dict, pd.DataFrame, float]] = field(default_factory=dict)
+
+    def arguments(self, one: Try, root: Path) -> list[str]:
+        checkpoints = list(CHECKPOINTS)
+        if not one.every_step:  # and one that has to know the validation
+            checkpoints = [
+                "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
+                "--trainer.callbacks.save_last=true",
+                "--trainer.callbacks.monitor=val/loss",
+            ]
+        return [
+            "fit",
+            f"--config={self.configs['reward' if one.kind == 'reward model' else 'policy']}",
+            *KINDS[one.kind],
+            *checkpoints,
+            f"--trainer.default_root_dir={root}",
+            f"--trainer.max_epochs={one.epochs}",
+            f"--trainer.accumulate_grad_batches={one.accumulation}",
+            f"--data.num_workers={one.workers}",
+            f"--data.cache_dir={root / 'cache'}",
+        ]
+
+    def start(self, one: Try, root: Path, resume: Path | None, fault: Fault | None = None):
+        root.mkdir(exist_ok=True)
+        arguments = self.arguments(one, root)
+        arguments += [f"--ckpt_path={resume}"] if resume else []
+        return start(arguments, root / "log.txt", root / "cache", fault)
+
+    def expected(self, one: Try) -> tuple[dict, pd.DataFrame, float]:
+        """Last checkpoint, validations and seconds of a run that nothing happens to."""
+        if one.run not in self.whole:
+            root = self.folder / f"whole {len(self.whole)}"
+            plain = Try(0, *one.run, workers=0, every_step=True, faults=())
+            began = time.monotonic()
+            process = self.start(plain, root, None)
+            process.join()
+            assert process.exitcode == 0, (root / "log.txt").read_text()
+            seconds = time.monotonic() - began
+            self.whole[one.run] = (*outcome(root), seconds)
+        return self.whole[one.run]
+
+    def make(self, one: Try) -> dict[str, Any]:
+        """Make a try, and its line of the table."""
+        checkpoint, validations, seconds = self.expected(one)
+        root = self.folder / f"try {one.seed}"
+        events = []
+        for fault in one.faults:
+            resume = last_good(root)
+            planted = fault if isinstance(fault, Fault) else None
+            process = self.start(one, root, resume, planted)
+            if planted is None:
+                process.join(fault[0] * seconds)
+                if process.is_alive():
+                    os.kill(process.pid, fault[1])
+            process.join(60)
+            assert process.exitcode is not None, "it hangs"
+            events.append(f"{described(fault)}: {ended(process.exitcode)}")
+            whole_files(root)
+            number = fault[1] if planted is None else fault.signal
+            # SIGTERM kills as SIGKILL does as long as there is nothing to keep.
+            assert process.exitcode in (0, -number, 128 + number), (root / "log.txt").read_text()
+            if process.exitcode == 0:
+                break
+        resume = last_good(root)
+        if process.exitcode != 0:
+            process = self.start(one, root, resume)
+            process.join(60)
+            assert process.exitcode == 0, (root / "log.txt").read_text()
+            step = read(resume)["global_step"] if resume else 0
+            events.append(f"went on from step {step}")
+        whole_files(root)
+        found, seen = outcome(root)
+        same = found["global_step"] == checkpoint["global_step"] and all(
+            torch.equal(value, checkpoint["state_dict"][name])
+            for name, value in found["state_dict"].items()
+        )
+        line = {
+            "try": one.seed,
+            "run": f"{one.kind}, {one.epochs} epochs, {one.accumulation} micro-batches, "
+            f"{one.workers} workers, checkpoints by {'step' if one.every_step else 'epoch'}",
+            "what happened": "; ".join(events),
+            "weights equal": same,
+            "validations equal": validations.equals(seen),
+        }
+        self.table.append(line)
+        return line
+
+
+def described(fault: Fault | tuple[float, signal.Signals]) -> str:
+    if isinstance(fault, Fault):
+        return f"{fault.signal.name} when {fault.moment} ({fault.count})"
+    return f"{fault[1].name} at {100 * fault[0]:.0f} % of its time"
+
+
+def ended(code: int) -> str:
+    return {0: "it was done", 143: "status 143", -15: "dead", -9: "dead"}[code]
+
+
+def outcome(root: Path) -> tuple[dict, pd.DataFrame]:
+    """The last checkpoint of a run's parts, and each validation's metrics, in their order."""
+    last = last_good(root)
+    assert last is not None
+    logs = []
+    for version in sorted(root.glob("version_*"), key=lambda f: int(f.name[8:])):
+        file = version / "metrics.csv"
+        if file.exists() and file.stat().st_size:
+            log = pd.read_csv(file)
+            if "val/loss" in log:
+                logs.append(log[["epoch", "step", *sorted(c for c in log if c[:4] == "val/")]])
+    log = pd.concat(logs).dropna(subset="val/loss").drop_duplicates(["epoch", "step"], keep="last")
+    return read(last, mmap=False), log.sort_values("step").reset_index(drop=True)
+
+
+def whole_files(root: Path) -> None:
+    """Every file that has its name is whole."""
+    for file in root.rglob("*"):
+        if not file.is_file() or any(part[0] == "." for part in file.relative_to(root).parts):
+            continue
+        if file.suffix == ".ckpt":
+            check(file, resume=True)
+        elif file.suffix == ".json" and "datasets" not in file.parts:
+            json.loads(file.read_text())
+        elif file.suffix == ".jsonl":
+            list(read_jsonl(file))
+        elif file.suffix == ".arrow" and "reference" in file.parts:
+            pa.ipc.open_file(str(file)).read_all()
+
+
+def printed(capsys, title: str, lines: list[dict[str, Any]]) -> None:
+    with capsys.disabled():
+        print(f"\n{title}")
+        columns = list(lines[0])
+        print(" | ".join(columns))
+        for line in lines:
+            print(" | ".join(str(line[column]) for column in columns))
+
+
+@pytest.fixture(scope="module")
+def laboratory(tmp_path_factory, tiny_tokenizer_dir) -> Laboratory:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_tokenizer_dir)
+    folder = tmp_path_factory.mktemp("laboratory")
+    file = save_config(folder, tokenizer)
+    config = yaml.safe_load(file.read_text())
+    config["data"]["init_args"] |= {"eval_pairs_per_batch": 4}
+    file.write_text(yaml.safe_dump(config))
+    settings = config["model"]["init_args"]
+    config["model"] = {
+        "class_path": "RewardModule",
+        "init_args": {
+            "backbone": settings["policy"],
+            "optimizer": settings["optimizer"],
+            "scheduler": settings["scheduler"],
+        },
+    }
+    reward = folder / "reward.yaml"
+    reward.write_text(yaml.safe_dump(config))
+    return Laboratory(folder, {"policy": file, "reward": reward})
+
+
+# By default a few tries, of every kind of run, in a step, a validation and in writing.
+FEW = (4, 8, 13, 21)
+
+
+@pytest.mark.parametrize(
+    "seeds",
+    [FEW, pytest.param([s for s in range(56) if s not in FEW], marks=pytest.mark.slow)],
+    ids=["few", "all"],
+)
+def test_killed_at_any_time_it_ends_as_if_it_had_not_been(laboratory, capsys, seeds):
+    lines = [laboratory.make(drawn(seed)) for seed in seeds]
+    printed(capsys, f"{len(lines)} runs, killed and gone on with", lines)
+    assert all(line["weights equal"] and line["validations equal"] for line in lines)
