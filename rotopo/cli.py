@@ -74,7 +74,8 @@ class RotopoCLI(LightningCLI):
             folder = getattr(keeper, "dirpath", None)
             good = last_good(Path(folder)) if folder and subcommand == "fit" else None
             advice = f": go on with --ckpt_path {good}" if good else ""
-            print(f"rotopo: ended by SIGTERM{advice}.", file=sys.stderr)
+            if self.trainer.is_global_zero:
+                print(f"rotopo: ended by SIGTERM{advice}.", file=sys.stderr)
             stop.code = stop.code or 128 + signal.SIGTERM
             raise
         except Exception as error:

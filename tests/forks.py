@@ -8,6 +8,7 @@ import io
 import itertools
 import multiprocessing
 import os
+import resource
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,10 +49,23 @@ class Fault:
 
         def struck(*args: Any, **settings: Any) -> Any:
             if next(calls) == self.count:
-                return how(lambda: os.kill(os.getpid(), self.signal), original, *args, **settings)
+                return how(self.strike, original, *args, **settings)
             return original(*args, **settings)
 
         setattr(owner, name, struck)
+
+    def strike(self) -> None:
+        os.kill(os.getpid(), self.signal)
+
+
+@dataclass(frozen=True)
+class FileLimit(Fault):
+    """No file may get larger than so many bytes from then on."""
+
+    limit: int = 0
+
+    def strike(self) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, resource.RLIM_INFINITY))
 
 
 def _half(strike: Callable[[], None], save: Callable, value: Any, stream: Any) -> None:

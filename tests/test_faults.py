@@ -6,9 +6,11 @@ Every try is in a table, which the tests print.
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +100,8 @@ class Laboratory:
 
     def arguments(self, one: Try, root: Path) -> list[str]:
         checkpoints = list(CHECKPOINTS)
-        if not one.every_step:  # and one that has to know the validation
-            checkpoints = [
-                "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
-                "--trainer.callbacks.save_last=true",
-                "--trainer.callbacks.monitor=val/loss",
-            ]
+        if not one.every_step:  # behind each validation, and only the last one stays
+            checkpoints = [CHECKPOINTS[0], "--trainer.callbacks.save_last=true"]
         return [
             "fit",
             f"--config={self.configs['reward' if one.kind == 'reward model' else 'policy']}",
@@ -116,9 +114,16 @@ class Laboratory:
             f"--data.cache_dir={root / 'cache'}",
         ]
 
-    def start(self, one: Try, root: Path, resume: Path | None, fault: Fault | None = None):
+    def start(
+        self,
+        one: Try,
+        root: Path,
+        resume: Path | None,
+        fault: Fault | None = None,
+        *options: str,
+    ) -> ForkServerProcess:
         root.mkdir(exist_ok=True)
-        arguments = self.arguments(one, root)
+        arguments = [*self.arguments(one, root), *options]
         arguments += [f"--ckpt_path={resume}"] if resume else []
         return start(arguments, root / "log.txt", root / "cache", fault)
 
@@ -166,16 +171,12 @@ class Laboratory:
             events.append(f"went on from step {step}")
         whole_files(root)
         found, seen = outcome(root)
-        same = found["global_step"] == checkpoint["global_step"] and all(
-            torch.equal(value, checkpoint["state_dict"][name])
-            for name, value in found["state_dict"].items()
-        )
         line = {
             "try": one.seed,
             "run": f"{one.kind}, {one.epochs} epochs, {one.accumulation} micro-batches, "
             f"{one.workers} workers, checkpoints by {'step' if one.every_step else 'epoch'}",
             "what happened": "; ".join(events),
-            "weights equal": same,
+            "weights equal": equal(found, checkpoint),
             "validations equal": validations.equals(seen),
         }
         self.table.append(line)
@@ -250,6 +251,7 @@ def laboratory(tmp_path_factory, tiny_tokenizer_dir) -> Laboratory:
     }
     reward = folder / "reward.yaml"
     reward.write_text(yaml.safe_dump(config))
+    start(["fit", "--help"], folder / "log.txt", folder).join()  # or the first run would be slow
     return Laboratory(folder, {"policy": file, "reward": reward})
 
 
@@ -266,3 +268,84 @@ def test_killed_at_any_time_it_ends_as_if_it_had_not_been(laboratory, capsys, se
     lines = [laboratory.make(drawn(seed)) for seed in seeds]
     printed(capsys, f"{len(lines)} runs, killed and gone on with", lines)
     assert all(line["weights equal"] and line["validations equal"] for line in lines)
+
+
+# Files that are damaged between two runs.
+
+
+def cut(file: Path, share: float) -> None:
+    os.truncate(file, int(share * file.stat().st_size))
+
+
+def flip(file: Path, place: float) -> None:
+    content = bytearray(file.read_bytes())
+    content[int(place * len(content))] ^= 16
+    file.write_bytes(content)
+
+
+# Which file, and how: by a cut to a share of it, a flipped bit at a share of it, or its removal.
+DAMAGES = [
+    *(("cache/tokens/*/pairs/*.arrow", cut, share) for share in (0, 0.3, 0.99)),
+    *(("cache/tokens/*/pairs/*.arrow", flip, place) for place in (0.1, 0.5, 0.8)),
+    ("cache/tokens/*/pairs/*.arrow", Path.unlink, None),
+    ("cache/tokens/*/pairs/state.json", cut, 0.5),
+    ("cache/tokens/*/pairs/dataset_info.json", cut, 0.5),
+    ("cache/tokens/*/counts.json", cut, 0.5),
+    ("cache/tokens/*/counts.json", flip, 0.9),
+    ("cache/tokens/*/hashes.json", cut, 0.5),
+    *(("cache/reference/*/*.arrow", cut, share) for share in (0, 0.3, 0.99)),
+    *(("cache/reference/*/*.arrow", flip, place) for place in (0.2, 0.5, 0.8)),
+    ("cache/reference/*/*.arrow", Path.unlink, None),  # computed again
+    ("cache/reference/*/model.json", cut, 0.5),
+    ("cache/datasets/**/*.arrow", cut, 0.5),
+    ("pairs.jsonl", cut, 0.63),
+    ("version_0/checkpoints/last.ckpt", cut, 0.9),
+    ("version_0/checkpoints/last.ckpt", flip, 0.4),
+]
+UNHARMED = {("cache/reference/*/*.arrow", Path.unlink)}
+
+
+@pytest.mark.slow
+def test_a_damaged_file_is_named_and_what_can_be_made_again_is(laboratory, capsys):
+    one = Try(0, "DPO, cached reference", 2, 1, 0, True, ())
+    checkpoint, validations, _ = laboratory.expected(one)
+    source = laboratory.configs["policy"].with_name("pairs.jsonl")
+    lines = []
+    whole = laboratory.folder / "undamaged"
+    whole.mkdir()
+    shutil.copy(source, whole)
+    here = f"--data.source={whole / 'pairs.jsonl'}"
+    process = laboratory.start(one, whole, None, None, here)
+    process.join(60)
+    assert process.exitcode == 0
+    for number, (pattern, damage, share) in enumerate(DAMAGES):
+        root = laboratory.folder / f"damaged {number}"
+        shutil.copytree(whole, root)
+        (root / "log.txt").unlink()
+        file = sorted(root.glob(pattern))[0]
+        damage(*([file] if share is None else [file, share]))
+        resume = file if file.suffix == ".ckpt" else None
+        process = laboratory.start(one, root, resume, None, here.replace(str(whole), str(root)))
+        process.join(60)
+        text = (root / "log.txt").read_text()
+        (message,) = [row for row in text.splitlines() if row[:7] == "rotopo:"] or [""]
+        if (pattern, damage) in UNHARMED:
+            found, seen = outcome(root)
+            right = process.exitcode == 0 and validations.equals(seen)
+            right &= equal(found, checkpoint)
+        else:
+            named = file.parent.parent if "pairs/" in pattern else file
+            named = file.parent if file.name in ("counts.json", "hashes.json") else named
+            right = process.exitcode == 2 and "Traceback" not in text and str(named) in message
+        how = {cut: f"cut to {share}", flip: f"a bit flipped at {share}"}.get(damage, "removed")
+        message = message.replace(str(root), "") or "made again, and all numbers are equal"
+        lines.append({"file": pattern, "fault": how, "what happened": message, "right": right})
+    printed(capsys, f"{len(lines)} damaged files", lines)
+    assert all(line["right"] for line in lines)
+
+
+def equal(found: dict, expected: dict) -> bool:
+    return found["global_step"] == expected["global_step"] and all(
+        torch.equal(value, expected["state_dict"][name])
+        for name, value in found["state_dict"].items()
+    )
