@@ -8,6 +8,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
@@ -23,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rotopo.checkpoints import check, last_good, read
 from rotopo.files import read_jsonl
-from tests.forks import MOMENTS, Fault, start
+from tests.forks import MOMENTS, Fault, FileLimit, start
 from tests.small_run import save_config
 from tests.test_training import CHECKPOINTS
 
@@ -297,10 +299,10 @@ DAMAGES = [
     *(("cache/reference/*/*.arrow", flip, place) for place in (0.2, 0.5, 0.8)),
     ("cache/reference/*/*.arrow", Path.unlink, None),  # computed again
     ("cache/reference/*/model.json", cut, 0.5),
-    ("cache/datasets/**/*.arrow", cut, 0.5),
     ("pairs.jsonl", cut, 0.63),
     ("version_0/checkpoints/last.ckpt", cut, 0.9),
     ("version_0/checkpoints/last.ckpt", flip, 0.4),
+    ("cache/datasets/**/*.arrow", cut, 0.5),
 ]
 UNHARMED = {("cache/reference/*/*.arrow", Path.unlink)}
 
@@ -320,7 +322,10 @@ def test_a_damaged_file_is_named_and_what_can_be_made_again_is(laboratory, capsy
     assert process.exitcode == 0
     for number, (pattern, damage, share) in enumerate(DAMAGES):
         root = laboratory.folder / f"damaged {number}"
-        shutil.copytree(whole, root)
+        if "datasets" in pattern:  # which are kept by their source's path
+            root = whole
+        else:
+            shutil.copytree(whole, root)
         (root / "log.txt").unlink()
         file = sorted(root.glob(pattern))[0]
         damage(*([file] if share is None else [file, share]))
@@ -349,3 +354,183 @@ def equal(found: dict, expected: dict) -> bool:
         torch.equal(value, expected["state_dict"][name])
         for name, value in found["state_dict"].items()
     )
+
+
+# A disk that fills up.
+
+
+def refusal(process: ForkServerProcess, root: Path) -> str:
+    """The one line with which a run ends."""
+    process.join(60)
+    text = (root / "log.txt").read_text()
+    assert process.exitcode == 2, text
+    assert "Traceback" not in text
+    (message,) = [row for row in text.splitlines() if row[:7] == "rotopo:"]
+    return message
+
+
+def unfinished(root: Path) -> list[Path]:
+    return [file for file in root.rglob(".*") if file.is_file()]
+
+
+@pytest.mark.parametrize("count", [1, 3, pytest.param(6, marks=pytest.mark.slow)])
+def test_a_disk_that_fills_up_ends_the_run_and_the_last_checkpoint_is_whole(
+    laboratory, capsys, count
+):
+    """By a limit on files that comes before a step: a checkpoint is larger, and nothing else."""
+    one = Try(0, "DPO, LoRA with dropout", 2, 1, 0, True, ())
+    checkpoint, validations, _ = laboratory.expected(one)
+    root = laboratory.folder / f"limit {count}"
+    fault = FileLimit("before a step", count, signal.SIGXFSZ, limit=15_000)
+    message = refusal(laboratory.start(one, root, None, fault), root)
+    assert f"step={count}.ckpt cannot be written (File too large): make room" in message
+    last = last_good(root)
+    advice = "there is no checkpoint to go on from" if count == 1 else f"--ckpt_path {last}"
+    assert advice in message
+    assert unfinished(root) == []
+    whole_files(root)
+    process = laboratory.start(one, root, last)
+    process.join(60)
+    found, seen = outcome(root)
+    line = {
+        "fault": f"a limit on files from step {count} on",
+        "what happened": message.replace(str(root), ""),
+        "equal": equal(found, checkpoint) and validations.equals(seen),
+    }
+    printed(capsys, "A disk that fills up", [line])
+    assert line["equal"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kilobytes", [90, 200, 330, 400])
+def test_so_does_one_that_is_really_full(laboratory, capsys, kilobytes, tmp_path):
+    mounted = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(tmp_path)]
+    if os.geteuid() != 0 or subprocess.run(mounted, capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs is not permitted here")
+    try:
+        one = Try(0, "DPO, LoRA with dropout", 2, 1, 0, True, ())
+        checkpoint, validations, _ = laboratory.expected(one)
+        root = laboratory.folder / f"full {kilobytes}"
+        root.mkdir()
+        place = f"--trainer.default_root_dir={tmp_path}"
+        message = refusal(laboratory.start(one, root, None, None, place), root)
+        assert "(No space left on device): make room" in message
+        assert unfinished(tmp_path) == []
+        last = last_good(tmp_path)
+        assert (f"--ckpt_path {last}" if last else "no checkpoint to go on from") in message
+        whole_files(tmp_path)
+        shutil.copytree(tmp_path, root, dirs_exist_ok=True)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+    process = laboratory.start(one, root, root / last.relative_to(tmp_path) if last else None)
+    process.join(60)
+    found, seen = outcome(root)
+    line = {
+        "fault": f"a disk of {kilobytes} kB",
+        "what happened": message,
+        "equal": equal(found, checkpoint) and validations.equals(seen),
+    }
+    printed(capsys, "A disk that is really full", [line])
+    assert line["equal"]
+
+
+# The command as it is typed.
+
+
+@pytest.mark.slow
+def test_the_real_command_killed_three_times(laboratory, capsys):
+    one = Try(0, "DPO, LoRA with dropout", 40, 1, 1, True, ())
+    checkpoint, validations, _ = laboratory.expected(one)
+    root, events = laboratory.folder / "real", []
+    chance = random.Random(0)
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+        resume, before = last_good(root), len(list(root.rglob("*.ckpt")))
+        command = [sys.executable, "-m", "rotopo.cli", *laboratory.arguments(one, root)]
+        command += [f"--ckpt_path={resume}"] if resume else []
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 60
+        while len(list(root.rglob("*.ckpt"))) < before + 3 and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.5))
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+        whole_files(root)
+        last = last_good(root)
+        step = read(last)["global_step"]
+        events.append(f"{number.name}: status {process.returncode}, step {step} kept")
+        if number == signal.SIGTERM:
+            assert process.returncode == 143
+            told = error.decode().splitlines()[-1]
+            assert told == f"rotopo: ended by SIGTERM: go on with --ckpt_path {last}."
+        else:
+            assert process.returncode == -9
+    process = laboratory.start(one, root, last_good(root))
+    process.join(60)
+    found, seen = outcome(root)
+    line = {
+        "what happened": "; ".join(events),
+        "weights equal": equal(found, checkpoint),
+        "validations": f"{len(seen)} of {len(validations)}",
+    }
+    printed(capsys, "The real command", [line])
+    assert line["weights equal"]
+    pd.testing.assert_frame_equal(seen, validations, check_exact=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_two_ranks_one_is_killed(laboratory, capsys, rank):
+    """The other ends at once: gloo sees that the connection is closed."""
+    one = Try(0, "DPO, LoRA with dropout", 40, 1, 0, True, ())
+    options = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    command = [sys.executable, "-m", "rotopo.cli", *laboratory.arguments(one, laboratory.folder)]
+    expected = laboratory.folder / "two ranks"
+    if rank == 0:
+        place = f"--trainer.default_root_dir={expected}"
+        subprocess.run([*command, *options, place], check=True, capture_output=True, timeout=120)
+    root = laboratory.folder / f"rank {rank} killed"
+    options.append(f"--trainer.default_root_dir={root}")
+    process = subprocess.Popen(
+        [*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while len(list(root.rglob("*.ckpt"))) < 20:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    (other,) = children(process.pid)
+    struck, left = (process.pid, other) if rank == 0 else (other, process.pid)
+    os.kill(struck, signal.SIGKILL)
+    began = time.monotonic()
+    while alive(left):
+        assert time.monotonic() < began + 30
+        process.poll()
+        time.sleep(0.05)
+    seconds = time.monotonic() - began
+    assert process.wait(10) == (-9 if rank == 0 else 1)
+    whole_files(root)
+    last = last_good(root)
+    step = read(last)["global_step"]
+    resume = f"--ckpt_path={last}"
+    subprocess.run([*command, *options, resume], check=True, capture_output=True, timeout=120)
+    line = {
+        "fault": f"rank {rank} killed, {step} steps kept",
+        "the other ended after": f"{seconds:.1f} s",
+        "weights equal": equal(outcome(root)[0], outcome(expected)[0]),
+    }
+    printed(capsys, "Two ranks", [line])
+    assert line["weights equal"]
+
+
+def children(pid: int) -> list[int]:
+    """Ranks that a process has started."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(p) for p in found if b"rotopo.cli" in Path(f"/proc/{p}/cmdline").read_bytes()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
