@@ -22,7 +22,7 @@ from rotopo.files import full_disk, unfinished, writing_whole
 _ZIP = b"PK\x03\x04"
 # What a fit needs to go on, and what every checkpoint of ours has.
 _TO_GO_ON = ("optimizer_states", "lr_schedulers", "callbacks")
-_ALWAYS = ("state_dict", "random_state", "loops", "global_step")
+_ALWAYS = ("state_dict", "random_states", "loops", "global_step")
 
 
 def read(path: Path, resume: bool = False, mmap: bool = True) -> dict[str, Any]:

@@ -244,7 +244,11 @@ class PairwiseModule(LightningModule):
             "version": rotopo.__version__,
             "base_fingerprint": self.base_fingerprint,
         }
-        checkpoint["random_state"] = _random_state()
+        states: list[Any] = [_random_state()]
+        if self.trainer.world_size > 1:  # they part as soon as the ranks' batches differ
+            states *= self.trainer.world_size
+            torch.distributed.all_gather_object(states, states[0])
+        checkpoint["random_states"] = states
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that does not fit.
@@ -268,7 +272,8 @@ class PairwiseModule(LightningModule):
                 f"ckpt_path: checkpoint and module train different parameters ({len(wrong)} of "
                 f"them, {min(wrong)} for one): check the adapter's settings."
             )
-        self._random_state = checkpoint["random_state"]
+        states = checkpoint["random_states"]
+        self._random_state = states[self.global_rank % len(states)]
 
     @abstractmethod
     def predict(self, batch: Any) -> list[dict[str, Any]]:
