@@ -157,10 +157,8 @@ def disk_is_full(file: Path | None, error: OSError, folder: Path | None) -> Inpu
     """
     good = last_good(folder) if folder else None
     advice = f"go on with --ckpt_path {good}" if good else "there is no checkpoint to go on from"
-    return InputError(
-        f"{file or error.filename or 'a file'} cannot be written ({error.strerror}): make room; "
-        f"{advice}."
-    )
+    place = file or error.filename or "a file of the run"
+    return InputError(f"{place} cannot be written ({error.strerror}): make room; {advice}.")
 
 
 class Interruption(Callback):
