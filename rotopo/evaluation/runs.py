@@ -232,6 +232,8 @@ def read_embeddings(file: Path) -> tuple[np.ndarray, np.ndarray]:
             with np.load(file) as arrays:  # without what has to be unpickled
                 _need(arrays, ("x", "labels"), file)
                 x, labels = arrays["x"], arrays["labels"].astype(str)
+        except InputError:
+            raise
         except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise InputError(f"embeddings: {file}: {error}") from error
     elif file.suffix == ".csv":
