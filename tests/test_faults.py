@@ -258,7 +258,7 @@ def laboratory(tmp_path_factory, tiny_tokenizer_dir) -> Laboratory:
 
 
 # By default a few tries, of every kind of run, in a step, a validation and in writing.
-FEW = (4, 8, 13, 21)
+FEW = (4, 29, 30, 47)
 
 
 @pytest.mark.parametrize(
