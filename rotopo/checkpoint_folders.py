@@ -4,7 +4,6 @@ The shares are torch's distributed checkpoints in their safetensors form, which 
 can read; their other form is read by unpickling.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,9 +17,8 @@ from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageWriter,
 )
 
-from rotopo.errors import InputError
-
-_REST = "meta.pt"  # by which Lightning tells such a folder, too
+from rotopo.checkpoints import REST
+from rotopo.files import writing_whole
 
 
 def write(path: Path, checkpoint: dict[str, Any], first: bool, barrier: Callable[[], None]) -> None:
@@ -49,10 +47,8 @@ def write(path: Path, checkpoint: dict[str, Any], first: bool, barrier: Callable
         distributed.save(tensors, storage_writer=writer)
         if first:
             rest["shares"] = {f.name: f.stat().st_size for f in unfinished.glob("*.safetensors")}
-            with (unfinished / _REST).open("wb") as stream:
+            with writing_whole(unfinished / REST) as stream:
                 torch.save(rest, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
             old = path.with_name(f".{path.name}.old")
             if path.exists():
                 path.rename(old)
@@ -67,24 +63,9 @@ def write(path: Path, checkpoint: dict[str, Any], first: bool, barrier: Callable
     barrier()
 
 
-def read_rest(path: Path) -> dict[str, Any]:
-    """All but the shared tensors, of which None stands in the places.
-
-    Raises:
-        InputError: the folder is no checkpoint of ours, or a part of it is missing or cut off.
-    """
-    if not (path / _REST).is_file():
-        raise InputError(f"{path}: a folder without {_REST}, which no checkpoint is.")
-    rest = torch.load(path / _REST, map_location="cpu", weights_only=True)
-    for name, size in rest.get("shares", {}).items():
-        share = path / name
-        if not share.is_file() or share.stat().st_size != size:
-            raise InputError(f"{path}: {name} is missing or not whole.")
-    return rest
-
-
 def read(
     path: Path,
+    rest: dict[str, Any],
     targets: Mapping[str, Tensor] | None = None,
     parameters: Sequence[Sequence[Tensor]] = (),
 ) -> dict[str, Any]:
@@ -92,14 +73,11 @@ def read(
 
     Args:
         path: of the folder.
+        rest: all but the shared tensors, see :func:`rotopo.checkpoints.check`.
         targets: divided tensors by name, like which the state dict is to be divided; None reads
             whole tensors, by one process alone.
         parameters: of each optimiser, by number, like which its state is to be divided.
-
-    Raises:
-        InputError: as :func:`read_rest`.
     """
-    rest = read_rest(path)
     reader = HuggingFaceStorageReader(str(path))
     stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
     tensors = {}

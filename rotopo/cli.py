@@ -2,6 +2,7 @@
 judge, report and export what they wrote."""
 
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -14,12 +15,16 @@ import jsonargparse._typehints as jsonargparse_typehints
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import rotopo.objectives
 import rotopo.reward  # (classes are known by their short names once imported)
 import rotopo.robust  # noqa: F401
+from rotopo.checkpoints import WholeCheckpointIO, check, disk_is_full, last_good
 from rotopo.data.module import PairwiseDataModule
 from rotopo.errors import InputError
+from rotopo.files import full_disk
 from rotopo.training import PairwiseModule
 
 _DESCRIPTION = """Preference optimisation of language models.
@@ -47,14 +52,50 @@ class RotopoCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("model", "data.init_args.tokenizer", compute_fn=_path_of)
 
-    def before_instantiate_classes(self) -> None:
-        checkpoint = self._get(self.config, "ckpt_path")
-        if checkpoint and Path(checkpoint).suffix and not Path(checkpoint).exists():
-            raise InputError(f"ckpt_path: there is no checkpoint {checkpoint}.")
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        # Checkpoints are always read as weights only, so that no code in them is run.
+        return {k: v | {"weights_only"} for k, v in LightningCLI.subcommands().items()}
+
+    def _parse_ckpt_path(self) -> None:
+        """Refuse a checkpoint that is named and not good before anything else is read.
+
+        Settings are the command line's alone: Lightning would take some from the checkpoint.
+        """
+        command = self.config["subcommand"]
+        path = self.config[command].get("ckpt_path")
+        # Words like last and best have no suffix; what has a protocol is not on this machine.
+        if path and "://" not in path and (Path(path).suffix or Path(path).exists()):
+            check(Path(path), resume=command == "fit")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Lightning's, whose end by SIGTERM or a full disk is told in one line."""
+        keeper = self.trainer.checkpoint_callback
+        try:
+            super()._run_subcommand(subcommand)
+        except SIGTERMException as stop:
+            folder = getattr(keeper, "dirpath", None)
+            good = last_good(Path(folder)) if folder and subcommand == "fit" else None
+            advice = f": go on with --ckpt_path {good}" if good else ""
+            if self.trainer.is_global_zero:
+                print(f"rotopo: ended by SIGTERM{advice}.", file=sys.stderr)
+            stop.code = stop.code or 128 + signal.SIGTERM
+            raise
+        except Exception as error:
+            full = full_disk(error)
+            if full is None or _input_error(error):
+                raise
+            folder = getattr(keeper, "dirpath", None)
+            raise disk_is_full(None, full, folder and Path(folder)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """TensorBoard and CSV in ``default_root_dir/version_N`` unless loggers are given."""
+        """TensorBoard and CSV in ``default_root_dir/version_N`` unless loggers are given;
+        checkpoints written whole, unless ``plugins`` has another way."""
         config = self._get(self.config_init, "trainer")
+        given = config.plugins or []
+        plugins = given if isinstance(given, list) else [given]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, WholeCheckpointIO()]
         if config.logger is None:
             root = config.default_root_dir or "runs"
             board = TensorBoardLogger(root, name="")

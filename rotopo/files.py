@@ -1,14 +1,18 @@
-"""Text files: read with errors that name the line, written whole or not at all."""
+"""Files: text read with errors that name the line, anything written whole or not at all."""
 
 import bz2
+import errno
+import glob
 import gzip
+import hashlib
 import json
 import lzma
 import os
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rotopo.errors import InputError
 
@@ -58,15 +62,54 @@ def read_jsonl(file: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, value
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a text file that appears under its name only when it is complete."""
+@contextmanager
+def writing_whole(file: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears under its name only when it is complete and on the disk.
+
+    Nothing of it stays behind when writing fails; a killed process leaves what :func:`unfinished`
+    finds.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    with unfinished.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    unfinished.replace(file)
+    part = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    try:
+        with part.open("xb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # else the new name may not outlive a loss of power
+    finally:
+        os.close(folder)
+
+
+def unfinished(file: Path) -> Iterator[Path]:
+    """What processes have written, or write at this moment, of a file."""
+    return file.parent.glob(f".{glob.escape(file.name)}.{'[0-9a-f]' * 32}")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file as :func:`writing_whole` does."""
+    with writing_whole(file) as stream:
+        stream.write(text.encode())
+
+
+def sha256(file: Path) -> str:
+    """Hash of a file's bytes; about half a second for a gigabyte."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def full_disk(error: BaseException | None) -> OSError | None:
+    """The full disk, spent quota or limit on a file's size behind an error; None if it is none."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def to_json(value: Any) -> str:

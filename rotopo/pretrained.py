@@ -58,11 +58,20 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise InputError(f"No tokenizer at {path!r}: {first_line(error)}") from error
+        raise InputError(
+            f"No tokenizer at {path!r}: {first_line(error)}{conversion_advice(path)}"
+        ) from error
 
 
 def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
+
+
+def conversion_advice(path: str) -> str:
+    """What to add to a message that a model cannot be read, if it is our own conversion."""
+    folder = Path(pretrained_folder(path))
+    ours = folder.parent == cache_dir() / "models"
+    return f" (remove {folder}, and the GGUF file is converted again)" if ours else ""
 
 
 def pretrained_folder(path: str) -> str:

@@ -140,7 +140,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         targets = {name: value for name, value in module.state_dict().items() if name in saved}
         by_number = [_parameters(optimizer) for optimizer in fits]
         if path.is_dir():
-            checkpoint = checkpoint_folders.read(path, targets, by_number)
+            rest = checkpoints.check(path)
+            checkpoint = checkpoint_folders.read(path, rest, targets, by_number)
         else:
             checkpoint = checkpoints.read(path)
             for name, value in checkpoint["state_dict"].items():

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import rotopo
+from rotopo.checkpoints import Interruption
 from rotopo.errors import InputError
 
 if TYPE_CHECKING:  # else rotopo --help would wait for them
@@ -82,6 +83,14 @@ def _settings(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_settings(v) for v in value]
     return _settings(vars(value)) if is_dataclass(value) else None
+
+
+def _random_state() -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
 
 
 def _of_all_ranks(value: Any) -> list[Any]:
@@ -202,7 +211,8 @@ class PairwiseModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         given = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
-        return [callback for callback in self.always_on() if type(callback) not in given]
+        always = [*self.always_on(), Interruption()]  # last: it may end the run
+        return [callback for callback in always if type(callback) not in given]
 
     def response_lengths(self, batch: "PairBatch") -> Tensor:
         """Tokens of each response of a batch, the end-of-turn token included [S]."""
@@ -283,13 +293,7 @@ class PairwiseModule(LightningModule):
             "shapes": {k: list(v.shape) for k, v in checkpoint["state_dict"].items()},
         }
         checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
-        checkpoint["random_states"] = _of_all_ranks(
-            {
-                "python": random.getstate(),
-                "torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-            }
-        )
+        checkpoint["random_states"] = _of_all_ranks(_random_state())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that does not fit.
@@ -397,6 +401,7 @@ class PairwiseModule(LightningModule):
             InputError: a setting of the Trainer would validate, or end an epoch, within a step.
         """
         self._check_steps_are_whole()
+        self._validate_if_due()
         # From a checkpoint of an epoch's last batch Lightning resumes behind that epoch, but does
         # not count the next one as begun; a second resumption would then train for too long.
         loop = self.trainer.fit_loop
@@ -407,8 +412,48 @@ class PairwiseModule(LightningModule):
                 # would go on within one that a selector has made longer than the last.
                 loop.epoch_loop.batch_progress.current.completed = sys.maxsize
 
+    def _validate_if_due(self) -> None:
+        """Do the validation that a checkpoint was written just before.
+
+        Lightning leaves it out when it goes on from such a checkpoint, and with it what early
+        stopping and the choice of the best checkpoint would have seen.
+        """
+        trainer, loop = self.trainer, self.trainer.fit_loop
+        epochs: Any = loop.epoch_progress
+        batches = loop.epoch_loop.batch_progress
+        if not loop.epoch_loop.restarted_on_train_batch_end:
+            return
+        # Put the counts where they stand while a run validates that has not been interrupted:
+        # Lightning has an epoch end with its last batch, and that batch complete only later.
+        ended = batches.is_last_batch and epochs.current.processed == epochs.current.ready
+        for epoch, batch in ((epochs.total, batches.total), (epochs.current, batches.current)):
+            epoch.processed -= ended
+            epoch.completed -= ended
+            batch.completed += 1
+        assert loop._data_fetcher is not None
+        # An epoch's number of batches may be the next one's by now, if a selector chose its rows.
+        by_epoch = isinstance(trainer.val_check_interval, float) and trainer.val_check_interval == 1
+        if loop.epoch_loop._should_check_val_epoch() and (
+            batches.is_last_batch
+            if by_epoch
+            else loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        ):
+            self._restore_random_state()
+            trainer.validating = True
+            loop.epoch_loop.val_loop.restarting = False
+            loop.epoch_loop.val_loop.run()
+            trainer.training = True
+            self._random_state = _random_state()
+        for epoch, batch in ((epochs.total, batches.total), (epochs.current, batches.current)):
+            epoch.processed += ended
+            epoch.completed += ended
+            batch.completed -= 1
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Restored here and not on load: nothing draws between here and the first step.
+        self._restore_random_state()
+
+    def _restore_random_state(self) -> None:
         if self._random_state is not None:
             state, self._random_state = self._random_state, None
             version, internal, gauss = state["python"]

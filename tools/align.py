@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from rotopo.checkpoints import last_good
 from rotopo.cli import run as rotopo
 from rotopo.data import films
 from rotopo.data.batch import Role, collate
@@ -97,9 +98,7 @@ class Workshop:
             print(f"{self.clock()}  {command} {name}: done before", flush=True)
             return folder / json.loads(done.read_text("utf-8"))["run"]
         print(f"{self.clock()}  {command} {name} ...", flush=True)
-        last = max(folder.rglob("last*.ckpt"), key=lambda f: f.stat().st_mtime, default=None)
-        resume = [f"--ckpt_path={last}"] if last is not None else []
-        cli = rotopo([*arguments, f"--trainer.default_root_dir={folder}", *resume])
+        cli = rotopo([*arguments, f"--trainer.default_root_dir={folder}", *checkpoint(folder)])
         found = Path(cli.trainer.log_dir)
         if command == "fit":
             join_logs(sorted(folder.glob("version_*"), key=lambda f: int(f.name[8:])))
@@ -121,9 +120,10 @@ def join_logs(versions: list[Path]) -> None:
     pd.concat(logs).to_csv(versions[-1] / "metrics.csv", index=False)
 
 
-def checkpoint(run: Path) -> str:
-    """The option that loads a training's last checkpoint."""
-    return f"--ckpt_path={max(run.rglob('last*.ckpt'), key=lambda f: f.stat().st_mtime)}"
+def checkpoint(folder: Path) -> list[str]:
+    """The option that loads the last checkpoint of a training, if it has one."""
+    last = last_good(folder)
+    return [f"--ckpt_path={last}"] if last is not None else []
 
 
 def data_settings(source: str, pairs: int) -> tuple[list[str], bool]:
@@ -219,7 +219,7 @@ def main() -> None:
     }
     reward_tests = {"untrained": run("test", "untrained", REWARD_MODEL)}
     for name, folder in reward_training.items():
-        reward_tests[name] = run("test", name, REWARD_MODEL, checkpoint(folder))
+        reward_tests[name] = run("test", name, REWARD_MODEL, *checkpoint(folder))
 
     print("Policies")
     text = output / "plots.txt"
@@ -234,7 +234,7 @@ def main() -> None:
     knowledge = ["--trainer.callbacks+=rotopo.callbacks.Perplexity"]
     knowledge += [f"--trainer.callbacks.file={text}"]
     tests = {
-        name: run("test", name, POLICIES[name], cached, *knowledge, checkpoint(folder))
+        name: run("test", name, POLICIES[name], cached, *knowledge, *checkpoint(folder))
         for name, folder in training.items()
     }
 
@@ -242,14 +242,14 @@ def main() -> None:
     sampling = "--model.sampling.max_new_tokens=96"
     predictions = {"base": run("predict", "base", POLICIES["DPO"], sampling)}
     for name, folder in training.items():
-        predictions[name] = run("predict", name, POLICIES[name], sampling, checkpoint(folder))
+        predictions[name] = run("predict", name, POLICIES[name], sampling, *checkpoint(folder))
     responses = {name: folder / "responses.jsonl" for name, folder in predictions.items()}
     scores: dict[str, dict[str, Path]] = {}
     for name, file in responses.items():
         scores[name] = {}
         for judging, folder in reward_training.items():
             label, score = f"{name}-by-{judging}", f"--data.score={file}"
-            scored = run("predict", label, REWARD_MODEL, score, checkpoint(folder))
+            scored = run("predict", label, REWARD_MODEL, score, *checkpoint(folder))
             scores[name][judging] = scored / "scores.jsonl"
 
     print("Judgement and report")

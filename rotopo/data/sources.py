@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import datasets
+import pyarrow as pa
 from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
@@ -170,7 +172,11 @@ def _load_files(files: Sequence[str], split: str) -> Dataset:
         for file in files:
             if builder == "json":
                 _check_json(file)
-        raise InputError(f"{', '.join(files[:3])}: {_cause(error)}") from error
+        advice = ""
+        if isinstance(error, pa.ArrowInvalid | OSError):  # what reads the source wraps its errors
+            cache = Path(datasets.config.HF_DATASETS_CACHE) / builder
+            advice = f" (the copy in {cache} may be damaged: remove it, and it is made again)"
+        raise InputError(f"{', '.join(files[:3])}: {_cause(error)}{advice}") from error
 
 
 def _load_from_hub(source: str, split: str) -> Dataset:

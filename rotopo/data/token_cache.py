@@ -18,6 +18,9 @@ from rotopo.data import schemas
 from rotopo.data.schemas import Format, naming_row, read_row
 from rotopo.data.tokens import OnBadRow, Outcome, PairEncoder, TokenizedPair
 from rotopo.errors import InputError
+from rotopo.files import sha256
+
+_HASHES = "hashes.json"
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ def tokenize_rows(
     """Tokenise every row once: the result is kept on disk under a fingerprint.
 
     The fingerprint covers the rows' content, the code that reads them, the tokenizer's content,
-    the template and every setting. A result appears in the cache only when it is whole.
+    the template and every setting. A result appears in the cache only when it is whole, and its
+    bytes are looked at whenever it is found there.
 
     Args:
         rows: rows as stored.
@@ -70,11 +74,13 @@ def tokenize_rows(
         extra_responses: column of each further response, by the name of its role.
 
     Raises:
-        InputError: a row that cannot be used, with ``on_bad_row="error"``; no row is left.
+        InputError: a row that cannot be used, with ``on_bad_row="error"``; no row is left; what is
+            in the cache is damaged.
     """
     extra = extra_responses or {}
     digest = hashlib.sha256()
-    for part in (fingerprint_rows(rows), row_format.name, encoder.fingerprint(), on_bad_row, extra):
+    parts = [fingerprint_rows(rows), row_format.name, encoder.fingerprint(), on_bad_row, extra]
+    for part in [*parts, "with hashes"]:  # the last is the cache's own form
         digest.update(str(part).encode())
     for code in (schemas.__file__, row_format.source_file):
         digest.update(Path(code).read_bytes())
@@ -92,9 +98,16 @@ def tokenize_rows(
                 raise
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-    pairs = Dataset.load_from_disk(folder / "pairs")
-    counts = json.loads((folder / "counts.json").read_text("utf-8"))
-    return TokenizedRows(pairs, counts, fingerprint)
+    try:
+        if json.loads((folder / _HASHES).read_text("utf-8")) != _hashes(folder):
+            raise ValueError("it holds other bytes than were written")
+        pairs = Dataset.load_from_disk(folder / "pairs")
+        counts = json.loads((folder / "counts.json").read_text("utf-8"))
+        return TokenizedRows(pairs, counts, fingerprint)
+    except (ValueError, OSError) as error:
+        raise InputError(
+            f"{folder} is damaged: remove it, and the rows are tokenised again. ({error})"
+        ) from error
 
 
 def fingerprint_rows(rows: Dataset) -> str:
@@ -161,6 +174,12 @@ def _save(mapped: Dataset, folder: Path) -> None:
         )
     mapped.select(kept).remove_columns("outcome").save_to_disk(folder / "pairs")
     (folder / "counts.json").write_text(json.dumps(counts), "utf-8")
+    (folder / _HASHES).write_text(json.dumps(_hashes(folder)), "utf-8")
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = [folder / "counts.json", *(folder / "pairs").iterdir()]
+    return {str(file.relative_to(folder)): sha256(file) for file in files}
 
 
 def _tokenize_batch(

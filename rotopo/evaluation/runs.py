@@ -1,6 +1,7 @@
 """What the report reads: folders of runs, a judgement, responses, embeddings."""
 
 import json
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -227,9 +228,14 @@ def read_embeddings(file: Path) -> tuple[np.ndarray, np.ndarray]:
     if not file.is_file():
         raise InputError(f"embeddings: there is no file {file}.")
     if file.suffix == ".npz":
-        with np.load(file) as arrays:
-            _need(arrays, ("x", "labels"), file)
-            x, labels = arrays["x"], arrays["labels"].astype(str)
+        try:
+            with np.load(file) as arrays:  # without what has to be unpickled
+                _need(arrays, ("x", "labels"), file)
+                x, labels = arrays["x"], arrays["labels"].astype(str)
+        except InputError:
+            raise
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise InputError(f"embeddings: {file}: {error}") from error
     elif file.suffix == ".csv":
         table = pd.read_csv(file, dtype={"label": str}, keep_default_na=False)
         _need(table, ("label",), file)

@@ -13,6 +13,7 @@ from typing import Any, cast, get_args
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -29,7 +30,7 @@ from rotopo.models.attention import attention_inputs
 from rotopo.models.segment_attention import segment_attention
 from rotopo.models.settings import BackboneConfig, DtypeName, Quantization
 from rotopo.models.sharding import Sharding, decoder_layers
-from rotopo.pretrained import first_line, pretrained_folder
+from rotopo.pretrained import conversion_advice, first_line, pretrained_folder
 
 
 def resolve_dtype(name: DtypeName) -> torch.dtype:
@@ -78,7 +79,7 @@ def load_config(
     except (OSError, ValueError) as error:
         raise InputError(
             f"No model at {path!r}: give {setting}.path a model's name on the Hub, a folder, a "
-            f"GGUF file, or package:PACKAGE/FILE. ({first_line(error)})"
+            f"GGUF file, or package:PACKAGE/FILE. ({first_line(error)}){conversion_advice(path)}"
         ) from error
     for name, value in config.to_dict().items():
         if "drop" in name and isinstance(value, float):
@@ -164,10 +165,10 @@ def load_model(
             trust_remote_code=trust_remote_code,
             **settings,
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise InputError(
             f"Cannot load policy.path {path!r} with policy.attention {attention!r}: "
-            f"{first_line(error)}"
+            f"{first_line(error)}{conversion_advice(path)}"
         ) from error
 
 

@@ -1,7 +1,7 @@
 """Reference log-probs on disk: computed once, found by content, for all who have the folder."""
 
+import hashlib
 import json
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rotopo.errors import InputError
+from rotopo.files import sha256, write_whole, writing_whole
 
 
 class ReferenceCache:
@@ -19,6 +20,7 @@ class ReferenceCache:
     The folder says which model they are of, and holds any number of Arrow files, each whole: a
     process writes a file of its own under another name first. So several processes may share the
     folder, a run that dies loses what it had not flushed, and the folder can be copied elsewhere.
+    A file's name is the hash of its bytes, which is looked at whenever it is opened.
 
     Args:
         folder: where the files are; made if there is none.
@@ -39,16 +41,20 @@ class ReferenceCache:
         folder.mkdir(parents=True, exist_ok=True)
         label = folder / "model.json"
         if label.exists():
-            found = json.loads(label.read_text("utf-8"))
+            try:
+                found = json.loads(label.read_text("utf-8"))
+            except ValueError as error:
+                raise InputError(
+                    f"{label} is damaged and no longer says of which model the log-probs here are: "
+                    f"delete the folder, and they are computed again. ({error})"
+                ) from error
             if found != self.model:
                 raise InputError(
                     f"{folder} holds reference log-probs of another model ({found}, here "
                     f"{self.model}): name another folder."
                 )
         else:
-            unfinished = label.with_suffix(f".{uuid.uuid4().hex}")
-            unfinished.write_text(json.dumps(self.model), "utf-8")
-            unfinished.replace(label)
+            write_whole(label, json.dumps(self.model))
         self.refresh()
 
     def __contains__(self, key: bytes) -> bool:
@@ -60,10 +66,12 @@ class ReferenceCache:
             if file in self._read:
                 continue
             try:
+                if sha256(file)[:32] != file.stem:
+                    raise ValueError("its bytes are not those that were written")
                 table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
                 values = table.column("log_probs")
                 keys = table.column("key").to_pylist()
-            except (pa.ArrowInvalid, OSError, KeyError) as error:
+            except (ValueError, OSError, KeyError) as error:
                 raise InputError(
                     f"{file}: not a whole file of reference log-probs; delete it, and they are "
                     f"computed again. ({error})"
@@ -102,10 +110,12 @@ class ReferenceCache:
                 "log_probs": pa.array(list(self._new.values()), pa.list_(value_type)),
             }
         )
-        file = self.folder / f"{uuid.uuid4().hex}.arrow"
-        unfinished = file.with_suffix(".unfinished")
-        with pa.ipc.new_file(str(unfinished), table.schema) as writer:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table.combine_chunks())
-        unfinished.replace(file)
+        content = sink.getvalue()
+        name = hashlib.sha256(content).hexdigest()[:32]
+        with writing_whole(self.folder / f"{name}.arrow") as stream:
+            stream.write(content)
         self._new.clear()
         self.refresh()

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import uuid
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from tqdm.auto import tqdm
 from rotopo.data.batch import collate_prompts
 from rotopo.data.tokens import PairEncoder
 from rotopo.errors import InputError
+from rotopo.files import write_whole
 from rotopo.models.policy import Policy, Sampling
 
 _PROMPTS_AT_ONCE = 32
@@ -61,7 +61,8 @@ def draw(
         token ids of each response, with the end-of-turn token; and the folder that keeps them.
 
     Raises:
-        InputError: another rank's responses are not in this rank's cache folder.
+        InputError: another rank's responses are not in this rank's cache folder, or a file in it
+            is damaged.
     """
     settings = [source, vars(sampling), encoder.stop_ids, encoder.end_of_turn_id]
     digest = hashlib.sha256(json.dumps(settings).encode())
@@ -101,9 +102,7 @@ def draw(
             )
         most = sampling.max_new_tokens
         ended = [ids + [encoder.end_of_turn_id] * (len(ids) < most) for ids in responses]
-        unfinished = files[number].with_suffix(f".{uuid.uuid4().hex}")
-        unfinished.write_text(json.dumps(ended), "utf-8")
-        unfinished.replace(files[number])
+        write_whole(files[number], json.dumps(ended))
     if distributed:
         torch.distributed.barrier()
 
@@ -115,6 +114,14 @@ def draw(
                 "data.cache_dir or $ROTOPO_CACHE name a folder that all nodes share, and no other "
                 "run make the same samples meanwhile."
             )
-        for i, ids in zip(part, json.loads(file.read_text("utf-8")), strict=True):
-            samples[i] = ids
+        try:
+            drawn = json.loads(file.read_text("utf-8"))
+            if [type(token) for ids in drawn for token in ids].count(int) != sum(map(len, drawn)):
+                raise TypeError("not all of it is token ids")
+            for i, ids in zip(part, drawn, strict=True):
+                samples[i] = ids
+        except (ValueError, TypeError) as error:
+            raise InputError(
+                f"{file} is damaged: remove it, and these responses are drawn again. ({error})"
+            ) from error
     return samples, folder

@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any, Self, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -29,7 +30,7 @@ from rotopo.models.backbone import (
 )
 from rotopo.models.settings import BackboneConfig
 from rotopo.models.sharding import Sharding, divide
-from rotopo.pretrained import first_line, pretrained_folder
+from rotopo.pretrained import conversion_advice, first_line, pretrained_folder
 
 
 class Scorer(Backbone):
@@ -211,10 +212,10 @@ def _load_model(
             trust_remote_code=trust_remote_code,
             **settings,
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise InputError(
             f"Cannot load backbone.path {path!r} with backbone.attention {attention!r}: "
-            f"{first_line(error)}"
+            f"{first_line(error)}{conversion_advice(path)}"
         ) from error
     finally:
         logging.set_verbosity(verbosity)

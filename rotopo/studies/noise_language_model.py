@@ -19,8 +19,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import rotopo.cli
+from rotopo.checkpoints import last_good
 from rotopo.errors import InputError
 from rotopo.files import to_json, write_whole
 from rotopo.objectives import DPO, RobustDPO
@@ -160,13 +162,15 @@ class LanguageModelRuns:
     ) -> dict[str, Any]:
         """What is written of a run."""
         files = [f"--config={file}" for file in self.settings.files]
-        last = max(folder.rglob("*.ckpt"), key=lambda f: f.stat().st_mtime, default=None)
+        last = last_good(folder)
         place = [f"--trainer.default_root_dir={folder}"]
         place += [f"--ckpt_path={last}"] if last is not None else []
         folder.mkdir(parents=True, exist_ok=True)
         with quiet(folder / "log.txt"):
             try:
                 cli = rotopo.cli.run(["fit", *files, *arguments, *place])
+            except SIGTERMException:
+                raise
             except SystemExit as stop:  # the message is in the log, and is this error's context
                 raise InputError(f"{method.name}: {stop.__context__}") from stop
             trainer: Trainer = cli.trainer

@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -558,6 +559,28 @@ def test_an_interrupted_run_leaves_nothing_behind(tokenized, tmp_path, monkeypat
             tokenized()
     assert list((tmp_path / "tokens").iterdir()) == []
     assert len(tokenized().pairs) == 6
+
+
+@pytest.mark.parametrize(
+    "name", ["data-00000-of-00001.arrow", "state.json", "../counts.json", "../hashes.json"]
+)
+@pytest.mark.parametrize("fault", ["cut", "flipped", "missing"])
+def test_a_damaged_result_is_named_and_made_again_once_it_is_removed(
+    tokenized, tmp_path, name, fault
+):
+    first = tokenized()
+    expected, folder = first.pairs.to_list(), tmp_path / "tokens" / first.fingerprint
+    file = folder / "pairs" / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    if fault == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(content if fault == "flipped" else content[: len(content) // 2])
+    with pytest.raises(InputError, match=f"{folder} is damaged: remove it"):
+        tokenized()
+    shutil.rmtree(folder)
+    assert tokenized().pairs.to_list() == expected
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])

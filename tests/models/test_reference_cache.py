@@ -74,6 +74,25 @@ def test_a_torn_file_is_named(tmp_path):
         ReferenceCache(tmp_path, "model", torch.float32)
 
 
+def test_a_flipped_bit_is_seen_wherever_it_is(tmp_path):
+    filled(tmp_path, 50)
+    (file,) = tmp_path.glob("*.arrow")
+    whole = file.read_bytes()
+    for place in range(0, len(whole), 97):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        file.write_bytes(damaged)
+        with pytest.raises(InputError, match=f"{file.name}.*delete it"):
+            ReferenceCache(tmp_path, "model", torch.float32)
+
+
+def test_a_damaged_label_is_named(tmp_path):
+    filled(tmp_path, 1)
+    (tmp_path / "model.json").write_text('{"refer')
+    with pytest.raises(InputError, match=r"model\.json is damaged.*delete the folder"):
+        ReferenceCache(tmp_path, "model", torch.float32)
+
+
 def _write(folder: str, start: int) -> None:
     for part in range(5):
         filled(Path(folder), 2, start + 2 * part)

@@ -76,6 +76,20 @@ def test_a_draw_that_dies_loses_only_the_part_at_hand(sample, monkeypatch, tmp_p
     assert len(calls) == 4
 
 
+@pytest.mark.parametrize(
+    "content", ["", "[[40, 41], [4", "[[40]]", "{}", "7", '[[40], "ab"]', "[[1.5], [2]]", "[1, 2]"]
+)
+def test_damaged_samples_are_named(sample, tmp_path, content):
+    prompts = [[40], [41]]
+    expected = sample(prompts)
+    (file,) = tmp_path.rglob("*.json")
+    file.write_text(content)
+    with pytest.raises(samples.InputError, match=f"{file} is damaged: remove it"):
+        sample(prompts)
+    file.unlink()
+    assert sample(prompts) == expected
+
+
 def test_the_random_state_is_left_alone(sample):
     torch.manual_seed(5)
     expected = torch.rand(3)

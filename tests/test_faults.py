@@ -1,0 +1,537 @@
+"""Runs that are killed, and what they leave: each ends as if nothing had been, or says why not.
+
+Every try is in a table, which the tests print.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pytest
+import torch
+import yaml
+from transformers import PreTrainedTokenizerFast
+
+from rotopo.checkpoints import check, last_good, read
+from rotopo.files import read_jsonl
+from tests.forks import MOMENTS, Fault, FileLimit, start
+from tests.small_run import save_config
+from tests.test_training import CHECKPOINTS
+
+KINDS = {
+    "DPO, LoRA with dropout": [],
+    "DPO, cached reference": ["--model.policy.reference=cached"],
+    "reward model": [],
+    "KTO, rotation": ["--model=KTO", "--model.policy.adapter=rotopo.rotation.RotationConfig"],
+}
+# Moments that are worth as many tries as any time, and how often each comes at most.
+TIMES = {
+    "half a checkpoint is written": 8,
+    "a file has no name yet": 24,
+    "an old checkpoint is to go": 4,
+    "before a step": 6,
+    "behind a step": 6,
+    "in a validation": 4,
+    "tokens have no name yet": 1,
+    "log-probs are written": 2,
+}
+assert TIMES.keys() == MOMENTS.keys()
+
+
+@dataclass(frozen=True)
+class Try:
+    """What is run, and what happens to it each time that it is started."""
+
+    seed: int
+    kind: str
+    epochs: int
+    accumulation: int
+    workers: int
+    every_step: bool
+    faults: tuple[Fault | tuple[float, signal.Signals], ...]
+
+    @property
+    def run(self) -> tuple[str, int, int]:
+        """All that its numbers follow from."""
+        return self.kind, self.epochs, self.accumulation
+
+
+def drawn(seed: int) -> Try:
+    """A try by its seed: half of them are struck at some time, the others at a moment."""
+    chance = random.Random(seed)
+    kind = list(KINDS)[seed % len(KINDS)]
+    faults: list[Fault | tuple[float, signal.Signals]] = []
+    for _ in range(chance.choice([1, 1, 2])):
+        number = chance.choice([signal.SIGTERM, signal.SIGKILL])
+        moments = [m for m in TIMES if m != "log-probs are written" or "cached" in kind]
+        if seed // 4 % 2:
+            moment = chance.choice(moments)
+            faults.append(Fault(moment, chance.randint(1, TIMES[moment]), number))
+        else:
+            faults.append((chance.uniform(0, 1), number))
+    return Try(
+        seed,
+        kind,
+        chance.choice([2, 3]),
+        chance.choice([1, 2]),
+        int(chance.random() < 0.25),
+        chance.random() < 0.7,
+        tuple(faults),
+    )
+
+
+@dataclass
+class Laboratory:
+    """Where tries are made, with the numbers of runs that nothing happens to."""
+
+    folder: Path
+    configs: dict[str, Path]
+    table: list[dict[str, Any]] = field(default_factory=list)
+    whole: dict[tuple, tuple[dict, pd.DataFrame, float]] = field(default_factory=dict)
+
+    def arguments(self, one: Try, root: Path) -> list[str]:
+        checkpoints = list(CHECKPOINTS)
+        if not one.every_step:  # behind each validation, and only the last one stays
+            checkpoints = [CHECKPOINTS[0], "--trainer.callbacks.save_last=true"]
+        return [
+            "fit",
+            f"--config={self.configs['reward' if one.kind == 'reward model' else 'policy']}",
+            *KINDS[one.kind],
+            *checkpoints,
+            f"--trainer.default_root_dir={root}",
+            f"--trainer.max_epochs={one.epochs}",
+            f"--trainer.accumulate_grad_batches={one.accumulation}",
+            f"--data.num_workers={one.workers}",
+            f"--data.cache_dir={root / 'cache'}",
+        ]
+
+    def start(
+        self,
+        one: Try,
+        root: Path,
+        resume: Path | None,
+        fault: Fault | None = None,
+        *options: str,
+    ) -> ForkServerProcess:
+        root.mkdir(exist_ok=True)
+        arguments = [*self.arguments(one, root), *options]
+        arguments += [f"--ckpt_path={resume}"] if resume else []
+        return start(arguments, root / "log.txt", root / "cache", fault)
+
+    def expected(self, one: Try) -> tuple[dict, pd.DataFrame, float]:
+        """Last checkpoint, validations and seconds of a run that nothing happens to."""
+        if one.run not in self.whole:
+            root = self.folder / f"whole {len(self.whole)}"
+            plain = Try(0, *one.run, workers=0, every_step=True, faults=())
+            began = time.monotonic()
+            process = self.start(plain, root, None)
+            process.join()
+            assert process.exitcode == 0, (root / "log.txt").read_text()
+            seconds = time.monotonic() - began
+            self.whole[one.run] = (*outcome(root), seconds)
+        return self.whole[one.run]
+
+    def make(self, one: Try) -> dict[str, Any]:
+        """Make a try, and its line of the table."""
+        checkpoint, validations, seconds = self.expected(one)
+        root = self.folder / f"try {one.seed}"
+        events = []
+        for fault in one.faults:
+            resume = last_good(root)
+            planted = fault if isinstance(fault, Fault) else None
+            process = self.start(one, root, resume, planted)
+            if planted is None:
+                process.join(fault[0] * seconds)
+                if process.is_alive():
+                    os.kill(process.pid, fault[1])
+            process.join(60)
+            assert process.exitcode is not None, "it hangs"
+            events.append(f"{described(fault)}: {ended(process.exitcode)}")
+            whole_files(root)
+            number = fault[1] if planted is None else fault.signal
+            # SIGTERM kills as SIGKILL does as long as there is nothing to keep.
+            assert process.exitcode in (0, -number, 128 + number), (root / "log.txt").read_text()
+            if process.exitcode == 0:
+                break
+        resume = last_good(root)
+        if process.exitcode != 0:
+            process = self.start(one, root, resume)
+            process.join(60)
+            assert process.exitcode == 0, (root / "log.txt").read_text()
+            step = read(resume)["global_step"] if resume else 0
+            events.append(f"went on from step {step}")
+        whole_files(root)
+        found, seen = outcome(root)
+        line = {
+            "try": one.seed,
+            "run": f"{one.kind}, {one.epochs} epochs, {one.accumulation} micro-batches, "
+            f"{one.workers} workers, checkpoints by {'step' if one.every_step else 'epoch'}",
+            "what happened": "; ".join(events),
+            "weights equal": equal(found, checkpoint),
+            "validations equal": validations.equals(seen),
+        }
+        self.table.append(line)
+        return line
+
+
+def described(fault: Fault | tuple[float, signal.Signals]) -> str:
+    if isinstance(fault, Fault):
+        return f"{fault.signal.name} when {fault.moment} ({fault.count})"
+    return f"{fault[1].name} at {100 * fault[0]:.0f} % of its time"
+
+
+def ended(code: int) -> str:
+    return {0: "it was done", 143: "status 143", -15: "dead", -9: "dead"}[code]
+
+
+def outcome(root: Path) -> tuple[dict, pd.DataFrame]:
+    """The last checkpoint of a run's parts, and each validation's metrics, in their order."""
+    last = last_good(root)
+    assert last is not None
+    logs = []
+    for version in sorted(root.glob("version_*"), key=lambda f: int(f.name[8:])):
+        file = version / "metrics.csv"
+        if file.exists() and file.stat().st_size:
+            log = pd.read_csv(file)
+            if "val/loss" in log:
+                logs.append(log[["epoch", "step", *sorted(c for c in log if c[:4] == "val/")]])
+    log = pd.concat(logs).dropna(subset="val/loss").drop_duplicates(["epoch", "step"], keep="last")
+    return read(last, mmap=False), log.sort_values("step").reset_index(drop=True)
+
+
+def whole_files(root: Path) -> None:
+    """Every file that has its name is whole."""
+    for file in root.rglob("*"):
+        if not file.is_file() or any(part[0] == "." for part in file.relative_to(root).parts):
+            continue
+        if file.suffix == ".ckpt":
+            check(file, resume=True)
+        elif file.suffix == ".json" and "datasets" not in file.parts:
+            json.loads(file.read_text())
+        elif file.suffix == ".jsonl":
+            list(read_jsonl(file))
+        elif file.suffix == ".arrow" and "reference" in file.parts:
+            pa.ipc.open_file(str(file)).read_all()
+
+
+def printed(capsys, title: str, lines: list[dict[str, Any]]) -> None:
+    with capsys.disabled():
+        print(f"\n{title}")
+        columns = list(lines[0])
+        print(" | ".join(columns))
+        for line in lines:
+            print(" | ".join(str(line[column]) for column in columns))
+
+
+@pytest.fixture(scope="module")
+def laboratory(tmp_path_factory, tiny_tokenizer_dir) -> Laboratory:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_tokenizer_dir)
+    folder = tmp_path_factory.mktemp("laboratory")
+    file = save_config(folder, tokenizer)
+    config = yaml.safe_load(file.read_text())
+    config["data"]["init_args"] |= {"eval_pairs_per_batch": 4}
+    file.write_text(yaml.safe_dump(config))
+    settings = config["model"]["init_args"]
+    config["model"] = {
+        "class_path": "RewardModule",
+        "init_args": {
+            "backbone": settings["policy"],
+            "optimizer": settings["optimizer"],
+            "scheduler": settings["scheduler"],
+        },
+    }
+    reward = folder / "reward.yaml"
+    reward.write_text(yaml.safe_dump(config))
+    start(["fit", "--help"], folder / "log.txt", folder).join()  # or the first run would be slow
+    return Laboratory(folder, {"policy": file, "reward": reward})
+
+
+# By default a few tries, of every kind of run, in a step, a validation and in writing.
+FEW = (4, 29, 30, 47)
+
+
+@pytest.mark.parametrize(
+    "seeds",
+    [FEW, pytest.param([s for s in range(56) if s not in FEW], marks=pytest.mark.slow)],
+    ids=["few", "all"],
+)
+def test_killed_at_any_time_it_ends_as_if_it_had_not_been(laboratory, capsys, seeds):
+    lines = [laboratory.make(drawn(seed)) for seed in seeds]
+    printed(capsys, f"{len(lines)} runs, killed and gone on with", lines)
+    assert all(line["weights equal"] and line["validations equal"] for line in lines)
+
+
+# Files that are damaged between two runs.
+
+
+def cut(file: Path, share: float) -> None:
+    os.truncate(file, int(share * file.stat().st_size))
+
+
+def flip(file: Path, place: float) -> None:
+    content = bytearray(file.read_bytes())
+    content[int(place * len(content))] ^= 16
+    file.write_bytes(content)
+
+
+# Which file, and how: by a cut to a share of it, a flipped bit at a share of it, or its removal.
+DAMAGES = [
+    *(("cache/tokens/*/pairs/*.arrow", cut, share) for share in (0, 0.3, 0.99)),
+    *(("cache/tokens/*/pairs/*.arrow", flip, place) for place in (0.1, 0.5, 0.8)),
+    ("cache/tokens/*/pairs/*.arrow", Path.unlink, None),
+    ("cache/tokens/*/pairs/state.json", cut, 0.5),
+    ("cache/tokens/*/pairs/dataset_info.json", cut, 0.5),
+    ("cache/tokens/*/counts.json", cut, 0.5),
+    ("cache/tokens/*/counts.json", flip, 0.9),
+    ("cache/tokens/*/hashes.json", cut, 0.5),
+    *(("cache/reference/*/*.arrow", cut, share) for share in (0, 0.3, 0.99)),
+    *(("cache/reference/*/*.arrow", flip, place) for place in (0.2, 0.5, 0.8)),
+    ("cache/reference/*/*.arrow", Path.unlink, None),  # computed again
+    ("cache/reference/*/model.json", cut, 0.5),
+    ("pairs.jsonl", cut, 0.63),
+    ("version_0/checkpoints/last.ckpt", cut, 0.9),
+    ("version_0/checkpoints/last.ckpt", flip, 0.4),
+    ("cache/datasets/**/*.arrow", cut, 0.5),
+]
+UNHARMED = {("cache/reference/*/*.arrow", Path.unlink)}
+
+
+@pytest.mark.slow
+def test_a_damaged_file_is_named_and_what_can_be_made_again_is(laboratory, capsys):
+    one = Try(0, "DPO, cached reference", 2, 1, 0, True, ())
+    checkpoint, validations, _ = laboratory.expected(one)
+    source = laboratory.configs["policy"].with_name("pairs.jsonl")
+    lines = []
+    whole = laboratory.folder / "undamaged"
+    whole.mkdir()
+    shutil.copy(source, whole)
+    here = f"--data.source={whole / 'pairs.jsonl'}"
+    process = laboratory.start(one, whole, None, None, here)
+    process.join(60)
+    assert process.exitcode == 0
+    for number, (pattern, damage, share) in enumerate(DAMAGES):
+        root = laboratory.folder / f"damaged {number}"
+        if "datasets" in pattern:  # which are kept by their source's path
+            root = whole
+        else:
+            shutil.copytree(whole, root)
+        (root / "log.txt").unlink()
+        file = sorted(root.glob(pattern))[0]
+        damage(*([file] if share is None else [file, share]))
+        resume = file if file.suffix == ".ckpt" else None
+        process = laboratory.start(one, root, resume, None, here.replace(str(whole), str(root)))
+        process.join(60)
+        text = (root / "log.txt").read_text()
+        (message,) = [row for row in text.splitlines() if row[:7] == "rotopo:"] or [""]
+        if (pattern, damage) in UNHARMED:
+            found, seen = outcome(root)
+            right = process.exitcode == 0 and validations.equals(seen)
+            right &= equal(found, checkpoint)
+        else:
+            named = file.parent.parent if "pairs/" in pattern else file
+            named = file.parent if file.name in ("counts.json", "hashes.json") else named
+            named = root / "cache/datasets/json" if "datasets" in pattern else named
+            right = process.exitcode == 2 and "Traceback" not in text and str(named) in message
+        how = {cut: f"cut to {share}", flip: f"a bit flipped at {share}"}.get(damage, "removed")
+        message = message.replace(str(root), "") or "made again, and all numbers are equal"
+        lines.append({"file": pattern, "fault": how, "what happened": message, "right": right})
+    printed(capsys, f"{len(lines)} damaged files", lines)
+    assert all(line["right"] for line in lines)
+
+
+def equal(found: dict, expected: dict) -> bool:
+    return found["global_step"] == expected["global_step"] and all(
+        torch.equal(value, expected["state_dict"][name])
+        for name, value in found["state_dict"].items()
+    )
+
+
+# A disk that fills up.
+
+
+def refusal(process: ForkServerProcess, root: Path) -> str:
+    """The one line with which a run ends."""
+    process.join(60)
+    text = (root / "log.txt").read_text()
+    assert process.exitcode == 2, text
+    assert "Traceback" not in text
+    (message,) = [row for row in text.splitlines() if row[:7] == "rotopo:"]
+    return message
+
+
+def unfinished(root: Path) -> list[Path]:
+    return [file for file in root.rglob(".*") if file.is_file()]
+
+
+@pytest.mark.parametrize("count", [1, 3, pytest.param(6, marks=pytest.mark.slow)])
+def test_a_disk_that_fills_up_ends_the_run_and_the_last_checkpoint_is_whole(
+    laboratory, capsys, count
+):
+    """By a limit on files that comes before a step: a checkpoint is larger, and nothing else."""
+    one = Try(0, "DPO, LoRA with dropout", 2, 1, 0, True, ())
+    checkpoint, validations, _ = laboratory.expected(one)
+    root = laboratory.folder / f"limit {count}"
+    fault = FileLimit("before a step", count, signal.SIGXFSZ, limit=15_000)
+    message = refusal(laboratory.start(one, root, None, fault), root)
+    assert f"step={count}.ckpt cannot be written (File too large): make room" in message
+    last = last_good(root)
+    advice = "there is no checkpoint to go on from" if count == 1 else f"--ckpt_path {last}"
+    assert advice in message
+    assert unfinished(root) == []
+    whole_files(root)
+    process = laboratory.start(one, root, last)
+    process.join(60)
+    found, seen = outcome(root)
+    line = {
+        "fault": f"a limit on files from step {count} on",
+        "what happened": message.replace(str(root), ""),
+        "equal": equal(found, checkpoint) and validations.equals(seen),
+    }
+    printed(capsys, "A disk that fills up", [line])
+    assert line["equal"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kilobytes", [8, 40, 90, 150])
+def test_so_does_one_that_is_really_full(laboratory, capsys, kilobytes, tmp_path):
+    mounted = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(tmp_path)]
+    if os.geteuid() != 0 or subprocess.run(mounted, capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs is not permitted here")
+    try:
+        one = Try(0, "DPO, LoRA with dropout", 2, 1, 0, True, ())
+        checkpoint, validations, _ = laboratory.expected(one)
+        root = laboratory.folder / f"full {kilobytes}"
+        root.mkdir()
+        place = f"--trainer.default_root_dir={tmp_path}"
+        message = refusal(laboratory.start(one, root, None, None, place), root)
+        assert "(No space left on device): make room" in message
+        assert unfinished(tmp_path) == []
+        last = last_good(tmp_path)
+        assert (f"--ckpt_path {last}" if last else "no checkpoint to go on from") in message
+        whole_files(tmp_path)
+        shutil.copytree(tmp_path, root, dirs_exist_ok=True)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+    process = laboratory.start(one, root, root / last.relative_to(tmp_path) if last else None)
+    process.join(60)
+    found, seen = outcome(root)
+    line = {
+        "fault": f"a disk of {kilobytes} kB",
+        "what happened": message,
+        "equal": equal(found, checkpoint) and validations.equals(seen),
+    }
+    printed(capsys, "A disk that is really full", [line])
+    assert line["equal"]
+
+
+# The command as it is typed.
+
+
+@pytest.mark.slow
+def test_the_real_command_killed_three_times(laboratory, capsys):
+    one = Try(0, "DPO, LoRA with dropout", 40, 1, 1, True, ())
+    checkpoint, validations, _ = laboratory.expected(one)
+    root, events = laboratory.folder / "real", []
+    chance = random.Random(0)
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+        resume, before = last_good(root), len(list(root.rglob("*.ckpt")))
+        command = [sys.executable, "-m", "rotopo.cli", *laboratory.arguments(one, root)]
+        command += [f"--ckpt_path={resume}"] if resume else []
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 60
+        while len(list(root.rglob("*.ckpt"))) < before + 3 and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.5))
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+        whole_files(root)
+        last = last_good(root)
+        step = read(last)["global_step"]
+        events.append(f"{number.name}: status {process.returncode}, step {step} kept")
+        if number == signal.SIGTERM:
+            assert process.returncode == 143
+            told = error.decode().splitlines()[-1]
+            assert told == f"rotopo: ended by SIGTERM: go on with --ckpt_path {last}."
+        else:
+            assert process.returncode == -9
+    process = laboratory.start(one, root, last_good(root))
+    process.join(60)
+    found, seen = outcome(root)
+    line = {
+        "what happened": "; ".join(events),
+        "weights equal": equal(found, checkpoint),
+        "validations": f"{len(seen)} of {len(validations)}",
+    }
+    printed(capsys, "The real command", [line])
+    assert line["weights equal"]
+    pd.testing.assert_frame_equal(seen, validations, check_exact=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_two_ranks_one_is_killed(laboratory, capsys, rank):
+    """The other ends at once: gloo sees that the connection is closed."""
+    one = Try(0, "DPO, LoRA with dropout", 40, 1, 0, True, ())
+    options = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    command = [sys.executable, "-m", "rotopo.cli", *laboratory.arguments(one, laboratory.folder)]
+    expected = laboratory.folder / "two ranks"
+    if rank == 0:
+        place = f"--trainer.default_root_dir={expected}"
+        subprocess.run([*command, *options, place], check=True, capture_output=True, timeout=120)
+    root = laboratory.folder / f"rank {rank} killed"
+    options.append(f"--trainer.default_root_dir={root}")
+    process = subprocess.Popen(
+        [*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while len(list(root.rglob("*.ckpt"))) < 20:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    (other,) = children(process.pid)
+    struck, left = (process.pid, other) if rank == 0 else (other, process.pid)
+    os.kill(struck, signal.SIGKILL)
+    began = time.monotonic()
+    while alive(left):
+        assert time.monotonic() < began + 30
+        process.poll()
+        time.sleep(0.05)
+    seconds = time.monotonic() - began
+    assert process.wait(10) == (-9 if rank == 0 else 1)
+    whole_files(root)
+    last = last_good(root)
+    step = read(last)["global_step"]
+    resume = f"--ckpt_path={last}"
+    subprocess.run([*command, *options, resume], check=True, capture_output=True, timeout=120)
+    line = {
+        "fault": f"rank {rank} killed, {step} steps kept",
+        "the other ended after": f"{seconds:.1f} s",
+        "weights equal": equal(outcome(root)[0], outcome(expected)[0]),
+    }
+    printed(capsys, "Two ranks", [line])
+    assert line["weights equal"]
+
+
+def children(pid: int) -> list[int]:
+    """Ranks that a process has started."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(p) for p in found if b"rotopo.cli" in Path(f"/proc/{p}/cmdline").read_bytes()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
