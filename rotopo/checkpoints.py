@@ -51,16 +51,16 @@ def check(path: Path, resume: bool = False, mmap: bool = True) -> dict[str, Any]
     try:
         return _verified(path, resume, mmap)
     except InputError as error:
-        good = last_good(path.parent)
+        good = last_good(path.parent, "*.ckpt")
         advice = f"the last good one here is {good}" if good else f"{path.parent} holds no good one"
         raise InputError(f"ckpt_path: {error} ({advice})") from error
 
 
-def last_good(folder: Path) -> Path | None:
+def last_good(folder: Path, pattern: str = "**/*.ckpt") -> Path | None:
     """The checkpoint of the most steps in a folder that a run can go on from; of several the
     newest. None if there is none."""
     found = []
-    for path in folder.rglob("*.ckpt"):
+    for path in folder.glob(pattern):
         try:
             found.append((_opened(path, True)["global_step"], path.stat().st_mtime_ns, path))
         except InputError:
@@ -172,7 +172,7 @@ def disk_is_full(file: Path | None, error: OSError, folder: Path | None) -> Inpu
         error: what the system says.
         folder: the run's checkpoints, if it keeps any.
     """
-    good = last_good(folder) if folder else None
+    good = last_good(folder, "*.ckpt") if folder else None
     advice = f"go on with --ckpt_path {good}" if good else "there is no checkpoint to go on from"
     place = file or error.filename or "a file of the run"
     return InputError(f"{place} cannot be written ({error.strerror}): make room; {advice}.")

@@ -104,6 +104,7 @@ def test_two_ranks_train_as_one_process_does(config, how, options):
     assert_same_run(config.parent / "one", config.parent / "two")
 
 
+@pytest.mark.slow
 def test_evaluation_and_generation_are_those_of_one_process(config):
     """An odd number of prompts, of pairs to test, and of responses to score, in uneven batches."""
     run(arguments(config, "one", [*COMMON, *LORA]))

@@ -123,6 +123,7 @@ def merged(exports) -> Path:
     return exports["lora"][1]
 
 
+@pytest.mark.slow
 def test_merged_models_need_no_rotopo(exports, tmp_path):
     jobs = list(exports.values())
     (tmp_path / "jobs.json").write_text(
@@ -411,6 +412,7 @@ def card(folder: Path) -> str:
     return (folder / "README.md").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_a_monitored_run_gives_its_best_checkpoint(tmp_path, tiny_tokenizer, capsys):
     monitor = "--trainer.callbacks.monitor=val/loss"
     one = fit(

@@ -109,7 +109,10 @@ def test_a_killed_run_resumes_to_the_same_weights(config, monkeypatch, workers, 
     assert_equal(weights(resumed), weights(whole), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kills", [(3, 5), (2, 3), (4, 2), (3, 3), (6, 2)])
+@pytest.mark.parametrize(
+    "kills",
+    [(3, 5), (6, 2), *(pytest.param(k, marks=pytest.mark.slow) for k in [(2, 3), (4, 2), (3, 3)])],
+)
 def test_so_does_one_that_is_killed_twice(config, monkeypatch, kills):
     """Three steps an epoch, a checkpoint each: at the end of an epoch, and in its midst."""
     options = [*CHECKPOINTS, "--trainer.max_epochs=3"]
@@ -194,7 +197,7 @@ def test_resuming_at_a_position_that_means_something_else_is_refused(config, cap
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 2), (2, 1)])
-@pytest.mark.parametrize("step", [1, 3, 5])
+@pytest.mark.parametrize("step", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 5))])
 def test_a_run_resumes_with_steps_cut_up_in_another_way(config, before, after, step):
     """Three steps an epoch, two epochs: in the midst of both, and between them."""
     cut = "--trainer.accumulate_grad_batches={}".format
