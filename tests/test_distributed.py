@@ -6,9 +6,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from rotopo import checkpoints
 from rotopo.cli import run
+from rotopo.export import export
 from tests.ranks import on_ranks, strategy
 from tests.small_run import save_config
 from tests.test_training import CHECKPOINTS, last_checkpoint
@@ -186,3 +189,24 @@ def test_a_run_goes_on_elsewhere(config, before, after, form, options):
     expected, found = trained(config.parent / "whole"), trained(config.parent / "after")
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [[], SHARED], ids=["file", "folder"])
+def test_what_ranks_have_trained_is_exported_and_loaded_without_rotopo(config, tmp_path, form):
+    """Merged, in plain transformers: the logits of the single process's model."""
+    run(arguments(config, "one", [*COMMON, *ROTATION]))
+    on_ranks(2, *arguments(config, "two", [*COMMON, *ROTATION, *ranks("fsdp2"), *form]))
+    for name in ("one", "two"):
+        export(run=tmp_path / name / "version_0", output=tmp_path / f"{name}_model")
+        export(
+            run=tmp_path / name / "version_0", output=tmp_path / f"{name}_adapter", form="adapter"
+        )
+    ids = torch.arange(5, 45)[None]
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "one_model")(input_ids=ids).logits
+    assert (base(input_ids=ids).logits - expected).abs().max() > 1e-3
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "two_model")
+    adapted = PeftModel.from_pretrained(base, tmp_path / "two_adapter")
+    for model in (merged, adapted):
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
