@@ -1,5 +1,5 @@
-"""The ``rotopo`` command: fit, validate, test and predict, configured by YAML and class paths;
-judge and report on what they wrote."""
+"""The ``rotopo`` command: fit, validate, test, predict and doctor, configured by YAML and class
+paths; judge and report on what they wrote."""
 
 import logging
 import sys
@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 import rotopo.objectives
 import rotopo.reward  # (classes are known by their short names once imported)
 import rotopo.robust  # noqa: F401
+from rotopo.data.doctor import refusal, render
 from rotopo.data.module import PairwiseDataModule
 from rotopo.errors import InputError
 from rotopo.training import PairwiseModule
@@ -27,6 +28,7 @@ A run is a YAML file of class paths and settings; any setting can be overridden 
 rotopo fit --config configs/quickstart.yaml --model.beta 0.05 --trainer.max_epochs 2.
 What a class takes: rotopo fit --model.help DPO, rotopo fit --data.help PairwiseDataModule.
 What a run would use: add --print_config. Resume: --ckpt_path runs/version_0/checkpoints/last.ckpt.
+Is the data sound? rotopo doctor, with fit's files and options, checks it and loads no model.
 Beside them there are rotopo judge, which compares policies from files of scores, and rotopo report,
 which makes a page of runs and judgements: see rotopo judge --help.
 """
@@ -38,8 +40,42 @@ _FUNCTIONS = {
 }
 
 
+class RotopoTrainer(Trainer):
+    """Lightning's Trainer with a command for the data alone."""
+
+    def doctor(
+        self,
+        model: PairwiseModule,
+        datamodule: PairwiseDataModule,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Checks the data that a fit would train on, without loading the model.
+
+        Args:
+            model: not looked at: its weights are not loaded.
+            datamodule: the data.
+            ckpt_path: not read; here so that the files and options of fit are taken as they are.
+            weights_only: not read, either.
+
+        Raises:
+            InputError: there is an error in the data; warnings are only printed.
+        """
+        datamodule.prepare_data()
+        datamodule.setup()
+        findings = datamodule.findings()
+        print(render(findings), flush=True)
+        refused = refusal(findings)
+        if refused is not None:
+            raise InputError(refused)
+
+
 class RotopoCLI(LightningCLI):
     """LightningCLI with the tokenizer named once, one folder per run, and safe class swaps."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {**LightningCLI.subcommands(), "doctor": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("model", "data.init_args.tokenizer", compute_fn=_path_of)
@@ -52,7 +88,9 @@ class RotopoCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """TensorBoard and CSV in ``default_root_dir/version_N`` unless loggers are given."""
         config = self._get(self.config_init, "trainer")
-        if config.logger is None:
+        if self.subcommand == "doctor":
+            kwargs["logger"] = False
+        elif config.logger is None:
             root = config.default_root_dir or "runs"
             board = TensorBoardLogger(root, name="")
             # What a killed run has logged stays, up to a few steps.
@@ -118,6 +156,7 @@ def run(args: list[str] | None = None) -> RotopoCLI:
             subclass_mode_data=True,
             auto_configure_optimizers=False,  # they are the model's settings
             save_config_kwargs={"overwrite": True},
+            trainer_class=RotopoTrainer,
             parser_kwargs={"description": _DESCRIPTION},
             trainer_defaults={
                 "use_distributed_sampler": False,  # our samplers know the ranks themselves

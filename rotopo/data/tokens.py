@@ -189,6 +189,21 @@ class PairEncoder:
             {role: ids(response, role) for role, response in preference.extra.items()},
         )
 
+    def written(self, messages: list[Message], response: list[Message]) -> str:
+        """The text that the template writes of a prompt and a response, up to the end of its turn:
+        what :meth:`encode` makes tokens of. An eos that the encoder appends is not in it.
+
+        Raises:
+            InputError: as :meth:`encode`.
+        """
+        prompt = self._render_prompt(messages)
+        return prompt + self._written_response(prompt, messages, response, "response")
+
+    def encode_whole(self, text: str) -> list[int]:
+        """Token ids of a conversation as one text, which :meth:`written` gives; a response may
+        share a token with its prompt, or be split otherwise than by itself."""
+        return self._ended(self._prompt_ids(text))
+
     @property
     def closed_template(self) -> str:
         """The chat template without what it writes behind the last end of turn (ChatML's line
@@ -294,9 +309,10 @@ class PairEncoder:
             )
         return whole[len(prompt) :]
 
-    def _response_ids(
+    def _written_response(
         self, prompt: str, messages: list[Message], response: list[Message], field: str
-    ) -> list[int]:
+    ) -> str:
+        """What the template writes behind the prompt's text, up to the end of the turn."""
         self._refuse_control_tokens(response, field)
         text = self._response_text(prompt, messages + response)
         if not text.endswith(self._end + self._after_end):
@@ -304,7 +320,12 @@ class PairEncoder:
                 f"field {field!r}: the chat template (data.chat_template) does not end this "
                 f"response with {self._end!r}, as it ends others."
             )
-        text = text[: len(text) - len(self._after_end)]
+        return text[: len(text) - len(self._after_end)]
+
+    def _response_ids(
+        self, prompt: str, messages: list[Message], response: list[Message], field: str
+    ) -> list[int]:
+        text = self._written_response(prompt, messages, response, field)
         ids = None
         if self._anchor is not None:
             anchored = self._ids("\n" + text)
@@ -312,6 +333,9 @@ class PairEncoder:
                 ids = anchored[len(self._anchor) :]
         if ids is None:
             ids = self._ids(text)
+        return self._ended(ids)
+
+    def _ended(self, ids: list[int]) -> list[int]:
         return ids if self._template_ends_turns else [*ids, self.end_of_turn_id]
 
     def _find_end_of_turn(self, tokens: set[str]) -> None:
