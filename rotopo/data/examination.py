@@ -1,5 +1,7 @@
 """What the data doctor's checks look at, and what they report."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -152,6 +154,24 @@ class Examination:
         return rows
 
     @cached_property
+    def prompts(self) -> dict[str, np.ndarray]:
+        """A number for each row's prompt before it was cut, the same for the same prompt, by
+        split [N each]."""
+        outcomes = self.patient.outcomes
+        if outcomes["prompt_cut"] + outcomes["response_cut"] == 0:
+            return {split: columns["prompt"].texts for split, columns in self.columns.items()}
+        # What is left of two prompts may be the same.
+        numbers: dict[bytes, int] = {}
+        by_split = {}
+        for split, rows in self.rows.items():
+            prompts = (json.dumps(self.patient.read(split, row).prompt) for row in rows.tolist())
+            digests = (hashlib.blake2b(prompt.encode(), digest_size=16) for prompt in prompts)
+            by_split[split] = np.array(
+                [numbers.setdefault(digest.digest(), len(numbers)) for digest in digests]
+            )
+        return by_split
+
+    @cached_property
     def sample(self) -> list[Sampled]:
         return self.sampled(np.ones(len(self.rows["train"]), dtype=bool))
 
@@ -165,4 +185,6 @@ def graded(error: bool, warning: bool) -> Severity:
 def found(
     check: str, severity: Severity, numbers: Mapping[str, int | float | str], advice: str
 ) -> Finding:
+    # Numbers of numpy's are not JSON's.
+    numbers = {k: v.item() if isinstance(v, np.generic) else v for k, v in numbers.items()}
     return Finding(check, severity, numbers, "" if severity == Severity.OK else advice)

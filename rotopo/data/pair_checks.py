@@ -48,16 +48,21 @@ def roles(examined: Examination) -> Iterator[Finding]:
 
 def short_prompts(examined: Examination) -> Iterator[Finding]:
     """Prompts of which the template writes all but a token at most."""
-    template = len(examined.opening) - 1
+    encoder, template = examined.encoder, len(examined.opening) - 1
+    # A prompt that is cut has lost what the template writes in front of the content.
+    other = encoder.encode_prompt([{"role": "user", "content": "b"}])
+    behind = 0
+    while examined.opening[-1 - behind] == other[-1 - behind]:
+        behind += 1
     short = {
-        split: columns["prompt"].lengths <= template + 1
+        split: columns["prompt"].lengths <= np.where(examined.at_limit(split), behind, template) + 1
         for split, columns in examined.columns.items()
     }
     count, total = (sum(map(f, short.values())) for f in (np.count_nonzero, len))
     yield found(
         "short prompts",
         graded(False, count > limits.SHORT_PROMPTS * total),
-        {"prompts": total, "of a token or none": int(count), "share": count / total},
+        {"prompts": total, "of a token or none": count, "share": count / total},
         f"see whether data.source has its prompts ({examined.first_row(short)}), and that "
         "data.max_length leaves them room",
     )
@@ -175,7 +180,7 @@ def duplicates(examined: Examination) -> Iterator[Finding]:
 def leakage(examined: Examination) -> Iterator[Finding]:
     """Held-out prompts and pairs that are also trained on, token by token."""
     trained = set(_triples(examined, "train")[0])
-    prompts = set(examined.columns["train"]["prompt"].texts.tolist())
+    prompts = set(examined.prompts["train"].tolist())
     for split in examined.columns:
         if split == "train":
             continue
@@ -206,10 +211,8 @@ def _triples(
     examined: Examination, split: str
 ) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
     """Prompt, chosen and rejected of each pair, by number; and the same with the other label."""
-    columns = examined.columns[split]
-    prompt, chosen, rejected = (
-        columns[name].texts.tolist() for name in ("prompt", "chosen", "rejected")
-    )
+    columns, prompt = examined.columns[split], examined.prompts[split].tolist()
+    chosen, rejected = (columns[name].texts.tolist() for name in ("chosen", "rejected"))
     return (
         list(zip(prompt, chosen, rejected, strict=True)),
         list(zip(prompt, rejected, chosen, strict=True)),
