@@ -49,13 +49,16 @@ def roles(examined: Examination) -> Iterator[Finding]:
 def short_prompts(examined: Examination) -> Iterator[Finding]:
     """Prompts of which the template writes all but a token at most."""
     encoder, template = examined.encoder, len(examined.opening) - 1
-    # A prompt that is cut has lost what the template writes in front of the content.
+    # A prompt that is cut has lost what the template writes in front of the content, but for one
+    # leading BOS.
     other = encoder.encode_prompt([{"role": "user", "content": "b"}])
     behind = 0
     while examined.opening[-1 - behind] == other[-1 - behind]:
         behind += 1
+    bos = examined.bos
+    kept = behind + (examined.opening[0] == bos and examined.dialogue.count(bos) == 1)
     short = {
-        split: columns["prompt"].lengths <= np.where(examined.at_limit(split), behind, template) + 1
+        split: columns["prompt"].lengths <= np.where(examined.at_limit(split), kept, template) + 1
         for split, columns in examined.columns.items()
     }
     count, total = (sum(map(f, short.values())) for f in (np.count_nonzero, len))
