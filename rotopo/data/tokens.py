@@ -363,7 +363,15 @@ class PairEncoder:
 
     def _refuse_control_tokens(self, messages: list[Message], field: str) -> None:
         for message in messages:
-            found = self._control_tokens.search(message["content"])
+            text = message["role"] + "\n" + message["content"]
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise InputError(
+                    f"field {field!r}: the text holds half of a surrogate pair, which is no "
+                    "character: remove it, or set data.on_bad_row to 'drop'."
+                ) from error
+            found = self._control_tokens.search(text)
             if found is not None:
                 raise InputError(
                     f"field {field!r}: the text spells the control token {found.group()!r}, which "
