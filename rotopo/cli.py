@@ -13,6 +13,7 @@ import jsonargparse._typehints as jsonargparse_typehints
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import rotopo.objectives
 import rotopo.reward  # (classes are known by their short names once imported)
@@ -85,6 +86,12 @@ class RotopoCLI(LightningCLI):
         if checkpoint and Path(checkpoint).suffix and not Path(checkpoint).exists():
             raise InputError(f"ckpt_path: there is no checkpoint {checkpoint}.")
 
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise InputError(f"seed_everything: {error}.") from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """TensorBoard and CSV in ``default_root_dir/version_N`` unless loggers are given."""
         config = self._get(self.config_init, "trainer")
@@ -96,7 +103,22 @@ class RotopoCLI(LightningCLI):
             # What a killed run has logged stays, up to a few steps.
             csv = CSVLogger(root, name="", version=board.version, flush_logs_every_n_steps=5)
             kwargs["logger"] = [board, csv]
-        return super().instantiate_trainer(**kwargs)
+        for name, least in (
+            ("accumulate_grad_batches", 1),
+            ("check_val_every_n_epoch", 1),
+            ("gradient_clip_val", 0),
+        ):
+            # Not by Lightning, which would divide by 0, or climb where it should descend.
+            if config[name] is not None and not config[name] >= least:
+                raise InputError(
+                    f"trainer.{name} is {config[name]}: it has to be at least {least}."
+                )
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            if _input_error(error) is not None:
+                raise
+            raise InputError(f"trainer: {' '.join(str(error).split())}") from error
 
 
 def main(args: list[str] | None = None) -> None:

@@ -58,7 +58,9 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise InputError(f"No tokenizer at {path!r}: {first_line(error)}") from error
+        raise InputError(
+            f"The model's path: no tokenizer at {path!r}: {first_line(error)}"
+        ) from error
 
 
 def vocabulary_size(path: str) -> int | None:

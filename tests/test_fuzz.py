@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rotopo.cli import run
 from rotopo.data.schemas import FORMATS, naming_row, read_row, resolve_format
 from rotopo.data.sources import load_rows
 from rotopo.data.token_cache import fingerprint_rows, tokenize_rows
@@ -17,6 +18,7 @@ from rotopo.data.tokens import Outcome, PairEncoder
 from rotopo.errors import InputError
 from rotopo.files import read_jsonl
 from tests.data.test_schemas import ROWS
+from tests.small_run import save_config
 
 FEW = {
     "derandomize": True,
@@ -508,5 +510,99 @@ def test_from_rows_to_tokens(tmp_path, tiny_tokenizer, examples):
                          {"role": "assistant", "content": row[name]}]  # fmt: skip
                 written = tiny_tokenizer.apply_chat_template(turns, tokenize=False)
                 assert tiny_tokenizer.decode(pair["prompt"] + pair[name]) + "\n" == written
+
+    check()
+
+
+DATA = (
+    "train_split validation test group_by extra_responses margin train_pairs balance_lengths noise "
+    "accuracy_by pairs_per_step score eval_pairs_per_batch token_budget layout length_window "
+    "format chat_template system_message pad_token max_length truncation on_bad_row num_workers "
+    "num_proc seed cache_dir doctor no_such_setting"
+)
+MODEL = (
+    "beta label_smoothing policy policy.adapter policy.dtype policy.attention policy.reference "
+    "policy.compile policy.reference_cache optimizer optimizer.lr scheduler scheduler.decay "
+    "sampling sampling.temperature sampling.seed no_such_setting"
+)
+TRAINER = (
+    "max_epochs max_steps accumulate_grad_batches devices accelerator strategy precision "
+    "gradient_clip_val gradient_clip_algorithm val_check_interval check_val_every_n_epoch "
+    "limit_train_batches limit_val_batches log_every_n_steps callbacks logger num_nodes "
+    "overfit_batches fast_dev_run max_time deterministic profiler plugins no_such_setting"
+)
+SETTINGS = [
+    *(f"data.{name}" for name in DATA.split()),
+    *(f"model.{name}" for name in MODEL.split()),
+    *(f"trainer.{name}" for name in TRAINER.split()),
+    "seed_everything",
+]
+VALUES = [
+    *("-1", "0", "1", "2.5", "1e99", ".nan", "true", "null", "x", "''", "[]", "{}", "[[1]]"),
+    *("99999999999999999999", "-0.5", "{a: b}", "[x, null]", "cpu", "train[:3]", "2020-01-01"),
+]
+# What was a traceback, or no error, or climbed the loss.
+FOUND = [
+    *(("data.max_length", "null"), ("data.train_split", "null"), ("data.seed", "-1")),
+    *(("data.test", "null"), ("data.num_proc", "-1"), ("data.pairs_per_step", "null")),
+    *(("trainer.devices", "0"), ("trainer.accelerator", "x"), ("trainer.strategy", "x")),
+    *(("trainer.max_time", "x"), ("trainer.accumulate_grad_batches", "0")),
+    *(("trainer.gradient_clip_val", "-1"), ("trainer.check_val_every_n_epoch", "0")),
+    ("seed_everything", "-1"),
+]
+
+
+@pytest.fixture
+def try_settings(tmp_path, tiny_tokenizer, monkeypatch, capsys):
+    """The message that refuses settings; None where they work, and all rows are accounted for."""
+    config = save_config(tmp_path, tiny_tokenizer)
+    monkeypatch.chdir(tmp_path)  # some values are good names of folders
+
+    def call(settings):
+        options = [f"--{name}={value}" for name, value in settings]
+        capsys.readouterr()
+        status = 0
+        try:
+            cli = run(["doctor", "--config", str(config), *options])
+        except SystemExit as stop:
+            status = stop.code
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+        if status:
+            assert status == 2
+            return error
+        facts = cli.datamodule.describe()
+        assert sum(n for name, n in facts.items() if name.startswith("rows/train/")) == 40
+        return None
+
+    return call
+
+
+@pytest.mark.parametrize(("setting", "value"), FOUND)
+def test_settings_that_were_not_refused_by_name(try_settings, setting, value):
+    last = try_settings([(setting, value)]).strip().splitlines()[-1]
+    assert last.startswith("rotopo: ")
+    # Lightning's message for a bad max_time says only what it is.
+    assert (setting.rpartition(".")[2] if setting != "trainer.max_time" else "'x'") in last
+
+
+@fuzzed(6, 150)
+def test_settings(try_settings, examples):
+    @settings(max_examples=examples, **FEW)
+    @given(
+        st.lists(
+            st.tuples(st.sampled_from(SETTINGS), st.sampled_from(VALUES)),
+            min_size=1,
+            max_size=3,
+            unique_by=lambda setting: setting[0],
+        )
+    )
+    def check(changes):
+        error = try_settings(changes)
+        if error is None:
+            return
+        # By their names, or the value where the setting is a name itself.
+        names = [name.rpartition(".")[2] for name, _ in changes]
+        assert any(part in error for part in names + [value for _, value in changes if value])
 
     check()

@@ -1,6 +1,7 @@
 """PairwiseDataModule: preference data from its source to batches."""
 
 import hashlib
+import inspect
 import json
 import math
 from collections import Counter
@@ -8,6 +9,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 import numpy as np
@@ -155,12 +157,17 @@ class PairwiseDataModule(LightningDataModule):
         doctor: bool = True,
     ) -> None:
         super().__init__()
+        given = locals()
+        for name, parameter in inspect.signature(PairwiseDataModule).parameters.items():
+            if given[name] is None and NoneType not in get_args(parameter.annotation):
+                raise InputError(f"data.{name} is null: it has to have a value.")
         for name, count in (
             ("train_pairs", train_pairs),
             ("pairs_per_step", pairs_per_step),
             ("eval_pairs_per_batch", eval_pairs_per_batch),
             ("token_budget", token_budget),
             ("length_window", length_window),
+            ("num_proc", num_proc),
         ):
             if count is not None and count < 1:
                 raise InputError(f"data.{name} is {count}: it has to be at least 1.")
@@ -172,6 +179,8 @@ class PairwiseDataModule(LightningDataModule):
                 raise InputError(f"data.{name} is {value!r}: it has to be {' or '.join(known)}.")
         if num_workers is not None and num_workers < 0:
             raise InputError(f"data.num_workers is {num_workers}: it has to be at least 0.")
+        if not 0 <= seed < 2**32:
+            raise InputError(f"data.seed is {seed}: it has to be from 0 to 2**32 - 1.")
         fractions = {"validation": validation, "test": test}
         for name, fraction in fractions.items():
             if not isinstance(fraction, str) and not 0 <= fraction <= 1:

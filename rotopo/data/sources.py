@@ -14,7 +14,10 @@ from typing import Any, cast
 from datasets import (
     Dataset,
     DatasetDict,
+    Features,
+    Json,
     ReadInstruction,
+    concatenate_datasets,
     load_dataset,
     load_from_disk,
 )
@@ -219,22 +222,36 @@ def _json_value(file: str, number: int, text: str) -> Any:
 
 def _from_rows(rows: list[dict[str, Any]]) -> Dataset:
     """Rows whose columns may be missing, or of mixed types, here and there."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    columns = {name: [row.get(name) for row in rows] for name in names}
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = [_column(name, [row.get(name) for row in rows]) for name in names]
+    return concatenate_datasets(columns, axis=1) if columns else Dataset.from_dict({})
+
+
+def _column(name: str, values: list[Any]) -> Dataset:
     try:
-        return Dataset.from_dict(columns, on_mixed_types="use_json")
-    except Exception:  # whatever pyarrow raises, of integers over 64 bits for one
-        for name, values in columns.items():
-            try:
-                Dataset.from_dict({name: values}, on_mixed_types="use_json")
-            except Exception as error:
-                raise InputError(f"column {name!r}: {_cause(error)}") from error
-        raise
+        return Dataset.from_dict({name: values})
+    except Exception:  # pyarrow's, for values of mixed types
+        # Written by us: datasets would leave texts that happen to be JSON, such as null, as they
+        # are, and read something else.
+        texts = [None if value is None else json.dumps(value) for value in values]
+    try:
+        column = Dataset.from_dict({name: texts}, Features({name: Json()}))
+        same = column[name][:] == values
+    except Exception as error:  # whatever its reader raises
+        raise InputError(f"column {name!r}: {_cause(error)}") from error
+    if not same:
+        raise InputError(f"column {name!r}: its values are of several types, or too large to keep.")
+    return column
 
 
 def _part(rows: Dataset, split: str) -> Dataset:
     """A slice of rows, as ``train[:10%]`` says it."""
-    parts = ReadInstruction.from_spec(split).to_absolute({"train": len(rows)})
+    try:
+        parts = ReadInstruction.from_spec(split).to_absolute({"train": len(rows)})
+    except Exception as error:  # of several types, for what is no such text
+        if str(error).startswith("Unknown split"):
+            raise
+        raise InputError(f"the split {split!r}: {_cause(error)}") from error
     numbers = [n for part in parts for n in range(len(rows))[part.from_ : part.to]]
     return rows if len(numbers) == len(rows) else rows.select(numbers)
 
