@@ -233,15 +233,19 @@ def _column(name: str, values: list[Any]) -> Dataset:
     except Exception:  # pyarrow's, for values of mixed types
         # Written by us: datasets would leave texts that happen to be JSON, such as null, as they
         # are, and read something else.
-        texts = [None if value is None else json.dumps(value) for value in values]
+        texts = _json_texts(values)
     try:
         column = Dataset.from_dict({name: texts}, Features({name: Json()}))
-        same = column[name][:] == values
+        same = _json_texts(column[name][:]) == texts
     except Exception as error:  # whatever its reader raises
         raise InputError(f"column {name!r}: {_cause(error)}") from error
     if not same:
         raise InputError(f"column {name!r}: its values are of several types, or too large to keep.")
     return column
+
+
+def _json_texts(values: list[Any]) -> list[str | None]:
+    return [None if value is None else json.dumps(value) for value in values]
 
 
 def _part(rows: Dataset, split: str) -> Dataset:
