@@ -43,8 +43,8 @@ def parse_json(text: str, finite: bool = False) -> Any:
 
     Raises:
         ValueError: it is no JSON (then a ``json.JSONDecodeError``, which knows the line); or JSON
-            that readers understand differently or not at all: a name twice in an object, half of a
-            surrogate pair, nesting too deep, an integer of thousands of digits.
+            that readers understand differently or not at all: a name twice in an object or with a
+            NUL, half of a surrogate pair, nesting too deep, an integer of thousands of digits.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -53,6 +53,8 @@ def parse_json(text: str, finite: bool = False) -> Any:
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"the name {twice!r} is twice in an object")
+        if any("\0" in name for name in found):
+            raise ValueError("a name holds the character NUL, at which other software ends it")
         return found
 
     def number(literal: str) -> float:

@@ -298,7 +298,7 @@ def plain_json(text: str):
     """As Python reads it, but for what readers disagree about."""
 
     def once(pairs):
-        need(len(dict(pairs)) == len(pairs))
+        need(len(dict(pairs)) == len(pairs) and "\0" not in "".join(dict(pairs)))
         return dict(pairs)
 
     try:

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import json
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -229,7 +230,13 @@ def _from_rows(rows: list[dict[str, Any]]) -> Dataset:
 
 def _column(name: str, values: list[Any]) -> Dataset:
     try:
-        return Dataset.from_dict({name: values})
+        column = Dataset.from_dict({name: values})
+        kinds: dict[tuple[str | None, ...], set[type]] = defaultdict(set)
+        if "double" in str(column.features.arrow_schema):
+            _collect_kinds(values, (), kinds)
+        if not any({bool, float} <= kind for kind in kinds.values()):
+            return column
+        raise TypeError("pyarrow would take true for 1.0")
     except Exception:  # pyarrow's, for values of mixed types
         # Written by us: datasets would leave texts that happen to be JSON, such as null, as they
         # are, and read something else.
@@ -242,6 +249,20 @@ def _column(name: str, values: list[Any]) -> Dataset:
     if not same:
         raise InputError(f"column {name!r}: its values are of several types, or too large to keep.")
     return column
+
+
+def _collect_kinds(
+    value: Any, path: tuple[str | None, ...], kinds: dict[tuple[str | None, ...], set[type]]
+) -> None:
+    """Types of all that stands inside a value, by the names on the way there."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _collect_kinds(inner, (*path, name), kinds)
+    elif isinstance(value, list):
+        for inner in value:
+            _collect_kinds(inner, (*path, None), kinds)
+    else:
+        kinds[path].add(type(value))
 
 
 def _json_texts(values: list[Any]) -> list[str | None]:
