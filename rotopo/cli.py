@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonargparse._typehints as jsonargparse_typehints
+from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -85,6 +86,8 @@ class RotopoCLI(LightningCLI):
         checkpoint = self._get(self.config, "ckpt_path")
         if checkpoint and Path(checkpoint).suffix and not Path(checkpoint).exists():
             raise InputError(f"ckpt_path: there is no checkpoint {checkpoint}.")
+        for name in ("model", "data"):
+            _refuse_null(name, self._get(self.config, name))
 
     def _set_seed(self) -> None:
         try:
@@ -205,6 +208,19 @@ def _path_of(model: Any) -> str:
     """The path of the model that a module trains: a policy's, or a reward model's backbone's."""
     settings = model.init_args
     return (settings.get("policy") or settings.get("backbone")).path
+
+
+def _refuse_null(name: str, given: Namespace) -> None:
+    """Refuse null for a class's argument that takes none, which jsonargparse lets through."""
+    from jsonargparse._parameter_resolvers import get_signature_parameters
+    from jsonargparse._util import import_object
+
+    arguments = given.get("init_args") or Namespace()
+    for parameter in get_signature_parameters(import_object(given.class_path), None):
+        annotation = parameter.annotation
+        takes_null = parameter.default is None or annotation is Any or "None" in str(annotation)
+        if parameter.name in arguments and arguments[parameter.name] is None and not takes_null:
+            raise InputError(f"{name}.{parameter.name} is null: it has to have a value.")
 
 
 def _input_error(error: BaseException | None) -> InputError | None:

@@ -548,7 +548,7 @@ FOUND = [
     *(("trainer.devices", "0"), ("trainer.accelerator", "x"), ("trainer.strategy", "x")),
     *(("trainer.max_time", "x"), ("trainer.accumulate_grad_batches", "0")),
     *(("trainer.gradient_clip_val", "-1"), ("trainer.check_val_every_n_epoch", "0")),
-    ("seed_everything", "-1"),
+    *(("seed_everything", "-1"), ("model.beta", "null")),
 ]
 
 

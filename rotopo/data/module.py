@@ -1,7 +1,6 @@
 """PairwiseDataModule: preference data from its source to batches."""
 
 import hashlib
-import inspect
 import json
 import math
 from collections import Counter
@@ -9,7 +8,6 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
-from types import NoneType
 from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 import numpy as np
@@ -157,10 +155,6 @@ class PairwiseDataModule(LightningDataModule):
         doctor: bool = True,
     ) -> None:
         super().__init__()
-        given = locals()
-        for name, parameter in inspect.signature(PairwiseDataModule).parameters.items():
-            if given[name] is None and NoneType not in get_args(parameter.annotation):
-                raise InputError(f"data.{name} is null: it has to have a value.")
         for name, count in (
             ("train_pairs", train_pairs),
             ("pairs_per_step", pairs_per_step),
