@@ -1,5 +1,5 @@
-"""The ``rotopo`` command: fit, validate, test and predict, configured by YAML and class paths;
-judge, report and export what they wrote."""
+"""The ``rotopo`` command: fit, validate, test, predict and doctor, configured by YAML and class
+paths; judge, report and export what they wrote."""
 
 import logging
 import signal
@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import jsonargparse._typehints as jsonargparse_typehints
+from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 import rotopo.objectives
 import rotopo.reward  # (classes are known by their short names once imported)
 import rotopo.robust  # noqa: F401
 from rotopo.checkpoints import WholeCheckpointIO, check, disk_is_full, last_good
+from rotopo.data.doctor import refusal, render
 from rotopo.data.module import PairwiseDataModule
 from rotopo.errors import InputError
 from rotopo.files import full_disk
@@ -33,6 +35,7 @@ A run is a YAML file of class paths and settings; any setting can be overridden 
 rotopo fit --config configs/quickstart.yaml --model.beta 0.05 --trainer.max_epochs 2.
 What a class takes: rotopo fit --model.help DPO, rotopo fit --data.help PairwiseDataModule.
 What a run would use: add --print_config. Resume: --ckpt_path runs/version_0/checkpoints/last.ckpt.
+Is the data sound? rotopo doctor, with fit's files and options, checks it and loads no model.
 Beside them there are rotopo judge, which compares policies from files of scores, rotopo report,
 which makes a page of runs and judgements, and rotopo export, which makes a Hugging Face model of a
 run: see rotopo judge --help.
@@ -46,6 +49,34 @@ _FUNCTIONS = {
 }
 
 
+class RotopoTrainer(Trainer):
+    """Lightning's Trainer with a command for the data alone."""
+
+    def doctor(
+        self,
+        model: PairwiseModule,
+        datamodule: PairwiseDataModule,
+        ckpt_path: str | None = None,
+    ) -> None:
+        """Checks the data that a fit would train on, without loading the model.
+
+        Args:
+            model: not looked at: its weights are not loaded.
+            datamodule: the data.
+            ckpt_path: not read; here so that the files and options of fit are taken as they are.
+
+        Raises:
+            InputError: there is an error in the data; warnings are only printed.
+        """
+        datamodule.prepare_data()
+        datamodule.setup()
+        findings = datamodule.findings()
+        print(render(findings), flush=True)
+        refused = refusal(findings)
+        if refused is not None:
+            raise InputError(refused)
+
+
 class RotopoCLI(LightningCLI):
     """LightningCLI with the tokenizer named once, one folder per run, and safe class swaps."""
 
@@ -55,7 +86,18 @@ class RotopoCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         # Checkpoints are always read as weights only, so that no code in them is run.
-        return {k: v | {"weights_only"} for k, v in LightningCLI.subcommands().items()}
+        commands = {k: v | {"weights_only"} for k, v in LightningCLI.subcommands().items()}
+        return {**commands, "doctor": {"model", "datamodule"}}
+
+    def before_instantiate_classes(self) -> None:
+        for name in ("model", "data"):
+            _refuse_null(name, self._get(self.config, name))
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise InputError(f"seed_everything: {error}.") from error
 
     def _parse_ckpt_path(self) -> None:
         """Refuse a checkpoint that is named and not good before anything else is read.
@@ -96,13 +138,30 @@ class RotopoCLI(LightningCLI):
         plugins = given if isinstance(given, list) else [given]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, WholeCheckpointIO()]
-        if config.logger is None:
+        if self.subcommand == "doctor":
+            kwargs["logger"] = False
+        elif config.logger is None:
             root = config.default_root_dir or "runs"
             board = TensorBoardLogger(root, name="")
             # What a killed run has logged stays, up to a few steps.
             csv = CSVLogger(root, name="", version=board.version, flush_logs_every_n_steps=5)
             kwargs["logger"] = [board, csv]
-        return super().instantiate_trainer(**kwargs)
+        for name, least in (
+            ("accumulate_grad_batches", 1),
+            ("check_val_every_n_epoch", 1),
+            ("gradient_clip_val", 0),
+        ):
+            # Not by Lightning, which would divide by 0, or climb where it should descend.
+            if config[name] is not None and not config[name] >= least:
+                raise InputError(
+                    f"trainer.{name} is {config[name]}: it has to be at least {least}."
+                )
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            if _input_error(error) is not None:
+                raise
+            raise InputError(f"trainer: {' '.join(str(error).split())}") from error
 
 
 class _Parts(RotopoCLI):
@@ -192,6 +251,7 @@ def _built(command: type[RotopoCLI], args: list[str] | None) -> RotopoCLI:
             subclass_mode_data=True,
             auto_configure_optimizers=False,  # they are the model's settings
             save_config_kwargs={"overwrite": True},
+            trainer_class=RotopoTrainer,
             parser_kwargs={"description": _DESCRIPTION},
             trainer_defaults={
                 "use_distributed_sampler": False,  # our samplers know the ranks themselves
@@ -218,6 +278,19 @@ def _path_of(model: Any) -> str:
     """The path of the model that a module trains: a policy's, or a reward model's backbone's."""
     settings = model.init_args
     return (settings.get("policy") or settings.get("backbone")).path
+
+
+def _refuse_null(name: str, given: Namespace) -> None:
+    """Refuse null for a class's argument that takes none, which jsonargparse lets through."""
+    from jsonargparse._parameter_resolvers import get_signature_parameters
+    from jsonargparse._util import import_object
+
+    arguments = given.get("init_args") or Namespace()
+    for parameter in get_signature_parameters(import_object(given.class_path), None):
+        annotation = parameter.annotation
+        takes_null = parameter.default is None or annotation is Any or "None" in str(annotation)
+        if parameter.name in arguments and arguments[parameter.name] is None and not takes_null:
+            raise InputError(f"{name}.{parameter.name} is null: it has to have a value.")
 
 
 def _input_error(error: BaseException | None) -> InputError | None:

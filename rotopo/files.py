@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import math
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -37,6 +38,47 @@ def read_lines(file: str) -> Iterator[str]:
         raise InputError(f"{file}: cannot be read: {cause}") from error
 
 
+def parse_json(text: str, finite: bool = False) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        text: the text.
+        finite: refuse NaN and infinite numbers, which JSON has no word for, but Python writes.
+
+    Raises:
+        ValueError: it is no JSON (then a ``json.JSONDecodeError``, which knows the line); or JSON
+            that readers understand differently or not at all: a name twice in an object or with a
+            NUL, half of a surrogate pair, nesting too deep, an integer of thousands of digits.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"the name {twice!r} is twice in an object")
+        if any("\0" in name for name in found):
+            raise ValueError("a name holds the character NUL, at which other software ends it")
+        return found
+
+    def number(literal: str) -> float:
+        value = float(literal)
+        if finite and not math.isfinite(value):
+            raise ValueError(f"{literal} is no finite number")
+        return value
+
+    try:
+        value = json.loads(text, object_pairs_hook=once, parse_constant=number, parse_float=number)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if "\\u" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("a text holds half of a surrogate pair") from error
+    return value
+
+
 def read_jsonl(file: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a jsonl file, each with the number of its line.
 
@@ -47,9 +89,9 @@ def read_jsonl(file: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = parse_json(line, finite=True)
         except ValueError as error:
-            if not line.endswith("\n"):
+            if isinstance(error, json.JSONDecodeError) and not line.endswith("\n"):
                 raise InputError(
                     f"{file}, line {number}: torn off in the middle: whatever writes the file was "
                     "cut short; let it finish."

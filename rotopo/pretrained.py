@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from rotopo.errors import InputError
 
@@ -59,8 +59,22 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"No tokenizer at {path!r}: {first_line(error)}{conversion_advice(path)}"
+            f"The model's path: no tokenizer at {path!r}: {first_line(error)}"
+            f"{conversion_advice(path)}"
         ) from error
+
+
+def vocabulary_size(path: str) -> int | None:
+    """Rows of a model's embedding, from its configuration; None where there is none at hand.
+
+    Args:
+        path: as of :func:`pretrained_folder`.
+    """
+    try:
+        config = AutoConfig.from_pretrained(pretrained_folder(path))
+    except (OSError, ValueError):  # a tokenizer alone, or code of the model's own
+        return None
+    return getattr(config.get_text_config(), "vocab_size", None)
 
 
 def first_line(error: Exception) -> str:

@@ -195,13 +195,13 @@ def test_a_run_goes_on_elsewhere(config, before, after, form, options):
 @pytest.mark.parametrize("form", [[], SHARED], ids=["file", "folder"])
 def test_what_ranks_have_trained_is_exported_and_loaded_without_rotopo(config, tmp_path, form):
     """Merged, in plain transformers: the logits of the single process's model."""
-    run(arguments(config, "one", [*COMMON, *ROTATION]))
-    on_ranks(2, *arguments(config, "two", [*COMMON, *ROTATION, *ranks("fsdp2"), *form]))
+    far = [*COMMON, *ROTATION, "--model.policy.adapter.target_modules=all-linear"]
+    run(arguments(config, "one", far))
+    on_ranks(2, *arguments(config, "two", [*far, *ranks("fsdp2"), *form]))
     for name in ("one", "two"):
-        export(run=tmp_path / name / "version_0", output=tmp_path / f"{name}_model")
-        export(
-            run=tmp_path / name / "version_0", output=tmp_path / f"{name}_adapter", form="adapter"
-        )
+        folder = tmp_path / name / "version_0"
+        export(run=folder, output=tmp_path / f"{name}_model")
+        export(run=folder, output=tmp_path / f"{name}_adapter", form="adapter")
     ids = torch.arange(5, 45)[None]
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "one_model")(input_ids=ids).logits

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import math
-from collections.abc import Container, Sequence
+from collections import Counter
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, get_args
@@ -26,15 +28,18 @@ from rotopo.data.batch import (
     collate_prompts,
     response_key,
 )
+from rotopo.data.doctor import diagnose, refusal, render
+from rotopo.data.examination import Finding, Patient
 from rotopo.data.noise import LabelNoise, TrainingPairs, with_flips
 from rotopo.data.responses import Responses
 from rotopo.data.rows import Rows, pair_lengths, unpaired_rows
 from rotopo.data.sampler import EvalSampler, PairLength, StatefulLoader, StepSampler
 from rotopo.data.schemas import Format, Preference, read_row, resolve_format
-from rotopo.data.tokens import OnBadRow, PairEncoder, TokenizedPair, Truncation
+from rotopo.data.tokens import OnBadRow, Outcome, PairEncoder, TokenizedPair, Truncation
 from rotopo.errors import InputError
+from rotopo.files import to_json, write_whole
 from rotopo.pretrained import cache_dir as default_cache_dir
-from rotopo.pretrained import load_tokenizer
+from rotopo.pretrained import load_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:  # else rotopo --help would wait for datasets, pandas and pyarrow
     from datasets import Dataset
@@ -112,6 +117,8 @@ class PairwiseDataModule(LightningDataModule):
             processors.
         seed: seed of the held-out rows and of the order of training.
         cache_dir: folder for the tokenised data; None takes $ROTOPO_CACHE or ~/.cache/rotopo.
+        doctor: have every fit begin with the checks of ``rotopo doctor``, of which errors stop it;
+            see :mod:`rotopo.data.doctor`. False is for data that is wrong on purpose.
     """
 
     def __init__(
@@ -145,6 +152,7 @@ class PairwiseDataModule(LightningDataModule):
         num_proc: int | None = None,
         seed: int = 0,
         cache_dir: str | None = None,
+        doctor: bool = True,
     ) -> None:
         super().__init__()
         for name, count in (
@@ -153,6 +161,7 @@ class PairwiseDataModule(LightningDataModule):
             ("eval_pairs_per_batch", eval_pairs_per_batch),
             ("token_budget", token_budget),
             ("length_window", length_window),
+            ("num_proc", num_proc),
         ):
             if count is not None and count < 1:
                 raise InputError(f"data.{name} is {count}: it has to be at least 1.")
@@ -164,6 +173,8 @@ class PairwiseDataModule(LightningDataModule):
                 raise InputError(f"data.{name} is {value!r}: it has to be {' or '.join(known)}.")
         if num_workers is not None and num_workers < 0:
             raise InputError(f"data.num_workers is {num_workers}: it has to be at least 0.")
+        if not 0 <= seed < 2**32:
+            raise InputError(f"data.seed is {seed}: it has to be from 0 to 2**32 - 1.")
         fractions = {"validation": validation, "test": test}
         for name, fraction in fractions.items():
             if not isinstance(fraction, str) and not 0 <= fraction <= 1:
@@ -208,6 +219,7 @@ class PairwiseDataModule(LightningDataModule):
         self.num_proc = num_proc
         self.seed = seed
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        self.doctor = doctor
         self._encoding: dict[str, Any] = {
             "chat_template": chat_template,
             "system_message": system_message,
@@ -220,6 +232,7 @@ class PairwiseDataModule(LightningDataModule):
         self._sources: dict[str, tuple[Dataset, Format]] = {}
         self._split_of: dict[str, str] = {}
         self._pairs: dict[str, Dataset] = {}
+        self._labelled: Dataset | None = None  # training pairs before noise and balance
         self._tokenized: dict[str, TokenizedRows] = {}
         self._rows_of: dict[tuple[str, Any], Rows] = {}
         # Who decides before every epoch what to train on, if anybody does.
@@ -260,8 +273,12 @@ class PairwiseDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if stage == "fit":
             self.selector = None  # that of another run; this one's callbacks come next
-        if self._pairs or self._only_scores():
-            return
+        if not self._pairs and not self._only_scores():
+            self._set_up()
+        if stage == "fit" and self.doctor:
+            self._see_the_doctor()
+
+    def _set_up(self) -> None:
         rows: dict[str, Dataset] = {}
         for split in self._source_splits():
             # Where another rank has prepared it, loading is a look at the cache.
@@ -282,6 +299,7 @@ class PairwiseDataModule(LightningDataModule):
             train = self._pairs["train"]
             order = self._permutation(len(train))[: self.train_pairs]
             self._pairs["train"] = train.select(np.sort(order))
+        self._labelled = self._pairs.get("train")
         if self.noise is not None and "train" in self._pairs:
             train = self._pairs["train"]
             numbers = np.asarray(train.with_format("numpy")["row"][:])
@@ -298,9 +316,53 @@ class PairwiseDataModule(LightningDataModule):
             self._pairs["train"] = train.select(drawn)
             rank_zero_info(f"data.balance_lengths: {len(drawn)} pairs drawn from {len(train)}.")
 
+    def findings(self) -> list[Finding]:
+        """What the data doctor finds, once the data is set up.
+
+        Raises:
+            InputError: there is no pair to train on.
+        """
+        if self._labelled is None:
+            raise _nothing_to_train_on()
+        outcomes = Counter[str]()
+        for tokenized in self._tokenized.values():
+            outcomes.update(tokenized.counts)
+        return diagnose(
+            Patient(
+                self.encoder,
+                {**self._pairs, "train": self._labelled},
+                self._pairs["train"],
+                lambda split, row: self.preference(split, row, self.extra_responses),
+                {outcome.name.lower(): outcomes[outcome.name.lower()] for outcome in Outcome},
+                vocabulary_size(self.tokenizer_path),
+                self.group_by,
+            )
+        )
+
+    def _see_the_doctor(self) -> None:
+        """Check the data on rank zero, and stop on every rank or on none."""
+        assert self.trainer is not None
+        found: list[Finding] | InputError | None = None
+        if self.trainer.is_global_zero:
+            try:
+                found = self.findings()
+            except InputError as error:
+                found = error
+        found = self.trainer.strategy.broadcast(found)
+        if isinstance(found, InputError):
+            raise found
+        assert found is not None
+        folder = self.trainer.log_dir  # asked on every rank
+        if self.trainer.is_global_zero and self.trainer.logger is not None and folder is not None:
+            write_whole(Path(folder) / "doctor.json", to_json([asdict(f) for f in found]))
+        rank_zero_info(render(found, complete=False))
+        refused = refusal(found)
+        if refused is not None:
+            raise InputError(refused)
+
     def train_dataloader(self) -> StatefulLoader:
         if "train" not in self._pairs:
-            raise InputError("data.validation or data.test is 1: there is no pair to train on.")
+            raise _nothing_to_train_on()
         accumulation = self._accumulation()
         world_size, rank = self._ranks()
         rows = self.rows("train")
@@ -427,15 +489,18 @@ class PairwiseDataModule(LightningDataModule):
             return None
         return np.asarray(self._pairs["train"].with_format("numpy")["flipped"][:])
 
-    def preference(self, name: str, row: int) -> Preference:
+    def preference(
+        self, name: str, row: int, extra_responses: Mapping[str, str] | None = None
+    ) -> Preference:
         """A row as messages, labelled as in the source, whatever ``data.noise`` flips.
 
         Args:
             name: ``train``, ``validation`` or ``test``.
             row: its number in that split's source.
+            extra_responses: columns of further responses to read, by role.
         """
         rows, row_format = self._sources[self._split_of[name]]
-        return read_row(row_format, rows[row])
+        return read_row(row_format, rows[row], extra_responses)
 
     def column(self, name: str, column: str, setting: str) -> dict[int, Any]:
         """The values of a column of the source, by row.
@@ -754,6 +819,10 @@ class PairwiseDataModule(LightningDataModule):
             # Iterating draws a seed: from here, so that evaluation leaves training's alone.
             generator=torch.Generator(),
         )
+
+
+def _nothing_to_train_on() -> InputError:
+    return InputError("data.validation or data.test is 1: there is no pair to train on.")
 
 
 def _collate_mean(rows: list[TokenizedRow], pad_id: int, layout: Layout) -> PairBatch:

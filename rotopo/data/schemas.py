@@ -131,8 +131,11 @@ def sharegpt(row: Row) -> Preference:
     """
     if row.get("tools"):
         raise InputError("field 'tools': tools are not supported; drop the row or write a format.")
-    prompt = [_from_sharegpt(turn, "conversations") for turn in _required(row, "conversations")]
-    system = row.get("system")
+    turns = _required(row, "conversations")
+    if not isinstance(turns, list):
+        raise InputError(f"field 'conversations': expected a list of turns, found {turns!r:.40}.")
+    prompt = [_from_sharegpt(turn, "conversations") for turn in turns]
+    system = _text(row, "system") if row.get("system") else None
     if system and not (prompt and prompt[0]["role"] == "system"):
         prompt = [{"role": "system", "content": system}, *prompt]
     return Preference(

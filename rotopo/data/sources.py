@@ -7,17 +7,27 @@ import importlib.util
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import datasets
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    Json,
+    ReadInstruction,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetGenerationError
 
 from rotopo.errors import InputError
-from rotopo.files import OPENERS, read_lines
+from rotopo.files import OPENERS, parse_json, read_lines
 from rotopo.pretrained import resource_path
 
 _BUILDERS = {
@@ -54,7 +64,8 @@ def load_rows(source: str, split: str = "train") -> Dataset:
     """Rows of preference data, as they are stored.
 
     Files are read through ``datasets`` and its cache, so a second call is quick; a changed file
-    is read again. Every cell of a csv file stays text: ``NA`` or ``4`` can be a response.
+    is read again. Json, jsonl and csv are read into memory. Every cell of a csv file stays text:
+    ``NA`` or ``4`` can be a response.
 
     Args:
         source: one of
@@ -131,13 +142,19 @@ def _load_folder(folder: str, split: str) -> Dataset:
             raise InputError(f"{folder}: no split {split!r}, only {', '.join(saved)}.")
         return saved[split]
     files = [str(file) for file in Path(folder).rglob("*") if _builder(str(file)) == "json"]
-    _check_utf8(files)
+    for file in files:
+        for _ in _json_rows(file):  # what is wrong with one is said of its line
+            pass
     try:
-        return cast(Dataset, load_dataset(folder, split=split))
+        rows = cast(Dataset, load_dataset(folder, split=split))
     except Exception as error:  # whatever the readers of four file formats raise
-        for file in files:
-            _check_json(file)
         raise InputError(f"{folder}: {_cause(error)}") from error
+    if files and "timestamp" in str(rows.features.arrow_schema):
+        raise InputError(
+            f"{folder}: texts that look like dates are read as dates in a folder: give its files "
+            f"by a glob, {folder}/*, and hold out fractions."
+        )
+    return rows
 
 
 def _load_files(files: Sequence[str], split: str) -> Dataset:
@@ -148,35 +165,127 @@ def _load_files(files: Sequence[str], split: str) -> Dataset:
             f"data.source: {', '.join(files[:3])}: give files of one kind, out of "
             f"{', '.join(_BUILDERS)}; json, jsonl and csv may end in {', '.join(OPENERS)}."
         )
-    settings: dict[str, Any] = {}
-    if builder == "csv":
-        columns = [_csv_columns(file) for file in files]
-        for file, names in zip(files, columns, strict=True):
-            if names != columns[0]:
-                raise InputError(f"{file}: its columns differ from those of {files[0]}.")
-        # Else pandas guesses types, and reads the response NA as missing.
-        settings["features"] = Features({name: Value("string") for name in columns[0]})
-        settings["keep_default_na"] = False
-    elif builder == "json":
-        _check_utf8(files)
     try:
-        return cast(
-            Dataset,
-            load_dataset(builder, data_files={"train": list(files)}, split=split, **settings),
-        )
+        if builder == "json":
+            return _part(_from_rows([row for file in files for row in _json_rows(file)]), split)
+        if builder == "csv":
+            return _part(_from_rows(_csv_rows(files)), split)
+        return cast(Dataset, load_dataset(builder, data_files={"train": list(files)}, split=split))
     except Exception as error:  # whatever the readers of four file formats raise
+        if isinstance(error, InputError) and str(error).startswith(tuple(files)):
+            raise
         if str(error).startswith("Unknown split"):
             raise _one_split(", ".join(files[:3]), split) from error
         if str(error).endswith("corresponds to no data!"):
             raise InputError(f"{', '.join(files[:3])}: there are no rows.") from error
-        for file in files:
-            if builder == "json":
-                _check_json(file)
         advice = ""
-        if isinstance(error, pa.ArrowInvalid | OSError):  # what reads the source wraps its errors
+        # What reads the source itself wraps its errors; json and csv are in no cache.
+        if isinstance(error, pa.ArrowInvalid | OSError) and builder not in ("json", "csv"):
             cache = Path(datasets.config.HF_DATASETS_CACHE) / builder
             advice = f" (the copy in {cache} may be damaged: remove it, and it is made again)"
         raise InputError(f"{', '.join(files[:3])}: {_cause(error)}{advice}") from error
+
+
+def _json_rows(file: str) -> Iterator[dict[str, Any]]:
+    """Objects of a json or jsonl file: one a line, a list of them, or a single one.
+
+    Not by the reader of ``datasets``: it takes texts that look like dates for dates, and long
+    integers for others nearby; half of a surrogate pair it leaves out; and a line that holds null
+    ends the process.
+    """
+    lines = read_lines(file)
+    first = next((line for line in lines if line.strip()), None)
+    if first is None:
+        raise InputError(f"{file}: the file is empty.")
+    lines = read_lines(file)
+    if first.lstrip().startswith("[") or first.strip() == "{":
+        whole = _json_value(file, 1, "".join(lines))
+        entries = whole if isinstance(whole, list) else [whole]
+        values: Iterable[tuple[int, Any]] = ((1, value) for value in entries)
+    else:
+        values = (
+            (number, _json_value(file, number, line))
+            for number, line in enumerate(lines, start=1)
+            if line.strip()
+        )
+    for place, (number, value) in enumerate(values):
+        if not isinstance(value, dict):
+            raise InputError(
+                f"{file}, line {number}, entry {place} (from 0): a JSON object is needed, not "
+                f"{json.dumps(value)[:40]}."
+            )
+        yield value
+
+
+def _json_value(file: str, number: int, text: str) -> Any:
+    """The value of a JSON text that begins in a line of a file."""
+    try:
+        return parse_json(text.rstrip())
+    except json.JSONDecodeError as error:
+        line = number + error.lineno - 1
+        raise InputError(f"{file}, line {line}: not JSON: {error.msg}.") from error
+    except ValueError as error:
+        raise InputError(f"{file}, line {number}: not JSON that can be read: {error}.") from error
+
+
+def _from_rows(rows: list[dict[str, Any]]) -> Dataset:
+    """Rows whose columns may be missing, or of mixed types, here and there."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = [_column(name, [row.get(name) for row in rows]) for name in names]
+    return concatenate_datasets(columns, axis=1) if columns else Dataset.from_dict({})
+
+
+def _column(name: str, values: list[Any]) -> Dataset:
+    try:
+        column = Dataset.from_dict({name: values})
+        kinds: dict[tuple[str | None, ...], set[type]] = defaultdict(set)
+        if "double" in str(column.features.arrow_schema):
+            _collect_kinds(values, (), kinds)
+        if not any({bool, float} <= kind for kind in kinds.values()):
+            return column
+        raise TypeError("pyarrow would take true for 1.0")
+    except Exception:  # pyarrow's, for values of mixed types
+        # Written by us: datasets would leave texts that happen to be JSON, such as null, as they
+        # are, and read something else.
+        texts = _json_texts(values)
+    try:
+        column = Dataset.from_dict({name: texts}, Features({name: Json()}))
+        same = _json_texts(column[name][:]) == texts
+    except Exception as error:  # whatever its reader raises
+        raise InputError(f"column {name!r}: {_cause(error)}") from error
+    if not same:
+        raise InputError(f"column {name!r}: its values are of several types, or too large to keep.")
+    return column
+
+
+def _collect_kinds(
+    value: Any, path: tuple[str | None, ...], kinds: dict[tuple[str | None, ...], set[type]]
+) -> None:
+    """Types of all that stands inside a value, by the names on the way there."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _collect_kinds(inner, (*path, name), kinds)
+    elif isinstance(value, list):
+        for inner in value:
+            _collect_kinds(inner, (*path, None), kinds)
+    else:
+        kinds[path].add(type(value))
+
+
+def _json_texts(values: list[Any]) -> list[str | None]:
+    return [None if value is None else json.dumps(value) for value in values]
+
+
+def _part(rows: Dataset, split: str) -> Dataset:
+    """A slice of rows, as ``train[:10%]`` says it."""
+    try:
+        parts = ReadInstruction.from_spec(split).to_absolute({"train": len(rows)})
+    except Exception as error:  # of several types, for what is no such text
+        if str(error).startswith("Unknown split"):
+            raise
+        raise InputError(f"the split {split!r}: {_cause(error)}") from error
+    numbers = [n for part in parts for n in range(len(rows))[part.from_ : part.to]]
+    return rows if len(numbers) == len(rows) else rows.select(numbers)
 
 
 def _load_from_hub(source: str, split: str) -> Dataset:
@@ -198,48 +307,37 @@ def _builder(file: str) -> str | None:
     return _BUILDERS.get(path.suffix)
 
 
-def _csv_columns(file: str) -> list[str]:
-    """Column names of a csv file whose every line has been checked: pandas fills short lines up
-    with missing values, and takes the first column for an index where every line is too long."""
+def _csv_rows(files: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of csv files with the same columns, their cells as texts.
+
+    Not by the reader of ``datasets``, which is pandas': it fills short lines up with missing
+    values, takes the first column for an index where every line is too long, and ends texts at
+    a NUL.
+    """
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(read_lines(file), strict=True)
-    try:
-        header = next(reader, [])
-        if not header or len(set(header)) < len(header):
-            raise InputError(f"{file}: the first line has to name the columns, each once.")
-        for record in reader:
-            if record and len(record) != len(header):
-                raise InputError(
-                    f"{file}, line {reader.line_num}: {len(record)} cells, but the header names "
-                    f"{len(header)} columns."
-                )
-    except csv.Error as error:
-        raise InputError(f"{file}, line {reader.line_num}: {error}.") from error
-    return header
-
-
-def _check_utf8(files: Iterable[str]) -> None:
-    """Raise the error for the first json file that is not UTF-8: some of them datasets would read
-    as other text."""
+    rows: list[dict[str, Any]] = []
+    columns: list[str] | None = None
     for file in files:
-        for _ in read_lines(file):
-            pass
-
-
-def _check_json(file: str) -> None:
-    """Raise the error that names the line of a json or jsonl file which cannot be parsed."""
-    lines = list(read_lines(file))
-    text = "".join(lines)
-    if not text.strip():
-        raise InputError(f"{file}: the file is empty.")
-    is_list = text.lstrip().startswith("[")
-    for number, part in [(1, text)] if is_list else enumerate(lines, start=1):
+        reader = csv.reader(read_lines(file), strict=True)
         try:
-            if part.strip():
-                json.loads(part.rstrip())
-        except json.JSONDecodeError as error:
-            line = number + error.lineno - 1
-            raise InputError(f"{file}, line {line}: not JSON: {error.msg}.") from error
+            header = next(reader, [])
+            if not header or not all(header) or len(set(header)) < len(header):
+                raise InputError(f"{file}: the first line has to name the columns, each once.")
+            if header != (columns or header):
+                raise InputError(f"{file}: its columns differ from those of {files[0]}.")
+            columns = header
+            for record in reader:
+                if not record:
+                    continue
+                if len(record) != len(header):
+                    raise InputError(
+                        f"{file}, line {reader.line_num}: {len(record)} cells, but the header "
+                        f"names {len(header)} columns."
+                    )
+                rows.append(dict(zip(header, record, strict=True)))
+        except csv.Error as error:
+            raise InputError(f"{file}, line {reader.line_num}: {error}.") from error
+    return rows
 
 
 def _one_split(source: str, split: str) -> InputError:

@@ -191,6 +191,21 @@ class PairEncoder:
             {role: ids(response, role) for role, response in preference.extra.items()},
         )
 
+    def written(self, messages: list[Message], response: list[Message]) -> str:
+        """The text that the template writes of a prompt and a response, up to the end of its turn:
+        what :meth:`encode` makes tokens of. An eos that the encoder appends is not in it.
+
+        Raises:
+            InputError: as :meth:`encode`.
+        """
+        prompt = self._render_prompt(messages)
+        return prompt + self._written_response(prompt, messages, response, "response")
+
+    def encode_whole(self, text: str) -> list[int]:
+        """Token ids of a conversation as one text, which :meth:`written` gives; a response may
+        share a token with its prompt, or be split otherwise than by itself."""
+        return self._ended(self._prompt_ids(text))
+
     def exported_template(self, closed: bool) -> str:
         """The chat template with all that we do around it, by which ``apply_chat_template`` alone
         gives our tokens: the system message, and a BOS that only the tokenizer adds.
@@ -318,9 +333,10 @@ class PairEncoder:
             )
         return whole[len(prompt) :]
 
-    def _response_ids(
+    def _written_response(
         self, prompt: str, messages: list[Message], response: list[Message], field: str
-    ) -> list[int]:
+    ) -> str:
+        """What the template writes behind the prompt's text, up to the end of the turn."""
         self._refuse_control_tokens(response, field)
         text = self._response_text(prompt, messages + response)
         if not text.endswith(self._end + self._after_end):
@@ -328,7 +344,12 @@ class PairEncoder:
                 f"field {field!r}: the chat template (data.chat_template) does not end this "
                 f"response with {self._end!r}, as it ends others."
             )
-        text = text[: len(text) - len(self._after_end)]
+        return text[: len(text) - len(self._after_end)]
+
+    def _response_ids(
+        self, prompt: str, messages: list[Message], response: list[Message], field: str
+    ) -> list[int]:
+        text = self._written_response(prompt, messages, response, field)
         ids = None
         if self._anchor is not None:
             anchored = self._ids("\n" + text)
@@ -336,6 +357,9 @@ class PairEncoder:
                 ids = anchored[len(self._anchor) :]
         if ids is None:
             ids = self._ids(text)
+        return self._ended(ids)
+
+    def _ended(self, ids: list[int]) -> list[int]:
         return ids if self._template_ends_turns else [*ids, self.end_of_turn_id]
 
     def _find_end_of_turn(self, tokens: set[str]) -> None:
@@ -363,7 +387,15 @@ class PairEncoder:
 
     def _refuse_control_tokens(self, messages: list[Message], field: str) -> None:
         for message in messages:
-            found = self._control_tokens.search(message["content"])
+            text = message["role"] + "\n" + message["content"]
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise InputError(
+                    f"field {field!r}: the text holds half of a surrogate pair, which is no "
+                    "character: remove it, or set data.on_bad_row to 'drop'."
+                ) from error
+            found = self._control_tokens.search(text)
             if found is not None:
                 raise InputError(
                     f"field {field!r}: the text spells the control token {found.group()!r}, which "

@@ -180,6 +180,8 @@ BAD_ROWS = {
     "kto label of words": ("kto", {"label": "yes"}, "'label'.*'yes'"),
     "kto empty": ("kto", {"completion": " "}, "'completion'.*empty"),
     "tools": ("sharegpt", {"tools": "[{}]"}, "'tools'"),
+    "turns that are none": ("sharegpt", {"conversations": 5}, "'conversations'.*found 5"),
+    "system message of a number": ("sharegpt", {"system": 5}, "'system'.*found a int"),
 }
 
 

@@ -48,6 +48,41 @@ def test_text_files_keep_every_value(tmp_path, name, content):
     assert load_rows(write(tmp_path / name, content)).to_list() == ROWS
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["2020-01-01", "2021-02-03T04:05:06Z"],  # were dates
+        [2**53 + 1, 0.5],  # was rounded
+        [1.0, False],  # was 0.0
+        [False, "null", "[1]", '"x"', None],  # were None, a list, and x
+        [{"a": 1}, "{}", ["x", 2]],
+    ],
+)
+def test_json_values_stay_what_they_are(tmp_path, values):
+    file = write(tmp_path / "a.jsonl", "".join(json.dumps({"a": v}) + "\n" for v in values))
+    found = load_rows(file)["a"][:]
+    assert found == values
+    assert list(map(type, found)) == list(map(type, values))
+
+
+def test_a_nul_in_a_csv_cell_is_kept(tmp_path):
+    file = write(tmp_path / "a.csv", "a,b\nx\0y,z\n")
+    assert load_rows(file).to_list() == [{"a": "x\0y", "b": "z"}]
+
+
+def test_dates_in_a_folder_of_json_are_refused(tmp_path):
+    write(tmp_path / "folder" / "train.jsonl", '{"a": "2020-01-01"}\n')
+    with pytest.raises(InputError, match="look like dates"):
+        load_rows(str(tmp_path / "folder"))
+
+
+@pytest.mark.parametrize("split", ["train[", "train[x:]", "-1"])
+def test_what_is_no_split_is_named(tmp_path, split):
+    with pytest.raises(InputError, match=r"the split '") as raised:
+        load_rows(write(tmp_path / "a.jsonl", LINES), split)
+    assert split in str(raised.value)
+
+
 def test_csv_numbers_stay_text(tmp_path):
     rows = [{"question": "1 + 1", "answer": "02"}, {"question": "2.50", "answer": "3"}]
     file = write(tmp_path / "a.csv", "question,answer\n1 + 1,02\n2.50,3\n")
@@ -120,6 +155,16 @@ def test_changed_file_is_read_again(tmp_path):
         ("empty.csv", "", "name the columns"),
         ("header.csv", "prompt,chosen,rejected\n", "no rows"),
         ("empty.jsonl", "", "empty"),
+        # A line of null ended the process; of two values of a name one was taken.
+        ("null.jsonl", LINES + "null\n", "line 3, .*object is needed, not null"),
+        ("twice.jsonl", '{"a": 1, "a": 2}\n', "line 1: .*'a' is twice"),
+        ("twice.json", '[{"a": 1, "a": 2}]', "line 1: .*'a' is twice"),
+        ("nul.jsonl", '{"a\\u0000": 1}\n', "line 1: .*NUL"),
+        ("half.json", '[{"a": "x\\ud800"}]', "line 1: .*surrogate"),
+        ("deep.jsonl", LINES + '{"a": ' + "[" * 100_000, "line 3: .*nested"),
+        ("digits.jsonl", '{"a": ' + "1" * 5000 + "}\n", "line 1: .*digits"),
+        ("long.jsonl", '{"a": ' + "1" * 30 + "}\n", "column 'a'"),
+        ("unnamed.csv", ",b\n1,2\n", "name the columns"),
         ("torn.parquet", b"PAR1 torn", "torn.parquet"),
         ("torn.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-9], "cannot be read"),
         ("torn.csv.bz2", bz2.compress(CSV.encode())[:-9], "cannot be read"),

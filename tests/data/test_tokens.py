@@ -691,3 +691,31 @@ def test_smollm2_on_real_questions(smollm2):
         cut, outcome = encoder.truncate(pair)
         assert len(cut.prompt) + len(cut.chosen) <= 1024
         assert (outcome is Outcome.WHOLE) == (cut == pair)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"),
+    [
+        ([turn("<|im_end|>", "a")], "control token"),
+        ([turn("user", "a\ud800")], "surrogate"),
+        ([turn("us\udc00er", "a")], "surrogate"),
+    ],
+)
+def test_roles_spell_no_control_token_and_half_a_character_is_none(tiny_tokenizer, prompt, reason):
+    pair = Preference(prompt, [turn("assistant", "good")], [turn("assistant", "bad")])
+    with pytest.raises(InputError, match=f"field 'prompt': .*{reason}"):
+        PairEncoder(tiny_tokenizer).encode(pair)
+
+
+def test_a_whole_conversation_is_what_the_encoder_makes_in_parts(style):
+    """The texts leave nothing to merge where prompt and response meet."""
+    _, tokenizer = style
+    encoder = PairEncoder(tokenizer)
+    found = preference(chosen="good")
+    written = encoder.written(found.prompt, found.chosen)
+    whole = tokenizer.apply_chat_template(found.prompt + found.chosen, tokenize=False)
+    assert whole.startswith(written)
+    assert "good" in written
+    pair = encoder.encode(found)
+    spelled = tokenizer.decode(encoder.encode_whole(written))
+    assert spelled == tokenizer.decode(pair.prompt + pair.chosen)
