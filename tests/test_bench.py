@@ -37,6 +37,7 @@ def setting(*loads):
     )
 
 
+@pytest.mark.slow
 def test_the_tables(tmp_path, capsys):
     file = tmp_path / "rows.json"
     tables = ["--table", "peers", "attention", "growth", "profile", "--reference", "online"]

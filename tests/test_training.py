@@ -89,7 +89,7 @@ def test_accumulation_changes_no_number(config, layout):
         pd.testing.assert_frame_equal(log[columns], logs[0][columns], rtol=1e-5)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("batch", "before"), [(1, True), (3, False), (7, True), (9, False)])
 def test_a_killed_run_resumes_to_the_same_weights(config, monkeypatch, workers, batch, before):
     """Two micro-batches a step, three steps an epoch, two epochs: kills in the midst of both."""

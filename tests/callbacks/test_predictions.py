@@ -99,7 +99,13 @@ def save_responses(folder: Path, n: int = 6) -> str:
 
 @pytest.mark.parametrize(
     "other",
-    ["--model.beta=3", "--model.policy.adapter.lora_alpha=64", "--model.policy.dtype=bfloat16"],
+    [
+        "--model.beta=3",
+        *(
+            pytest.param(option, marks=pytest.mark.slow)
+            for option in ("--model.policy.adapter.lora_alpha=64", "--model.policy.dtype=bfloat16")
+        ),
+    ],
 )
 def test_scores_of_other_settings_or_weights_begin_anew(config, killed, other):
     fit(config, "runs", *CHECKPOINTS)
