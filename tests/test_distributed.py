@@ -34,6 +34,8 @@ OBJECTIVES = {
     "full fine-tuning": FULL,
     "recomputed activations": [*LORA, "--model.policy.activation_checkpointing=true"],
     "cached reference": [*LORA, "--model.policy.reference=cached"],
+    "geometry": [*LORA, "--trainer.callbacks+=rotopo.callbacks.Geometry"],
+    "geometry of all weights": [*FULL, "--trainer.callbacks+=rotopo.callbacks.Geometry"],
 }
 # Nine of the 40 pairs are held out for validation and eleven for the test: uneven on two ranks.
 SPLITS = ["--data.validation=0.225", "--data.test=0.275", "--data.eval_pairs_per_batch=2"]
@@ -104,6 +106,15 @@ CASES = [
 def test_two_ranks_train_as_one_process_does(config, how, options):
     run(arguments(config, "one", [*COMMON, *options]))
     on_ranks(2, *arguments(config, "two", [*COMMON, *options, *ranks(how)]))
+    assert_same_run(config.parent / "one", config.parent / "two")
+
+
+@pytest.mark.slow
+def test_so_do_they_with_all_weights_offloaded(config):
+    """To where they are anyway, on processors: by the same way as from a GPU."""
+    run(arguments(config, "one", [*COMMON, *ROTATION]))
+    offload = "--trainer.strategy.cpu_offload=true"
+    on_ranks(2, *arguments(config, "two", [*COMMON, *ROTATION, *ranks("fsdp2"), offload]))
     assert_same_run(config.parent / "one", config.parent / "two")
 
 
