@@ -110,6 +110,13 @@ def test_two_ranks_train_as_one_process_does(config, how, options):
 
 
 @pytest.mark.slow
+def test_a_head_of_another_dtype_than_all_that_trains_beside_it_is_refused(config):
+    half = ["--model=rotopo.reward.RewardModule", "--model.backbone={dtype: bfloat16}", *COMMON]
+    with pytest.raises(RuntimeError, match="FSDP2 trains weights of one dtype"):
+        on_ranks(2, *arguments(config, "two", [*half, *ranks("fsdp2")]))
+
+
+@pytest.mark.slow
 def test_so_do_they_with_all_weights_offloaded(config):
     """To where they are anyway, on processors: by the same way as from a GPU."""
     run(arguments(config, "one", [*COMMON, *ROTATION]))

@@ -16,6 +16,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from rotopo.errors import InputError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -47,6 +49,9 @@ def divide(backbone: "Backbone", base: set[int], dtype: torch.dtype, sharding: S
         base: ids of the base model's parameters.
         dtype: of these; what else trains keeps its own where that is wider.
         sharding: how.
+
+    Raises:
+        InputError: weights of several dtypes train.
     """
     backbone.sharding = sharding
     settings: dict[str, Any] = {"mesh": sharding.mesh}
@@ -59,9 +64,14 @@ def divide(backbone: "Backbone", base: set[int], dtype: torch.dtype, sharding: S
             if not isinstance(parameter, DTensor):
                 wide = torch.promote_types(parameter.dtype, dtype)
                 parameter.data = parameter.data.to(dtype if id(parameter) in base else wide)
-        trained = [p.dtype for p in unit.parameters() if p.requires_grad]
-        narrow = any(d in (torch.bfloat16, torch.float16) for d in trained)
+        trained = {p.dtype for p in unit.parameters() if p.requires_grad}
+        if len(trained) > 1:
+            raise InputError(
+                "dtype: FSDP2 trains weights of one dtype, and here a float32 head trains beside "
+                f"weights in {dtype}: set the model's dtype to float32, or take an adapter."
+            )
         # Gradients in a half type would be rounded once more where the ranks add them up.
+        narrow = trained <= {torch.bfloat16, torch.float16} and bool(trained)
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if narrow else None)
         fully_shard(unit, mp_policy=policy, **settings)
     for method in ("hidden_states", "generate", "cache_reference"):
