@@ -302,7 +302,6 @@ DAMAGES = [
     ("pairs.jsonl", cut, 0.63),
     ("version_0/checkpoints/last.ckpt", cut, 0.9),
     ("version_0/checkpoints/last.ckpt", flip, 0.4),
-    ("cache/datasets/**/*.arrow", cut, 0.5),
 ]
 UNHARMED = {("cache/reference/*/*.arrow", Path.unlink)}
 
@@ -322,10 +321,7 @@ def test_a_damaged_file_is_named_and_what_can_be_made_again_is(laboratory, capsy
     assert process.exitcode == 0
     for number, (pattern, damage, share) in enumerate(DAMAGES):
         root = laboratory.folder / f"damaged {number}"
-        if "datasets" in pattern:  # which are kept by their source's path
-            root = whole
-        else:
-            shutil.copytree(whole, root)
+        shutil.copytree(whole, root)
         (root / "log.txt").unlink()
         file = sorted(root.glob(pattern))[0]
         damage(*([file] if share is None else [file, share]))
@@ -341,7 +337,6 @@ def test_a_damaged_file_is_named_and_what_can_be_made_again_is(laboratory, capsy
         else:
             named = file.parent.parent if "pairs/" in pattern else file
             named = file.parent if file.name in ("counts.json", "hashes.json") else named
-            named = root / "cache/datasets/json" if "datasets" in pattern else named
             right = process.exitcode == 2 and "Traceback" not in text and str(named) in message
         how = {cut: f"cut to {share}", flip: f"a bit flipped at {share}"}.get(damage, "removed")
         message = message.replace(str(root), "") or "made again, and all numbers are equal"
