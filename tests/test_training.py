@@ -1,9 +1,5 @@
 """Steps, checkpoints and resumption, through the command line."""
 
-import random
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -128,35 +124,6 @@ def test_so_does_one_that_is_killed_twice(config, monkeypatch, kills):
         resume = [f"--ckpt_path={last_checkpoint(config.parent / 'killed')}"]
     resumed = fit(config, "killed", *options, *resume)
     assert resumed.trainer.global_step == whole.trainer.global_step
-    assert_equal(weights(resumed), weights(whole), rtol=0, atol=0)
-
-
-@pytest.mark.slow
-def test_sigkill_of_the_real_command(config):
-    """Three kills at random moments of a run with workers and dropout; the end is the same."""
-    options = [*CHECKPOINTS, "--data.num_workers=1", "--trainer.max_epochs=40"]
-    whole = fit(config, "whole", *options)
-    generator = random.Random(0)
-    command = [sys.executable, "-m", "rotopo.cli", "fit", "--config", str(config), *options]
-    command += ["--trainer.default_root_dir", str(config.parent / "killed")]
-    finished = False
-    for _ in range(3):
-        last = last_checkpoint(config.parent / "killed")
-        resume = [f"--ckpt_path={last}"] if last else []
-        process = subprocess.Popen([*command, *resume], stdout=subprocess.DEVNULL)
-        before = len(list((config.parent / "killed").rglob("*.ckpt")))
-        deadline = time.monotonic() + 60
-        while len(list((config.parent / "killed").rglob("*.ckpt"))) < before + 3:
-            assert time.monotonic() < deadline
-            if process.poll() is not None:
-                break
-            time.sleep(0.01)
-        time.sleep(generator.uniform(0, 0.5))
-        process.kill()
-        finished = process.wait() == 0
-    assert not finished, "the run ended before it was killed: the test shows nothing"
-    last = last_checkpoint(config.parent / "killed")
-    resumed = fit(config, "killed", *options, f"--ckpt_path={last}")
     assert_equal(weights(resumed), weights(whole), rtol=0, atol=0)
 
 
