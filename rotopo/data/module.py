@@ -29,7 +29,7 @@ from rotopo.data.batch import (
     response_key,
 )
 from rotopo.data.doctor import diagnose, refusal, render
-from rotopo.data.examination import Finding, Patient
+from rotopo.data.doctor.examination import Finding, Patient
 from rotopo.data.noise import LabelNoise, TrainingPairs, with_flips
 from rotopo.data.responses import Responses
 from rotopo.data.rows import Rows, pair_lengths, unpaired_rows

@@ -17,11 +17,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from rotopo.cli import run
-from rotopo.data import doctor_limits as limits
-from rotopo.data.doctor import diagnose, refusal, render
-from rotopo.data.examination import Patient, Severity
+from rotopo.data.doctor import diagnose, limits, refusal, render
+from rotopo.data.doctor.examination import Patient, Severity
+from rotopo.data.doctor.pair_checks import wilson_interval
 from rotopo.data.noise import with_flips
-from rotopo.data.pair_checks import wilson_interval
 from rotopo.data.schemas import FORMATS, Preference
 from rotopo.data.tokens import Outcome, PairEncoder
 from rotopo.errors import InputError

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from rotopo.data import doctor_limits as limits
+from rotopo.data.doctor import limits
+from rotopo.data.doctor.token_columns import TokenColumn, read_column
 from rotopo.data.schemas import Message, Preference
-from rotopo.data.token_columns import TokenColumn, read_column
 from rotopo.data.tokens import PairEncoder, TokenizedPair
 
 if TYPE_CHECKING:  # else rotopo --help would wait for it

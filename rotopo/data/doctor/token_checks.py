@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from rotopo.data import doctor_limits as limits
-from rotopo.data.examination import Examination, Finding, Severity, found, graded
+from rotopo.data.doctor import limits
+from rotopo.data.doctor.examination import Examination, Finding, Severity, found, graded
 
 
 def _total(by_split: dict[str, np.ndarray]) -> int:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from rotopo.data import doctor_limits as limits
-from rotopo.data.examination import Examination, Finding, Severity, found, graded
+from rotopo.data.doctor import limits
+from rotopo.data.doctor.examination import Examination, Finding, Severity, found, graded
 
 _NORMAL_95 = 1.959964
 

@@ -6,8 +6,8 @@ are facts that a user may want, or not.
 
 from collections.abc import Callable, Iterator
 
-from rotopo.data import pair_checks, token_checks
-from rotopo.data.examination import Examination, Finding, Patient, Severity
+from rotopo.data.doctor import pair_checks, token_checks
+from rotopo.data.doctor.examination import Examination, Finding, Patient, Severity
 
 _CHECKS: tuple[Callable[[Examination], Iterator[Finding]], ...] = (
     token_checks.bos,
