@@ -25,6 +25,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from rotopo import checkpoints
+from rotopo.errors import InputError
 
 if TYPE_CHECKING:  # else rotopo --help would wait for torch's distributed tensors
     from rotopo.models.sharding import Sharding
@@ -170,6 +171,9 @@ class FSDP1Strategy(FSDPStrategy):
 
     Its own gather the frozen base each time too, and number the optimiser's state in a way that
     nothing else goes on from.
+
+    Raises:
+        InputError: there is no GPU.
     """
 
     def setup(self, trainer: Trainer) -> None:
@@ -185,6 +189,14 @@ class FSDP1Strategy(FSDPStrategy):
             for name, parameter in self._root.named_parameters()
             if parameter.requires_grad
         }
+
+    def _setup_model(self, model: Module) -> Module:
+        if self.root_device.type == "cpu":
+            raise InputError(
+                "trainer.strategy: torch's first FSDP needs GPUs: take "
+                "configs/strategies/fsdp2.yaml, which also runs on processors."
+            )
+        return super()._setup_model(model)
 
     def _gathered(self, write: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Parameters that train, whole, unit by unit, by all ranks together."""

@@ -4,6 +4,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -18,4 +19,4 @@ class FSDPOnProcessors(FSDP1Strategy):
             original(self, *arguments, **settings | {"device_id": torch.device("cpu")})
 
         with mock.patch.object(FullyShardedDataParallel, "__init__", init):
-            return super()._setup_model(model)
+            return FSDPStrategy._setup_model(self, model)

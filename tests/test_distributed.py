@@ -109,6 +109,12 @@ def test_two_ranks_train_as_one_process_does(config, how, options):
     assert_same_run(config.parent / "one", config.parent / "two")
 
 
+def test_fsdp1_without_a_gpu_is_refused(config, capsys):
+    with pytest.raises(SystemExit):
+        run(arguments(config, "run", [*strategy("fsdp"), "--trainer.devices=1"]))
+    assert "take configs/strategies/fsdp2.yaml" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_head_of_another_dtype_than_all_that_trains_beside_it_is_refused(config):
     half = ["--model=rotopo.reward.RewardModule", "--model.backbone={dtype: bfloat16}", *COMMON]
