@@ -5,30 +5,30 @@ can read; their other form is read by unpickling.
 """
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import checkpoint as distributed
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
 
-from rotopo.checkpoints import REST
-from rotopo.files import writing_whole
+from rotopo.checkpoints import REST, aside
+from rotopo.files import sha256, writing_whole
 
 
-def write(path: Path, checkpoint: dict[str, Any], first: bool, barrier: Callable[[], None]) -> None:
+def write(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write a folder that has its name only when all of it is there; all ranks together.
 
     Args:
         path: of the folder.
         checkpoint: Lightning's, with each rank's shares of tensors.
-        first: whether this is the first rank, which writes what is not shared.
-        barrier: waits for all ranks.
     """
     unfinished = path.with_name(f".{path.name}.unfinished")
     tensors: dict[str, Tensor] = {}
@@ -38,45 +38,58 @@ def write(path: Path, checkpoint: dict[str, Any], first: bool, barrier: Callable
     ]
     rest = checkpoint | {"optimizer_states": states}
     rest["state_dict"] = _aside(tensors, "model", checkpoint["state_dict"])
-    if first:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    barrier()
+    rank = torch.distributed.get_rank()
     try:
-        writer = HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
-        distributed.save(tensors, storage_writer=writer)
-        if first:
-            rest["shares"] = {f.name: f.stat().st_size for f in unfinished.glob("*.safetensors")}
+        if rank == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        torch.distributed.barrier()
+        with _own_errors():
+            writer = HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
+            distributed.save(tensors, storage_writer=writer)
+        own = unfinished.glob(f"shard-{rank + 1:05}-*.safetensors")
+        hashes: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(hashes, {share.name: sha256(share) for share in own})
+        if rank == 0:
+            rest["shares"] = {name: value for part in hashes for name, value in part.items()}
             with writing_whole(unfinished / REST) as stream:
                 torch.save(rest, stream)
-            old = path.with_name(f".{path.name}.old")
-            if path.exists():
-                path.rename(old)
+            old = aside(path) if path.exists() else None
             unfinished.rename(path)
-            if old.is_dir():
-                shutil.rmtree(old)
-            else:
-                old.unlink(missing_ok=True)
+            if old is not None:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
     finally:
-        if first:
+        if rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
-    barrier()
+    torch.distributed.barrier()
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """Torch's error of any rank as that rank's own, a full disk's for one."""
+    try:
+        yield
+    except CheckpointException as error:
+        failure, _ = next(iter(error.failures.values()))
+        raise failure from error
 
 
 def read(
     path: Path,
     rest: dict[str, Any],
     targets: Mapping[str, Tensor] | None = None,
-    parameters: Sequence[Sequence[Tensor]] = (),
+    parameters: Sequence[Sequence[Tensor]] | None = None,
 ) -> dict[str, Any]:
     """The checkpoint as Lightning has it, whole, or as this rank's shares; all ranks together then.
+    States of optimisers that nobody asked for stay away.
 
     Args:
         path: of the folder.
         rest: all but the shared tensors, see :func:`rotopo.checkpoints.check`.
         targets: divided tensors by name, like which the state dict is to be divided; None reads
             whole tensors, by one process alone.
-        parameters: of each optimiser, by number, like which its state is to be divided.
+        parameters: of each optimiser, by number, like which its state is to be divided; None asks
+            for all, whole.
     """
     reader = HuggingFaceStorageReader(str(path))
     stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
@@ -84,16 +97,19 @@ def read(
     for name, found in stored.items():
         kind, _, own = name.partition(".")
         like = None
-        if targets is not None and kind == "model":
-            like = targets.get(own)
-        elif targets is not None and int(kind) < len(parameters):
+        if kind == "model":
+            like = targets.get(own) if targets is not None else None
+        elif parameters is not None:
+            if int(kind) >= len(parameters):
+                continue
             like = parameters[int(kind)][int(own.partition(".")[0])]
         dtype = found.properties.dtype
         if like is not None and like.shape == found.size:
             tensors[name] = torch.empty_like(like, dtype=dtype, requires_grad=False)
         else:
             tensors[name] = torch.empty(found.size, dtype=dtype)
-    distributed.load(tensors, storage_reader=reader, no_dist=targets is None)
+    with _own_errors():
+        distributed.load(tensors, storage_reader=reader, no_dist=targets is None)
     for i, state in enumerate(rest["optimizer_states"]):
         for n, values in state["state"].items():
             _back(tensors, f"{i}.{n}", values)

@@ -1,5 +1,6 @@
 """Checkpoints: written whole, read with care, and refused with the name of the last good one."""
 
+import shutil
 import signal
 import threading
 import zipfile
@@ -14,10 +15,11 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from rotopo.errors import InputError
-from rotopo.files import full_disk, unfinished, writing_whole
+from rotopo.files import full_disk, sha256, unfinished, writing_whole
 
 REST = "meta.pt"  # of a checkpoint that is a folder; by it Lightning tells such a folder, too
 _ZIP = b"PK\x03\x04"
@@ -26,28 +28,34 @@ _TO_GO_ON = ("optimizer_states", "lr_schedulers", "callbacks")
 _ALWAYS = ("state_dict", "random_states", "loops", "global_step")
 
 
-def read(path: Path, resume: bool = False, mmap: bool = True) -> dict[str, Any]:
+def read(path: Path, mmap: bool = True, optimizers: bool = True) -> dict[str, Any]:
     """A checkpoint, on the CPU; only tensors and plain values are read, no pickled object.
 
     Args:
         path: as ``--ckpt_path`` takes it.
-        resume: whether it also has to hold all that a fit needs to go on.
         mmap: leave the tensors in the file until they are looked at.
+        optimizers: read their states too, of a folder; a file's stay in it until looked at.
 
     Raises:
         InputError: there is none, or it is torn, damaged or none of ours; the message names the
             last good one beside it.
     """
-    checkpoint = check(path, resume, mmap)
+    checkpoint = check(path, mmap=mmap)
     if path.is_dir():
         from rotopo import checkpoint_folders  # slow to import, and few checkpoints are folders
 
-        return checkpoint_folders.read(path, checkpoint)
+        return checkpoint_folders.read(path, checkpoint, parameters=None if optimizers else ())
     return checkpoint
 
 
 def check(path: Path, resume: bool = False, mmap: bool = True) -> dict[str, Any]:
-    """As :func:`read`, but of a folder without the tensors, which the ranks share."""
+    """As :func:`read`, but of a folder without the tensors, which the ranks share.
+
+    Args:
+        path: as ``--ckpt_path`` takes it.
+        resume: whether it also has to hold all that a fit needs to go on.
+        mmap: leave the tensors in the file until they are looked at.
+    """
     try:
         return _verified(path, resume, mmap)
     except InputError as error:
@@ -60,7 +68,8 @@ def last_good(folder: Path, pattern: str = "**/*.ckpt") -> Path | None:
     """The checkpoint of the most steps in a folder that a run can go on from; of several the
     newest. None if there is none."""
     found = []
-    for path in folder.glob(pattern):
+    # A folder that was about to be replaced when its run was killed is still there, aside.
+    for path in (*folder.glob(pattern), *folder.glob(pattern.replace("*.ckpt", ".*.ckpt.old"))):
         try:
             found.append((_opened(path, True)["global_step"], path.stat().st_mtime_ns, path))
         except InputError:
@@ -75,9 +84,12 @@ def last_good(folder: Path, pattern: str = "**/*.ckpt") -> Path | None:
 
 
 def _verified(path: Path, resume: bool, mmap: bool = True) -> dict[str, Any]:
-    """As :func:`_opened`, with all checksums compared, which torch does not. The shares in a folder
-    have none, only their sizes."""
+    """As :func:`_opened`, with all checksums compared, which torch does not; a folder's by the
+    first rank alone."""
     checkpoint = _opened(path, resume, mmap)
+    for name, value in checkpoint.get("shares", {}).items():
+        if getattr(rank_zero_only, "rank", 0) == 0 and sha256(path / name) != value:
+            raise InputError(f"{path} is damaged: the checksum of {name} is wrong.")
     try:
         with zipfile.ZipFile(_zip_of(path)) as archive:
             damaged = archive.testzip()
@@ -112,14 +124,21 @@ def _opened(path: Path, resume: bool, mmap: bool = True) -> dict[str, Any]:
         ) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("rotopo"), dict):
         raise InputError(f"{path} was not written by rotopo.")
-    for name, size in checkpoint.get("shares", {}).items():
-        share = path / name
-        if not share.is_file() or share.stat().st_size != size:
-            raise InputError(f"{path} is torn: its {name} is missing or not whole.")
+    for name in checkpoint.get("shares", {}):
+        if not (path / name).is_file():
+            raise InputError(f"{path} is torn: its {name} is missing.")
     missing = [name for name in _ALWAYS + _TO_GO_ON * resume if name not in checkpoint]
     if missing:
         raise InputError(f"{path} holds no {' and no '.join(missing)}: a fit cannot go on from it.")
     return checkpoint
+
+
+def aside(path: Path) -> Path:
+    """Put a checkpoint aside that another is about to replace, where :func:`last_good` finds it."""
+    old = path.with_name(f".{path.name}.old")
+    if old.is_dir():
+        shutil.rmtree(old)
+    return path.rename(old)
 
 
 def _zip_of(path: Path) -> Path:

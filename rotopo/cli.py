@@ -106,6 +106,8 @@ class RotopoCLI(LightningCLI):
         """
         command = self.config["subcommand"]
         path = self.config[command].get("ckpt_path")
+        if command == "doctor":  # which reads none
+            return
         # Words like last and best have no suffix; what has a protocol is not on this machine.
         if path and "://" not in path and (Path(path).suffix or Path(path).exists()):
             check(Path(path), resume=command == "fit")
@@ -138,8 +140,9 @@ class RotopoCLI(LightningCLI):
         plugins = given if isinstance(given, list) else [given]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, WholeCheckpointIO()]
-        if self.subcommand == "doctor":
-            kwargs["logger"] = False
+        if self.subcommand == "doctor":  # wherever the fit is going to run
+            kwargs |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
+            kwargs |= {"plugins": None, "logger": False}
         elif config.logger is None:
             root = config.default_root_dir or "runs"
             board = TensorBoardLogger(root, name="")

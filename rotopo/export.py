@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from rotopo.checkpoints import read
+from rotopo.checkpoints import check, read
 from rotopo.errors import InputError
 from rotopo.pretrained import first_line, pretrained_folder
 
@@ -155,12 +155,12 @@ def export(
             "runs/version_0 for example."
         )
     file, which = _choose_checkpoint(run, checkpoint)
-    state = read(file)
+    state = read(file, optimizers=False)
     settings, facts = (_read_yaml(run / name) for name in ("config.yaml", "hparams.yaml"))
     _check_pairs(file, state, facts)
     step = state["global_step"]
     print(f"export: {file}, {which}, step {step}", flush=True)
-    tested = _find_test(run, file, step, test)
+    tested = _find_test(run, file, test)
     module, data = parts(run / "config.yaml")
     config: Any
     kind: Kind
@@ -215,7 +215,7 @@ def _choose_checkpoint(run: Path, given: Path | None) -> tuple[Path, str]:
             "the run go on until it has written one."
         )
     last = [file for file in files if file.name.startswith("last")] or files
-    for callback in read(last[-1]).get("callbacks", {}).values():
+    for callback in check(last[-1]).get("callbacks", {}).values():
         if callback.get("monitor") and callback.get("best_model_path"):
             best = run / "checkpoints" / Path(callback["best_model_path"]).name
             if not best.exists():
@@ -292,7 +292,6 @@ def _write(job: _Job, state: dict[str, Any], folder: Path) -> _Trained:
     module: Any = job.module
     config = replace(
         job.config,
-        dtype=str(job.wide).removeprefix("torch."),  # type: ignore[arg-type]
         attention="segments"  # which is the same, and not on GPUs only
         if job.config.attention == "flex_attention"
         else job.config.attention,
@@ -302,10 +301,10 @@ def _write(job: _Job, state: dict[str, Any], folder: Path) -> _Trained:
     backbone: Policy | Scorer
     before: list[Tensor] | None = None
     if job.kind == "reward":
-        module.scorer = backbone = Scorer.load(config)
+        module.scorer = backbone = Scorer.load(config, dtype=job.wide)
         backbone.eval()
     else:
-        module.policy = backbone = Policy.load(config, needs_reference=False)  # type: ignore[arg-type]
+        module.policy = backbone = Policy.load(config, False, dtype=job.wide)  # type: ignore[arg-type]
         backbone.eval()
         before = _logits(backbone, job)
     try:
@@ -565,13 +564,18 @@ def _training(run: Path) -> "Training | None":
     return read_training("run", run.name, run) if (run / "metrics.csv").is_file() else None
 
 
-def _find_test(run: Path, checkpoint: Path, step: int, given: Path | None) -> "Test | None":
-    """The test of a checkpoint: the one that was named, or one beside the run."""
+def _find_test(run: Path, checkpoint: Path, given: Path | None) -> "Test | None":
+    """The test of a checkpoint: the one that was named, or one beside the run. A run that went on
+    may have written another checkpoint under the name since."""
     from rotopo.evaluation.runs import read_test
 
     def of_the_checkpoint(folder: Path) -> bool:
-        tested = _read_yaml(folder / "config.yaml").get("ckpt_path")
-        return tested is not None and Path(tested).resolve() == checkpoint.resolve()
+        try:
+            settings: Any = _read_yaml(folder / "config.yaml")
+            tested, since = Path(settings["ckpt_path"]), (folder / "test.json").stat().st_mtime
+        except (InputError, OSError, KeyError, TypeError):  # whatever lies there
+            return False
+        return tested.resolve() == checkpoint.resolve() and checkpoint.stat().st_mtime <= since
 
     if given is not None:
         if not of_the_checkpoint(given):

@@ -199,7 +199,7 @@ def _training(card: Card) -> list[tuple[str, str]]:
     if "pairs/train" in card.facts:
         epochs = card.step * pairs / int(card.facts["pairs/train"])
         rows.append(("times through the pairs", f"{epochs:.2f}"))
-    rows.append(("checkpoint", card.checkpoint))
+    rows.append(("checkpoint", _code(card.checkpoint)))
     if card.settings.get("seed_everything") is not None:
         rows.append(("seed", _code(card.settings["seed_everything"])))
     rows.append(("base model's dtype in training", _code(card.backbone["dtype"])))

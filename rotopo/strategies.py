@@ -119,13 +119,14 @@ class FSDP2Strategy(ModelParallelStrategy):
         path = Path(self.broadcast(filepath))
         if not self._save_distributed_checkpoint:
             if self.is_global_zero:
-                if path.is_dir():
-                    shutil.rmtree(path)
+                old = checkpoints.aside(path) if path.is_dir() else None
                 self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
+                if old is not None:
+                    shutil.rmtree(old)
             return
         from rotopo import checkpoint_folders
 
-        checkpoint_folders.write(path, checkpoint, self.is_global_zero, self.barrier)
+        checkpoint_folders.write(path, checkpoint)
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
@@ -140,11 +141,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         saved = module.saved_names()
         targets = {name: value for name, value in module.state_dict().items() if name in saved}
         by_number = [_parameters(optimizer) for optimizer in fits]
+        checkpoint = checkpoints.check(path)
+        module.on_load_checkpoint(checkpoint)  # refuses before anything is changed
         if path.is_dir():
-            rest = checkpoints.check(path)
-            checkpoint = checkpoint_folders.read(path, rest, targets, by_number)
+            checkpoint_folders.read(path, checkpoint, targets, by_number)
         else:
-            checkpoint = checkpoints.read(path)
             for name, value in checkpoint["state_dict"].items():
                 if name in targets and targets[name].shape == value.shape:
                     checkpoint["state_dict"][name] = share_of(value, targets[name])
@@ -154,7 +155,6 @@ class FSDP2Strategy(ModelParallelStrategy):
                     for name, value in values.items():
                         if torch.is_tensor(value) and value.shape == like.shape:
                             values[name] = share_of(value, like)
-        module.on_load_checkpoint(checkpoint)  # refuses before anything is changed
         with torch.no_grad():
             for name, target in targets.items():
                 target.copy_(checkpoint["state_dict"][name])

@@ -123,6 +123,16 @@ def test_a_head_of_another_dtype_than_all_that_trains_beside_it_is_refused(confi
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", [[], SHARED], ids=["file", "folder"])
+def test_a_checkpoint_of_more_than_trains_here_is_refused(config, form):
+    more = [*COMMON, *LORA, "--model.policy.adapter.target_modules=[q_proj,v_proj]"]
+    on_ranks(2, *arguments(config, "more", [*more, *ranks("fsdp2"), *form]))
+    resume = f"--ckpt_path={last_checkpoint(config.parent / 'more')}"
+    with pytest.raises(RuntimeError, match="train different parameters"):
+        on_ranks(2, *arguments(config, "less", [*COMMON, *LORA, *ranks("fsdp2"), resume]))
+
+
+@pytest.mark.slow
 def test_so_do_they_with_all_weights_offloaded(config):
     """To where they are anyway, on processors: by the same way as from a GPU."""
     run(arguments(config, "one", [*COMMON, *ROTATION]))

@@ -1,6 +1,6 @@
 """Memory of each rank under FSDP2, against the shares it ought to hold.
 
-    python tools/bench_memory.py [--width 1024] [--layers 24] [--ranks 2]
+    python tools/bench_memory.py [--width 1024] [--layers 24] [--ranks 2] [--dtype float32]
 
 Makes a Llama of random weights in bfloat16 with LoRA, loads it whole in one process and divided
 among ranks, trains a few steps of DPO on processors over gloo, and prints for each rank what it
@@ -32,7 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rotopo.data.batch import Role, TokenizedRow, collate
 from rotopo.models.log_probs import Needs
 from rotopo.models.policy import Policy
-from rotopo.models.settings import PolicyConfig
+from rotopo.models.settings import DtypeName, PolicyConfig
 from rotopo.models.sharding import Sharding
 from rotopo.objectives import DPO
 
@@ -66,7 +66,7 @@ class Peak:
         self.thread.join()
 
 
-def measure(rank: int, ranks: int, model: str, store: str, results: str) -> None:
+def measure(rank: int, ranks: int, model: str, dtype: DtypeName, store: str, results: str) -> None:
     """One rank's numbers, in MiB above the process before it loads anything."""
     torch.set_num_threads(1)
     sharding = None
@@ -74,7 +74,7 @@ def measure(rank: int, ranks: int, model: str, store: str, results: str) -> None
         dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=ranks)
         sharding = Sharding(init_device_mesh("cpu", (ranks,)))
     adapter = LoraConfig(r=16, target_modules="all-linear")
-    config = PolicyConfig(path=model, dtype="bfloat16", adapter=adapter)
+    config = PolicyConfig(path=model, dtype=dtype, adapter=adapter)
     torch.manual_seed(0)
     start = own_memory()
     with Peak() as loading:
@@ -109,6 +109,12 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float32"],
+        default="bfloat16",
+        help="of the base, which is converted from the file's bfloat16 as it is loaded",
+    )
     args = parser.parse_args()
     config = LlamaConfig(
         vocab_size=8192,
@@ -128,7 +134,7 @@ def main() -> None:
         )
         for ranks in (1, args.ranks):
             torch.multiprocessing.spawn(
-                measure, (ranks, folder, f"{folder}/store{ranks}", folder), ranks
+                measure, (ranks, folder, args.dtype, f"{folder}/store{ranks}", folder), ranks
             )
             for rank in range(ranks):
                 numbers = Path(folder, f"{ranks}-{rank}").read_text("utf-8").split()

@@ -198,7 +198,7 @@ def _json_rows(file: str) -> Iterator[dict[str, Any]]:
     if first is None:
         raise InputError(f"{file}: the file is empty.")
     lines = read_lines(file)
-    if first.lstrip().startswith("[") or first.strip() == "{":
+    if first.lstrip().startswith("[") or not _is_json(first):
         whole = _json_value(file, 1, "".join(lines))
         entries = whole if isinstance(whole, list) else [whole]
         values: Iterable[tuple[int, Any]] = ((1, value) for value in entries)
@@ -215,6 +215,14 @@ def _json_rows(file: str) -> Iterator[dict[str, Any]]:
                 f"{json.dumps(value)[:40]}."
             )
         yield value
+
+
+def _is_json(text: str) -> bool:
+    try:
+        parse_json(text.rstrip())
+    except ValueError:
+        return False
+    return True
 
 
 def _json_value(file: str, number: int, text: str) -> Any:

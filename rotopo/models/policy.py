@@ -76,7 +76,11 @@ class Policy(Backbone):
 
     @classmethod
     def load(
-        cls, config: PolicyConfig, needs_reference: bool, sharding: Sharding | None = None
+        cls,
+        config: PolicyConfig,
+        needs_reference: bool,
+        sharding: Sharding | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Self:
         """Load a model, put its adapter on it, and divide it.
 
@@ -84,19 +88,20 @@ class Policy(Backbone):
             config: which model, and what is trained of it.
             needs_reference: keep a frozen copy for the reference if there is no adapter.
             sharding: how to divide it among ranks; None leaves it whole.
+            dtype: of the weights instead of the configuration's, by which the base is still known.
 
         Raises:
             InputError: a path, dtype, attention or adapter that does not work, by its setting.
         """
-        dtype = trained_dtype(config)
+        trained = trained_dtype(config)
         model = load_model(
             config.path,
-            None if sharding else dtype,
+            None if sharding else dtype or trained,
             config.attention,
             config.trust_remote_code,
             **quantized(config, sharding is not None),
         )
-        return cls.build(model, config, needs_reference, dtype, sharding)
+        return cls.build(model, config, needs_reference, trained, sharding)
 
     @classmethod
     def build(
@@ -119,11 +124,12 @@ class Policy(Backbone):
                 "set it to 'cached' or 'auto'."
             )
         base = fingerprint(model, dtype)
-        own = list(model.parameters())
+        # By their ids: who held the parameters would keep whole what is divided.
+        own = {id(p) for p in model.parameters()}
         adapted = adapt(model, config, model.get_output_embeddings())
         reference = None
         if config.adapter is not None:
-            changed = sum(p.requires_grad for p in own)
+            changed = sum(p.requires_grad for p in adapted.parameters() if id(p) in own)
             if changed:
                 raise InputError(
                     f"policy.adapter ({type(config.adapter).__name__}) also trains {changed} "
@@ -131,16 +137,15 @@ class Policy(Backbone):
                     "be the reference any more."
                 )
         elif needs_reference:
-            # To be divided it shares the file that both are mapped to.
-            shared = {id(p): nn.Parameter(p.detach()) for p in own} if sharding else {}
-            reference = copy.deepcopy(model, shared).requires_grad_(False).eval()
-            own += reference.parameters()
+            reference = copy.deepcopy(model, _shared(model) if sharding else {})
+            reference.requires_grad_(False).eval()
+            own |= {id(p) for p in reference.parameters()}
         policy = cls(adapted.train(), reference, base)
         if config.compile:
             policy.compile_layers()
         if sharding is not None:
             assert dtype is not None
-            divide(policy, set(map(id, own)), dtype, sharding)
+            divide(policy, own, dtype, sharding)
         return policy
 
     def compile_layers(self) -> None:
@@ -328,6 +333,11 @@ def _with_kl(
                 whole = values.get(name, value.new_zeros(N))
                 values[name] = whole.index_add(0, index, value)
     return TokenLogProbs(**values)
+
+
+def _shared(model: nn.Module) -> dict[int, Any]:
+    """What lets a copy of a model share its weights, as two that are mapped to one file do."""
+    return {id(p): nn.Parameter(p.detach()) for p in model.parameters()}
 
 
 def _head(model: PreTrainedModel) -> Head:

@@ -51,26 +51,32 @@ class Scorer(Backbone):
     """
 
     @classmethod
-    def load(cls, config: BackboneConfig, sharding: Sharding | None = None) -> Self:
+    def load(
+        cls,
+        config: BackboneConfig,
+        sharding: Sharding | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
         """Load a model, put its adapter on it, and divide it.
 
         Args:
             config: which model, and what is trained of it.
             sharding: how to divide it among ranks; None leaves it whole.
+            dtype: of the weights instead of the configuration's, by which the base is still known.
 
         Raises:
             InputError: a path, dtype, attention or adapter that does not work, by its setting; a
                 model that has no such head, or one with several outputs.
         """
-        dtype = trained_dtype(config)
+        trained = trained_dtype(config)
         model = _load_model(
             config.path,
-            None if sharding else dtype,
+            None if sharding else dtype or trained,
             config.attention,
             config.trust_remote_code,
             **quantized(config, sharding is not None),
         )
-        return cls.build(model, config, dtype, sharding)
+        return cls.build(model, config, trained, sharding)
 
     @classmethod
     def build(

@@ -175,7 +175,7 @@ def duplicates(examined: Examination) -> Iterator[Finding]:
         },
         "data.source: remove copies"
         if not contradictory.any()
-        else "data.source: choose a label, or train with an objective for noisy ones (ROPO, rDPO) "
+        else "data.source: choose a label, or train with an objective for noisy pairs (ROPO, rDPO) "
         f"({examined.first_row({'train': contradictory})})",
     )
 
@@ -206,7 +206,8 @@ def leakage(examined: Examination) -> Iterator[Finding]:
                 if group_by is None
                 else f"data.group_by: {group_by} differs for the same prompt: name another column"
             )
-            + f" ({examined.first_row({split: shared})})",
+            + "; it works with fractions in data.validation and data.test, not with splits of "
+            f"the source ({examined.first_row({split: shared})})",
         )
 
 
