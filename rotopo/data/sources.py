@@ -198,7 +198,9 @@ def _json_rows(file: str) -> Iterator[dict[str, Any]]:
     if first is None:
         raise InputError(f"{file}: the file is empty.")
     lines = read_lines(file)
-    if first.lstrip().startswith("[") or not _is_json(first):
+    in_one = first.lstrip().startswith("[")
+    # A single object may take several lines; else it is the first line that is wrong.
+    if in_one or (not _is_json(first) and _is_json("".join(read_lines(file)))):
         whole = _json_value(file, 1, "".join(lines))
         entries = whole if isinstance(whole, list) else [whole]
         values: Iterable[tuple[int, Any]] = ((1, value) for value in entries)

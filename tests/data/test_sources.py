@@ -285,3 +285,9 @@ def test_real_package_is_not_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) > 90e6
+
+
+def test_a_single_object_may_take_several_lines(tmp_path):
+    file = tmp_path / "one.json"
+    file.write_text('{"prompt": "a", "chosen": "b",\n "rejected": "c"}\n')
+    assert load_rows(str(file)).to_list() == [{"prompt": "a", "chosen": "b", "rejected": "c"}]
