@@ -14,6 +14,10 @@ from rotopo.errors import InputError
 from rotopo.files import sha256, write_whole, writing_whole
 
 
+# Files of earlier versions have shorter names, which say nothing of what is in them.
+_NAMED_BY_HASH = "[0-9a-f]" * 64 + ".arrow"
+
+
 class ReferenceCache:
     """Log-probs per token of responses under one reference model, by the tokens' hash.
 
@@ -62,7 +66,7 @@ class ReferenceCache:
 
     def refresh(self) -> None:
         """Read the files that other processes have written since."""
-        for file in sorted(self.folder.glob("*.arrow")):
+        for file in sorted(self.folder.glob(_NAMED_BY_HASH)):
             if file in self._read:
                 continue
             try:
