@@ -13,7 +13,6 @@ from torch import Tensor
 from rotopo.errors import InputError
 from rotopo.files import sha256, write_whole, writing_whole
 
-
 # Files of earlier versions have shorter names, which say nothing of what is in them.
 _NAMED_BY_HASH = "[0-9a-f]" * 64 + ".arrow"
 
@@ -70,7 +69,7 @@ class ReferenceCache:
             if file in self._read:
                 continue
             try:
-                if sha256(file)[:32] != file.stem:
+                if sha256(file) != file.stem:
                     raise ValueError("its bytes are not those that were written")
                 table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
                 values = table.column("log_probs")
@@ -118,7 +117,7 @@ class ReferenceCache:
         with pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table.combine_chunks())
         content = sink.getvalue()
-        name = hashlib.sha256(content).hexdigest()[:32]
+        name = hashlib.sha256(content).hexdigest()
         with writing_whole(self.folder / f"{name}.arrow") as stream:
             stream.write(content)
         self._new.clear()
