@@ -109,10 +109,9 @@ def test_two_ranks_train_as_one_process_does(config, how, options):
     assert_same_run(config.parent / "one", config.parent / "two")
 
 
-def test_fsdp1_without_a_gpu_is_refused(config, capsys):
-    with pytest.raises(SystemExit):
-        run(arguments(config, "run", [*strategy("fsdp"), "--trainer.devices=1"]))
-    assert "take configs/strategies/fsdp2.yaml" in capsys.readouterr().err
+def test_fsdp1_without_a_gpu_is_refused(config):
+    with pytest.raises(RuntimeError, match=r"take configs/strategies/fsdp2\.yaml"):
+        on_ranks(1, *arguments(config, "run", strategy("fsdp")))
 
 
 @pytest.mark.slow
