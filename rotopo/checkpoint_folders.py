@@ -19,8 +19,9 @@ from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageWriter,
 )
 
-from rotopo.checkpoints import REST, aside
+from rotopo.checkpoints import REST, replacing
 from rotopo.files import sha256, writing_whole
+from rotopo.training import of_all_ranks
 
 
 def write(path: Path, checkpoint: dict[str, Any]) -> None:
@@ -48,16 +49,13 @@ def write(path: Path, checkpoint: dict[str, Any]) -> None:
             writer = HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
             distributed.save(tensors, storage_writer=writer)
         own = unfinished.glob(f"shard-{rank + 1:05}-*.safetensors")
-        hashes: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(hashes, {share.name: sha256(share) for share in own})
+        hashes = of_all_ranks({share.name: sha256(share) for share in own})
         if rank == 0:
             rest["shares"] = {name: value for part in hashes for name, value in part.items()}
             with writing_whole(unfinished / REST) as stream:
                 torch.save(rest, stream)
-            old = aside(path) if path.exists() else None
-            unfinished.rename(path)
-            if old is not None:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+            with replacing(path):
+                unfinished.rename(path)
     finally:
         if rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)

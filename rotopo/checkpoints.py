@@ -4,6 +4,8 @@ import shutil
 import signal
 import threading
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -133,12 +135,24 @@ def _opened(path: Path, resume: bool, mmap: bool = True) -> dict[str, Any]:
     return checkpoint
 
 
-def aside(path: Path) -> Path:
-    """Put a checkpoint aside that another is about to replace, where :func:`last_good` finds it."""
+@contextmanager
+def replacing(path: Path) -> Iterator[None]:
+    """Put a checkpoint, if there is one, aside while another gets its name, where
+    :func:`last_good` finds it."""
     old = path.with_name(f".{path.name}.old")
-    if old.is_dir():
-        shutil.rmtree(old)
-    return path.rename(old)
+    if path.exists():
+        _remove(old)
+        path.rename(old)
+    yield
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """A file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _zip_of(path: Path) -> Path:

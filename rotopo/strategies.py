@@ -1,8 +1,7 @@
 """Sharding a frozen base with an adapter: what Lightning's strategies leave to others."""
 
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from torch.optim import Optimizer
 
 from rotopo import checkpoints
 from rotopo.errors import InputError
+from rotopo.training import without_wrappers
 
 if TYPE_CHECKING:  # else rotopo --help would wait for torch's distributed tensors
     from rotopo.models.sharding import Sharding
@@ -88,10 +88,13 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds: Lightning would gather the frozen base too."""
+        return self._for_checkpoint(self._saved())
+
+    def _saved(self) -> dict[str, Any]:
+        """This rank's shares of what checkpoints hold."""
         module: Any = self.lightning_module
         saved = module.saved_names()
-        state = {name: value for name, value in module.state_dict().items() if name in saved}
-        return self._for_checkpoint(state)
+        return {name: value for name, value in module.state_dict().items() if name in saved}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """In torch's own form, so that every strategy can go on from it."""
@@ -119,10 +122,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         path = Path(self.broadcast(filepath))
         if not self._save_distributed_checkpoint:
             if self.is_global_zero:
-                old = checkpoints.aside(path) if path.is_dir() else None
-                self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
-                if old is not None:
-                    shutil.rmtree(old)
+                with checkpoints.replacing(path) if path.is_dir() else nullcontext():
+                    self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
             return
         from rotopo import checkpoint_folders
 
@@ -138,8 +139,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         path = Path(self.broadcast(checkpoint_path))
         module: Any = self.lightning_module
         fits = self.optimizers if module.trainer.state.fn == TrainerFn.FITTING else []
-        saved = module.saved_names()
-        targets = {name: value for name, value in module.state_dict().items() if name in saved}
+        targets = self._saved()
         by_number = [_parameters(optimizer) for optimizer in fits]
         checkpoint = checkpoints.check(path)
         module.on_load_checkpoint(checkpoint)  # refuses before anything is changed
@@ -185,7 +185,7 @@ class FSDP1Strategy(FSDPStrategy):
             pass
         # By the parameters themselves: their shapes and places change as units are gathered.
         self._names: dict[Tensor, str] = {
-            parameter: name.replace("_fsdp_wrapped_module.", "").removeprefix("_forward_module.")
+            parameter: without_wrappers(name)
             for name, parameter in self._root.named_parameters()
             if parameter.requires_grad
         }

@@ -85,6 +85,11 @@ def _settings(value: Any) -> Any:
     return _settings(vars(value)) if is_dataclass(value) else None
 
 
+def without_wrappers(name: str) -> str:
+    """A parameter's or module's name in the module, without what FSDP1 puts around its units."""
+    return name.replace("_fsdp_wrapped_module.", "")
+
+
 def _random_state() -> dict[str, Any]:
     return {
         "python": random.getstate(),
@@ -93,7 +98,7 @@ def _random_state() -> dict[str, Any]:
     }
 
 
-def _of_all_ranks(value: Any) -> list[Any]:
+def of_all_ranks(value: Any) -> list[Any]:
     """A value's counterparts on all ranks, in their order."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [value]
@@ -221,7 +226,7 @@ class PairwiseModule(LightningModule):
     def saved_names(self) -> set[str]:
         """What a checkpoint holds: parameters that train, and the module's own running values."""
         own = {name: p.requires_grad for name, p in self.named_parameters()}
-        trained = {name.replace("_fsdp_wrapped_module.", "") for name in own if own[name]}
+        trained = {without_wrappers(name) for name in own if own[name]}
         # A module inside another, as in a mixture, has running values too; a model has its own.
         modules = {n: m for n, m in self.named_modules() if isinstance(m, PairwiseModule)}
         return trained | {
@@ -293,7 +298,7 @@ class PairwiseModule(LightningModule):
             "shapes": {k: list(v.shape) for k, v in checkpoint["state_dict"].items()},
         }
         checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
-        checkpoint["random_states"] = _of_all_ranks(_random_state())
+        checkpoint["random_states"] = of_all_ranks(_random_state())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that does not fit.

@@ -4,6 +4,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rotopo.training import without_wrappers
+
 
 class Orthogonality(Callback):
     """Logs max |RᵀR − I| of each adapted module, and ``orthogonality/max`` over them.
@@ -27,8 +29,7 @@ class Orthogonality(Callback):
         if each:
             for name, error in errors.items():
                 # The name of the layer in the model, without PEFT's, FSDP's and our own wrappers.
-                name = name.replace("_fsdp_wrapped_module.", "")
-                layer = name.rpartition("base_model.model.")[2]
+                layer = without_wrappers(name).rpartition("base_model.model.")[2]
                 module.log(f"orthogonality/{layer}", error, batch_size=1)
         if errors:
             module.log("orthogonality/max", max(errors.values()), batch_size=1)

@@ -7,7 +7,7 @@ import os
 import shutil
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast, get_args
 
@@ -120,6 +120,34 @@ def quantized(config: BackboneConfig, divided: bool) -> dict[str, Any]:
         "quantization_config": quantization(config.quantize, resolve_dtype(config.dtype)),
         "device_map": {"": torch.cuda.current_device()},
     }
+
+
+def load_as_set(
+    load: Callable[..., PreTrainedModel],
+    config: BackboneConfig,
+    divided: bool,
+    dtype: torch.dtype | None = None,
+) -> tuple[PreTrainedModel, torch.dtype]:
+    """A model as its settings say, and the dtype that they give its weights.
+
+    Args:
+        load: takes the arguments of :func:`load_model`.
+        config: the settings.
+        divided: whether the model is to be divided among ranks: its weights stay in their file.
+        dtype: of the weights instead of the settings'.
+
+    Raises:
+        InputError: settings that do not work.
+    """
+    trained = trained_dtype(config)
+    model = load(
+        config.path,
+        None if divided else dtype or trained,
+        config.attention,
+        config.trust_remote_code,
+        **quantized(config, divided),
+    )
+    return model, trained
 
 
 def quantization(kind: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:

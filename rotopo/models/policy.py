@@ -23,10 +23,9 @@ from rotopo.models.backbone import (
     embeddings,
     fingerprint,
     hidden_states,
+    load_as_set,
     load_model,
-    quantized,
     rounding,
-    trained_dtype,
 )
 from rotopo.models.log_probs import (
     Head,
@@ -93,14 +92,7 @@ class Policy(Backbone):
         Raises:
             InputError: a path, dtype, attention or adapter that does not work, by its setting.
         """
-        trained = trained_dtype(config)
-        model = load_model(
-            config.path,
-            None if sharding else dtype or trained,
-            config.attention,
-            config.trust_remote_code,
-            **quantized(config, sharding is not None),
-        )
+        model, trained = load_as_set(load_model, config, sharding is not None, dtype)
         return cls.build(model, config, needs_reference, trained, sharding)
 
     @classmethod

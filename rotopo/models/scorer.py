@@ -23,10 +23,9 @@ from rotopo.models.backbone import (
     embeddings,
     fingerprint,
     hidden_states,
+    load_as_set,
     load_config,
-    quantized,
     rounding,
-    trained_dtype,
 )
 from rotopo.models.settings import BackboneConfig
 from rotopo.models.sharding import Sharding, divide
@@ -68,14 +67,7 @@ class Scorer(Backbone):
             InputError: a path, dtype, attention or adapter that does not work, by its setting; a
                 model that has no such head, or one with several outputs.
         """
-        trained = trained_dtype(config)
-        model = _load_model(
-            config.path,
-            None if sharding else dtype or trained,
-            config.attention,
-            config.trust_remote_code,
-            **quantized(config, sharding is not None),
-        )
+        model, trained = load_as_set(_load_model, config, sharding is not None, dtype)
         return cls.build(model, config, trained, sharding)
 
     @classmethod
