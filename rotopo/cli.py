@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ class RotopoCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         for name in ("model", "data"):
-            _refuse_null(name, self._get(self.config, name))
+            _refuse_ill_typed(name, self._get(self.config, name))
 
     def _set_seed(self) -> None:
         try:
@@ -161,6 +162,8 @@ class RotopoCLI(LightningCLI):
                 )
         try:
             return super().instantiate_trainer(**kwargs)
+        except OverflowError as error:
+            raise InputError(f"trainer.devices is {config.devices}: too many.") from error
         except (MisconfigurationException, TypeError, ValueError) as error:
             if _input_error(error) is not None:
                 raise
@@ -283,8 +286,9 @@ def _path_of(model: Any) -> str:
     return (settings.get("policy") or settings.get("backbone")).path
 
 
-def _refuse_null(name: str, given: Namespace) -> None:
-    """Refuse null for a class's argument that takes none, which jsonargparse lets through."""
+def _refuse_ill_typed(name: str, given: Namespace) -> None:
+    """Refuse what jsonargparse lets through: null for a class's argument that takes none, and a
+    list for a group of settings."""
     from jsonargparse._parameter_resolvers import get_signature_parameters
     from jsonargparse._util import import_object
 
@@ -294,6 +298,8 @@ def _refuse_null(name: str, given: Namespace) -> None:
         takes_null = parameter.default is None or annotation is Any or "None" in str(annotation)
         if parameter.name in arguments and arguments[parameter.name] is None and not takes_null:
             raise InputError(f"{name}.{parameter.name} is null: it has to have a value.")
+        if isinstance(arguments.get(parameter.name), list) and is_dataclass(annotation):
+            raise InputError(f"{name}.{parameter.name} is a list: name its settings instead.")
 
 
 def _input_error(error: BaseException | None) -> InputError | None:
