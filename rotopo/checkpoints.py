@@ -1,7 +1,10 @@
 """Checkpoints: written whole, read with care, and refused with the name of the last good one."""
 
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -66,16 +69,24 @@ def check(path: Path, resume: bool = False, mmap: bool = True) -> dict[str, Any]
         raise InputError(f"ckpt_path: {error} ({advice})") from error
 
 
-def last_good(folder: Path, pattern: str = "**/*.ckpt") -> Path | None:
+def last_good(folder: Path, pattern: str = "**/*.ckpt", mark: str | None = None) -> Path | None:
     """The checkpoint of the most steps in a folder that a run can go on from; of several the
-    newest. None if there is none."""
+    newest. None if there is none.
+
+    Args:
+        folder: where to look.
+        pattern: names to look at.
+        mark: only checkpoints with this one, by :class:`Mark`.
+    """
     found = []
     # A folder that was about to be replaced when its run was killed is still there, aside.
     for path in (*folder.glob(pattern), *folder.glob(pattern.replace("*.ckpt", ".*.ckpt.old"))):
         try:
-            found.append((_opened(path, True)["global_step"], path.stat().st_mtime_ns, path))
+            checkpoint = _opened(path, True)
         except InputError:
             continue
+        if mark in (None, checkpoint.get("mark")):
+            found.append((checkpoint["global_step"], path.stat().st_mtime_ns, path))
     for _, _, path in sorted(found, reverse=True):
         try:
             _verified(path, True)
@@ -211,30 +222,54 @@ def disk_is_full(file: Path | None, error: OSError, folder: Path | None) -> Inpu
     return InputError(f"{place} cannot be written ({error.strerror}): make room; {advice}.")
 
 
+class Mark(Callback):
+    """Marks checkpoints, so that a run finds its own among others.
+
+    Args:
+        mark: any text.
+    """
+
+    def __init__(self, mark: str) -> None:
+        self.mark = mark
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["mark"] = self.mark
+
+
 class Interruption(Callback):
     """On SIGTERM a fit ends with the optimiser step, or the batch of a validation, that is at hand,
     and keeps what it has done, if it keeps checkpoints.
 
-    Lightning would end in the midst of a step and keep nothing; and of several ranks each would
-    wait for the others inside its signal handler, wherever they are. Where Lightning requeues a
-    SLURM job, its own way stays.
+    So it does on the signal at which a SLURM job is to be queued again (SIGUSR1, unless Lightning's
+    SLURMEnvironment is given another, or ``auto_requeue=False``), and has SLURM do that.
+
+    Lightning would end in the midst of a step and keep nothing, or save inside its signal handler
+    and go on later from between two halves of a step; of several ranks each would wait for the
+    others there, wherever they are. And any later job in the same folder would go on from there.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = 0  # by this signal, the first
+        self._requeue_signal = 0
         # The loops as they were when the validation at hand was about to begin.
         self._before_validation: dict[str, Any] | None = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-            return
+            self._requeue_signal = environment.requeue_signal or 0
+            environment.auto_requeue = False  # by Lightning
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         if threading.current_thread() is threading.main_thread():
             # The Trainer puts the handlers that it has found back when it ends.
-            signal.signal(signal.SIGTERM, self._ask)
+            for number in filter(None, (signal.SIGTERM, self._requeue_signal)):
+                signal.signal(number, self._ask)
 
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
+    def _ask(self, number: int, _: Any) -> None:
+        self.asked = self.asked or number
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -264,9 +299,23 @@ class Interruption(Callback):
             checkpoint["loops"]["fit_loop"] = self._before_validation
 
     def _end_if_asked(self, trainer: Trainer) -> None:
-        if not trainer.strategy.reduce_boolean_decision(self.asked, all=False):
+        any_rank = trainer.strategy.reduce_boolean_decision
+        if not any_rank(bool(self.asked), all=False):
             return
+        requeue = any_rank(0 != self.asked == self._requeue_signal, all=False)
         keeper = trainer.checkpoint_callback
         if isinstance(keeper, ModelCheckpoint):
             trainer.save_checkpoint(Path(str(keeper.dirpath)) / "last-interrupted.ckpt")
-        raise SIGTERMException(128 + signal.SIGTERM)
+        if requeue and trainer.is_global_zero:
+            _queue_again()
+        trainer.strategy.barrier()  # SLURM may end all ranks when one has ended
+        raise SIGTERMException(128 + (self._requeue_signal if requeue else signal.SIGTERM))
+
+
+def _queue_again() -> None:
+    """Have SLURM start this job anew."""
+    command = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
+    try:
+        subprocess.run(command, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"rotopo: the job was not queued again: {error}.", file=sys.stderr)

@@ -1,7 +1,9 @@
 """The ``rotopo`` command: fit, validate, test, predict and doctor, configured by YAML and class
 paths; judge, report and export what they wrote."""
 
+import hashlib
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -23,7 +25,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 import rotopo.objectives
 import rotopo.reward  # (classes are known by their short names once imported)
 import rotopo.robust  # noqa: F401
-from rotopo.checkpoints import WholeCheckpointIO, check, disk_is_full, last_good
+from rotopo.checkpoints import Mark, WholeCheckpointIO, check, disk_is_full, last_good
 from rotopo.data.doctor import refusal, render
 from rotopo.data.module import PairwiseDataModule
 from rotopo.errors import InputError
@@ -101,17 +103,34 @@ class RotopoCLI(LightningCLI):
             raise InputError(f"seed_everything: {error}.") from error
 
     def _parse_ckpt_path(self) -> None:
-        """Refuse a checkpoint that is named and not good before anything else is read.
+        """Refuse a checkpoint that is named and not good before anything else is read; name that
+        of a SLURM job which was queued again.
 
         Settings are the command line's alone: Lightning would take some from the checkpoint.
         """
         command = self.config["subcommand"]
-        path = self.config[command].get("ckpt_path")
+        config = self.config[command]
+        self._mark = self._job_and_settings() if command == "fit" else None
+        if self._mark and int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+            last = last_good(Path(config.trainer.default_root_dir or "runs"), mark=self._mark)
+            if last:
+                config.ckpt_path = str(last)
+                print(f"rotopo: this job was queued again: it goes on from {last}.", flush=True)
+        path = config.get("ckpt_path")
         if command == "doctor":  # which reads none
             return
         # Words like last and best have no suffix; what has a protocol is not on this machine.
         if path and "://" not in path and (Path(path).suffix or Path(path).exists()):
             check(Path(path), resume=command == "fit")
+
+    def _job_and_settings(self) -> str | None:
+        """What the same command has in common when SLURM starts a job again, and another command
+        of the job has not; None outside of SLURM."""
+        job = os.environ.get("SLURM_JOB_ID")
+        if job is None:
+            return None
+        settings = self.parser.dump(self.config, skip_validation=True)
+        return f"{job} {hashlib.sha256(settings.encode()).hexdigest()}"
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Lightning's, whose end by SIGTERM or a full disk is told in one line."""
@@ -119,12 +138,13 @@ class RotopoCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except SIGTERMException as stop:
+            stop.code = status = int(stop.code or 128 + signal.SIGTERM)
+            name = signal.Signals(status - 128).name
             folder = getattr(keeper, "dirpath", None)
             good = last_good(Path(folder)) if folder and subcommand == "fit" else None
             advice = f": go on with --ckpt_path {good}" if good else ""
             if self.trainer.is_global_zero:
-                print(f"rotopo: ended by SIGTERM{advice}.", file=sys.stderr)
-            stop.code = stop.code or 128 + signal.SIGTERM
+                print(f"rotopo: ended by {name}{advice}.", file=sys.stderr)
             raise
         except Exception as error:
             full = full_disk(error)
@@ -161,13 +181,16 @@ class RotopoCLI(LightningCLI):
                     f"trainer.{name} is {config[name]}: it has to be at least {least}."
                 )
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer: Any = super().instantiate_trainer(**kwargs)
         except OverflowError as error:
             raise InputError(f"trainer.devices is {config.devices}: too many.") from error
         except (MisconfigurationException, TypeError, ValueError) as error:
             if _input_error(error) is not None:
                 raise
             raise InputError(f"trainer: {' '.join(str(error).split())}") from error
+        if self._mark:
+            trainer.callbacks.insert(0, Mark(self._mark))
+        return trainer
 
 
 class _Parts(RotopoCLI):
@@ -249,6 +272,9 @@ def _built(command: type[RotopoCLI], args: list[str] | None) -> RotopoCLI:
     warnings.filterwarnings("ignore", r"It is recommended to use `self\.log")
     advice = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     advice.addFilter(lambda record: "Tip: For seamless cloud" not in record.getMessage())
+    # Said when a checkpoint is written: of what it holds, not of how it is read.
+    saving = logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector")
+    saving.addFilter(lambda record: "`weights_only` was not set" not in record.getMessage())
     with _messages():
         return command(
             PairwiseModule,

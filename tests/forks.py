@@ -103,12 +103,14 @@ MOMENTS: dict[str, tuple[Any, str, Callable]] = {
 assert reference_cache.pa is pa
 
 
-def _command(arguments: list[str], log: Path, cache: Path, fault: Fault | None) -> None:
+def _command(
+    arguments: list[str], log: Path, cache: Path, fault: Fault | None, environment: dict[str, str]
+) -> None:
     multiprocessing.set_start_method("fork", force=True)  # of loaders' workers
     with log.open("ab", buffering=0) as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
-    os.environ["ROTOPO_CACHE"] = str(cache)
+    os.environ |= environment | {"ROTOPO_CACHE": str(cache)}
     datasets.config.HF_DATASETS_CACHE = cache / "datasets"
     if fault is not None:
         fault.plant()
@@ -116,7 +118,11 @@ def _command(arguments: list[str], log: Path, cache: Path, fault: Fault | None) 
 
 
 def start(
-    arguments: list[str], log: Path, cache: Path, fault: Fault | None = None
+    arguments: list[str],
+    log: Path,
+    cache: Path,
+    fault: Fault | None = None,
+    environment: dict[str, str] = {},  # noqa: B006
 ) -> ForkServerProcess:
     """Start ``rotopo`` in a fork.
 
@@ -125,9 +131,10 @@ def start(
         log: file that what it prints is put behind.
         cache: its cache folder.
         fault: what happens to it.
+        environment: variables that it finds beside those of the tests.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.forks"])
-    process = context.Process(target=_command, args=(arguments, log, cache, fault))
+    process = context.Process(target=_command, args=(arguments, log, cache, fault, environment))
     process.start()
     return process

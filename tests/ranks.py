@@ -20,8 +20,17 @@ def strategy(name: str) -> list[str]:
     return ["--config", str(STRATEGIES / f"{name}.yaml"), "--trainer.accelerator=cpu"]
 
 
-def on_ranks(n: int, *arguments: str, timeout: float = 120) -> None:
-    """Run the command on n ranks, as torchrun would start them.
+def on_ranks(
+    n: int, *arguments: str, starter: str = "torchrun", nodes: int = 1, timeout: float = 120
+) -> None:
+    """Run the command on n ranks.
+
+    Args:
+        n: how many.
+        arguments: the command's.
+        starter: whose environment they get, ``torchrun`` or ``srun``.
+        nodes: into how many groups, which take each other for different machines.
+        timeout: seconds.
 
     Raises:
         RuntimeError: a rank failed, with what it printed, or did not end in time.
@@ -29,7 +38,11 @@ def on_ranks(n: int, *arguments: str, timeout: float = 120) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    processes = [_start(rank, n, port, [*arguments, f"--trainer.devices={n}"]) for rank in range(n)]
+    where = [f"--trainer.devices={n // nodes}", f"--trainer.num_nodes={nodes}"]
+    processes = [
+        _start(environment(starter, rank, n, nodes, port), [*arguments, *where])
+        for rank in range(n)
+    ]
     deadline = time.monotonic() + timeout
     failed = {}
     waiting = dict(processes)
@@ -51,7 +64,35 @@ def on_ranks(n: int, *arguments: str, timeout: float = 120) -> None:
         raise RuntimeError("\n".join(["failed" if failed else "too slow", *outputs]))
 
 
-def _start(rank: int, n: int, port: int, arguments: list[str]) -> tuple[int, int]:
+def environment(starter: str, rank: int, n: int, nodes: int, port: int) -> dict[str, str]:
+    """What a rank finds in its environment, as torchrun or SLURM document it."""
+    node, local = divmod(rank, n // nodes)
+    if starter == "torchrun":
+        variables = {
+            "MASTER_ADDR": "localhost",
+            "WORLD_SIZE": n,
+            "LOCAL_WORLD_SIZE": n // nodes,
+            "RANK": rank,
+            "LOCAL_RANK": local,
+            "GROUP_RANK": node,
+            "TORCHELASTIC_RUN_ID": "tests",
+        }
+    else:
+        variables = {
+            "SLURM_JOB_ID": 1234,
+            "SLURM_JOB_NAME": "align",
+            "SLURM_NTASKS": n,
+            "SLURM_NTASKS_PER_NODE": n // nodes,
+            "SLURM_NNODES": nodes,
+            "SLURM_NODELIST": "localhost,another" if nodes > 1 else "localhost",
+            "SLURM_PROCID": rank,
+            "SLURM_LOCALID": local,
+            "SLURM_NODEID": node,
+        }
+    return {name: str(value) for name, value in variables.items()} | {"MASTER_PORT": str(port)}
+
+
+def _start(given: dict[str, str], arguments: list[str]) -> tuple[int, int]:
     output = os.memfd_create("output")
     sys.stdout.flush()
     sys.stderr.flush()
@@ -64,16 +105,7 @@ def _start(rank: int, n: int, port: int, arguments: list[str]) -> tuple[int, int
         os.dup2(output, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         torch.set_num_threads(1)
-        os.environ |= {
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(port),
-            "WORLD_SIZE": str(n),
-            "LOCAL_WORLD_SIZE": str(n),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "GROUP_RANK": "0",
-            "TORCHELASTIC_RUN_ID": "tests",
-        }
+        os.environ |= given
         run(arguments)
         status = 0
     except BaseException:

@@ -109,6 +109,17 @@ def test_two_ranks_train_as_one_process_does(config, how, options):
     assert_same_run(config.parent / "one", config.parent / "two")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("starter", ["torchrun", "srun"])
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_so_do_two_nodes(config, how, starter):
+    """As they are told that they are: on both the local rank is 0."""
+    run(arguments(config, "one", [*COMMON, *ROTATION]))
+    two = arguments(config, "two", [*COMMON, *ROTATION, *ranks(how)])
+    on_ranks(2, *two, starter=starter, nodes=2)
+    assert_same_run(config.parent / "one", config.parent / "two")
+
+
 def test_fsdp1_without_a_gpu_is_refused(config):
     with pytest.raises(RuntimeError, match=r"take configs/strategies/fsdp2\.yaml"):
         on_ranks(1, *arguments(config, "run", strategy("fsdp")))

@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerFast
 from rotopo.checkpoints import check, last_good, read
 from rotopo.files import read_jsonl
 from tests.forks import MOMENTS, Fault, FileLimit, start
+from tests.ranks import environment, strategy
 from tests.small_run import save_config
 from tests.test_training import CHECKPOINTS
 
@@ -123,11 +124,12 @@ class Laboratory:
         resume: Path | None,
         fault: Fault | None = None,
         *options: str,
+        environment: dict[str, str] = {},  # noqa: B006
     ) -> ForkServerProcess:
         root.mkdir(exist_ok=True)
         arguments = [*self.arguments(one, root), *options]
         arguments += [f"--ckpt_path={resume}"] if resume else []
-        return start(arguments, root / "log.txt", root / "cache", fault)
+        return start(arguments, root / "log.txt", root / "cache", fault, environment)
 
     def expected(self, one: Try) -> tuple[dict, pd.DataFrame, float]:
         """Last checkpoint, validations and seconds of a run that nothing happens to."""
@@ -530,3 +532,79 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+# Jobs that SLURM starts again.
+
+
+@pytest.fixture
+def slurm(tmp_path) -> dict[str, str]:
+    """The path with an scontrol that only writes down what it is told."""
+    program = tmp_path / "scontrol"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "told.txt"}\n')
+    program.chmod(0o755)
+    return {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+
+def test_a_job_that_slurm_queues_again_goes_on(laboratory, slurm, tmp_path, capsys):
+    """By the signal that SLURM gives some time before it ends a job, and when a machine breaks
+    down: by the same command, in the same folder; another command of the job begins anew."""
+    one = Try(0, "DPO, LoRA with dropout", 3, 2, 0, True, ())
+    checkpoint, validations, _ = laboratory.expected(one)
+    root, log, events = tmp_path / "run", tmp_path / "run" / "log.txt", []
+    faults = [Fault("before a step", 4, signal.SIGUSR1), Fault("behind a step", 2, signal.SIGKILL)]
+    for restarts, fault in enumerate([*faults, None]):
+        job = environment("srun", 0, 1, 1, 0) | slurm | {"SLURM_RESTART_COUNT": str(restarts)}
+        process = laboratory.start(one, root, None, fault, environment=job)
+        process.join(60)
+        whole_files(root)
+        events.append(f"status {process.exitcode}, step {read(last_good(root))['global_step']}")
+    assert events[0] == f"status {128 + signal.SIGUSR1}, step 4", log.read_text()
+    assert events[1:] == ["status -9, step 5", "status 0, step 9"], log.read_text()
+    assert (tmp_path / "told.txt").read_text() == "requeue 1234\n"
+    found, seen = outcome(root)
+    printed(capsys, "A job that is queued again", [{"what happened": "; ".join(events)}])
+    assert equal(found, checkpoint)
+    pd.testing.assert_frame_equal(seen, validations, check_exact=True)
+
+    process = laboratory.start(one, root, None, None, "--model.beta=0.4", environment=job)
+    process.join(60)
+    assert log.read_text().count("this job was queued again: it goes on from") == 2
+
+
+@pytest.mark.slow
+def test_a_job_that_cannot_be_queued_again_says_so(laboratory, slurm, tmp_path):
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nexit 1\n")
+    one = Try(0, "DPO, LoRA with dropout", 3, 2, 0, True, ())
+    job = environment("srun", 0, 1, 1, 0) | slurm
+    fault = Fault("before a step", 2, signal.SIGUSR1)
+    process = laboratory.start(one, tmp_path / "run", None, fault, environment=job)
+    process.join(60)
+    *_, failed, last = (tmp_path / "run" / "log.txt").read_text().splitlines()
+    assert failed.startswith("rotopo: the job was not queued again: ")
+    assert last.startswith("rotopo: ended by SIGUSR1: go on with --ckpt_path ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_a_job_of_two_ranks_goes_on(laboratory, slurm, tmp_path, how):
+    """The signal comes to the second rank alone."""
+    one = Try(0, "DPO, LoRA with dropout", 3, 1, 0, True, ())
+    options = [*strategy(how), "--trainer.num_nodes=2", "--trainer.devices=1"]
+
+    def start(root: Path, port: int, restarts: int, struck: Fault | None) -> list[int | None]:
+        ranks = []
+        for rank, fault in enumerate([None, struck]):
+            job = environment("srun", rank, 2, 2, port) | slurm
+            job["SLURM_RESTART_COUNT"] = str(restarts)
+            ranks.append(laboratory.start(one, root, None, fault, *options, environment=job))
+        for process in ranks:
+            process.join(60)
+        return [process.exitcode for process in ranks]
+
+    assert start(tmp_path / "whole", 23455, 0, None) == [0, 0]
+    root, status = tmp_path / "run", 128 + signal.SIGUSR1
+    assert start(root, 23456, 0, Fault("before a step", 4, signal.SIGUSR1)) == [status] * 2
+    assert (tmp_path / "told.txt").read_text() == "requeue 1234\n"
+    assert start(root, 23457, 1, None) == [0, 0], (root / "log.txt").read_text()
+    assert equal(outcome(root)[0], outcome(tmp_path / "whole")[0])
