@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.hf_storage import (
 )
 
 from rotopo.checkpoints import REST, replacing
+from rotopo.errors import InputError
 from rotopo.files import sha256, writing_whole
 from rotopo.training import of_all_ranks
 
@@ -30,6 +31,9 @@ def write(path: Path, checkpoint: dict[str, Any]) -> None:
     Args:
         path: of the folder.
         checkpoint: Lightning's, with each rank's shares of tensors.
+
+    Raises:
+        InputError: the ranks do not share that folder.
     """
     unfinished = path.with_name(f".{path.name}.unfinished")
     tensors: dict[str, Tensor] = {}
@@ -50,8 +54,14 @@ def write(path: Path, checkpoint: dict[str, Any]) -> None:
             distributed.save(tensors, storage_writer=writer)
         own = unfinished.glob(f"shard-{rank + 1:05}-*.safetensors")
         hashes = of_all_ranks({share.name: sha256(share) for share in own})
+        rest["shares"] = {name: value for part in hashes for name, value in part.items()}
+        absent = [name for name in rest["shares"] if not (unfinished / name).is_file()]
+        if of_all_ranks(absent)[0]:
+            raise InputError(
+                f"{path}: what other ranks have written is not here: let checkpoints lie in a "
+                "folder that all nodes share."
+            )
         if rank == 0:
-            rest["shares"] = {name: value for part in hashes for name, value in part.items()}
             with writing_whole(unfinished / REST) as stream:
                 torch.save(rest, stream)
             with replacing(path):

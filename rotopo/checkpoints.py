@@ -1,30 +1,29 @@
 """Checkpoints: written whole, read with care, and refused with the name of the last good one."""
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from fsspec.utils import get_protocol
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from rotopo.errors import InputError
 from rotopo.files import full_disk, sha256, unfinished, writing_whole
+
+if TYPE_CHECKING:
+    from rotopo.slurm import Job
 
 REST = "meta.pt"  # of a checkpoint that is a folder; by it Lightning tells such a folder, too
 _ZIP = b"PK\x03\x04"
@@ -69,24 +68,16 @@ def check(path: Path, resume: bool = False, mmap: bool = True) -> dict[str, Any]
         raise InputError(f"ckpt_path: {error} ({advice})") from error
 
 
-def last_good(folder: Path, pattern: str = "**/*.ckpt", mark: str | None = None) -> Path | None:
+def last_good(folder: Path, pattern: str = "**/*.ckpt") -> Path | None:
     """The checkpoint of the most steps in a folder that a run can go on from; of several the
-    newest. None if there is none.
-
-    Args:
-        folder: where to look.
-        pattern: names to look at.
-        mark: only checkpoints with this one, by :class:`Mark`.
-    """
+    newest. None if there is none."""
     found = []
     # A folder that was about to be replaced when its run was killed is still there, aside.
     for path in (*folder.glob(pattern), *folder.glob(pattern.replace("*.ckpt", ".*.ckpt.old"))):
         try:
-            checkpoint = _opened(path, True)
-        except InputError:
+            found.append((_opened(path, True)["global_step"], path.stat().st_mtime_ns, path))
+        except (InputError, OSError):  # removed by another process meanwhile, or not ours to read
             continue
-        if mark in (None, checkpoint.get("mark")):
-            found.append((checkpoint["global_step"], path.stat().st_mtime_ns, path))
     for _, _, path in sorted(found, reverse=True):
         try:
             _verified(path, True)
@@ -222,54 +213,56 @@ def disk_is_full(file: Path | None, error: OSError, folder: Path | None) -> Inpu
     return InputError(f"{place} cannot be written ({error.strerror}): make room; {advice}.")
 
 
-class Mark(Callback):
-    """Marks checkpoints, so that a run finds its own among others.
-
-    Args:
-        mark: any text.
-    """
-
-    def __init__(self, mark: str) -> None:
-        self.mark = mark
-
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]
-    ) -> None:
-        checkpoint["mark"] = self.mark
-
-
 class Interruption(Callback):
     """On SIGTERM a fit ends with the optimiser step, or the batch of a validation, that is at hand,
     and keeps what it has done, if it keeps checkpoints.
 
-    So it does on the signal at which a SLURM job is to be queued again (SIGUSR1, unless Lightning's
-    SLURMEnvironment is given another, or ``auto_requeue=False``), and has SLURM do that.
+    So it does on the signal at which its SLURM job is to be queued again, and has SLURM do that
+    (:class:`rotopo.slurm.Job`). Until the first step there is nothing to keep, and signals end the
+    process as they end any other.
 
-    Lightning would end in the midst of a step and keep nothing, or save inside its signal handler
-    and go on later from between two halves of a step; of several ranks each would wait for the
-    others there, wherever they are. And any later job in the same folder would go on from there.
+    Lightning would end in the midst of a step and keep nothing; and of several ranks each would
+    wait for the others inside its signal handler, wherever they are.
     """
 
     def __init__(self) -> None:
         self.asked = 0  # by this signal, the first
-        self._requeue_signal = 0
+        self._job: Job | None = None
         # The loops as they were when the validation at hand was about to begin.
         self._before_validation: dict[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        environment = trainer._accelerator_connector.cluster_environment
-        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-            self._requeue_signal = environment.requeue_signal or 0
-            environment.auto_requeue = False  # by Lightning
+        self._job = getattr(trainer, "slurm_job", None)
+        if self._job is None:
+            return
+        first = trainer.strategy.broadcast(self._job.resumed)
+        if not trainer.strategy.reduce_boolean_decision(first == self._job.resumed):
+            raise InputError(
+                "the ranks of this job do not find the same checkpoint to go on from: let "
+                "trainer.default_root_dir be a folder that all nodes share."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        numbers: list[int] = [signal.SIGTERM]
+        folder = self._folder(trainer)
+        if self._job is not None and folder is not None and "://" not in folder:
+            if trainer.is_global_zero:
+                self._job.remember(Path(folder))
+            if self._job.requeue_signal:
+                numbers.append(self._job.requeue_signal)
         if threading.current_thread() is threading.main_thread():
             # The Trainer puts the handlers that it has found back when it ends.
-            for number in filter(None, (signal.SIGTERM, self._requeue_signal)):
+            for number in numbers:
                 signal.signal(number, self._ask)
 
     def _ask(self, number: int, _: Any) -> None:
         self.asked = self.asked or number
+
+    @staticmethod
+    def _folder(trainer: Trainer) -> str | None:
+        """Where the run keeps its checkpoints, if it does."""
+        keeper = trainer.checkpoint_callback
+        return str(keeper.dirpath) if isinstance(keeper, ModelCheckpoint) else None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -302,20 +295,14 @@ class Interruption(Callback):
         any_rank = trainer.strategy.reduce_boolean_decision
         if not any_rank(bool(self.asked), all=False):
             return
-        requeue = any_rank(0 != self.asked == self._requeue_signal, all=False)
-        keeper = trainer.checkpoint_callback
-        if isinstance(keeper, ModelCheckpoint):
-            trainer.save_checkpoint(Path(str(keeper.dirpath)) / "last-interrupted.ckpt")
-        if requeue and trainer.is_global_zero:
-            _queue_again()
+        job = self._job
+        requeue = job is not None and any_rank(self.asked == job.requeue_signal > 0, all=False)
+        folder = self._folder(trainer)
+        if folder is not None:
+            trainer.save_checkpoint(f"{folder}/last-interrupted.ckpt")
+        if not (requeue and job):
+            raise SIGTERMException(128 + signal.SIGTERM)
+        if trainer.is_global_zero:
+            job.queue_again()
         trainer.strategy.barrier()  # SLURM may end all ranks when one has ended
-        raise SIGTERMException(128 + (self._requeue_signal if requeue else signal.SIGTERM))
-
-
-def _queue_again() -> None:
-    """Have SLURM start this job anew."""
-    command = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
-    try:
-        subprocess.run(command, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        print(f"rotopo: the job was not queued again: {error}.", file=sys.stderr)
+        raise SIGTERMException(128 + job.requeue_signal)

@@ -1,9 +1,7 @@
 """The ``rotopo`` command: fit, validate, test, predict and doctor, configured by YAML and class
 paths; judge, report and export what they wrote."""
 
-import hashlib
 import logging
-import os
 import signal
 import sys
 import warnings
@@ -25,11 +23,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 import rotopo.objectives
 import rotopo.reward  # (classes are known by their short names once imported)
 import rotopo.robust  # noqa: F401
-from rotopo.checkpoints import Mark, WholeCheckpointIO, check, disk_is_full, last_good
+from rotopo.checkpoints import WholeCheckpointIO, check, disk_is_full, last_good
 from rotopo.data.doctor import refusal, render
 from rotopo.data.module import PairwiseDataModule
 from rotopo.errors import InputError
 from rotopo.files import full_disk
+from rotopo.slurm import Job, job_here, take_over
 from rotopo.training import PairwiseModule
 
 _DESCRIPTION = """Preference optimisation of language models.
@@ -110,12 +109,12 @@ class RotopoCLI(LightningCLI):
         """
         command = self.config["subcommand"]
         config = self.config[command]
-        self._mark = self._job_and_settings() if command == "fit" else None
-        if self._mark and int(os.environ.get("SLURM_RESTART_COUNT", "0")):
-            last = last_good(Path(config.trainer.default_root_dir or "runs"), mark=self._mark)
-            if last:
-                config.ckpt_path = str(last)
-                print(f"rotopo: this job was queued again: it goes on from {last}.", flush=True)
+        self._job = self._job_of_fit() if command == "fit" else None
+        if self._job is not None:
+            self._job.resume()
+            if self._job.resumed:
+                config.ckpt_path = str(self._job.resumed)
+                return
         path = config.get("ckpt_path")
         if command == "doctor":  # which reads none
             return
@@ -123,14 +122,12 @@ class RotopoCLI(LightningCLI):
         if path and "://" not in path and (Path(path).suffix or Path(path).exists()):
             check(Path(path), resume=command == "fit")
 
-    def _job_and_settings(self) -> str | None:
-        """What the same command has in common when SLURM starts a job again, and another command
-        of the job has not; None outside of SLURM."""
-        job = os.environ.get("SLURM_JOB_ID")
-        if job is None:
-            return None
-        settings = self.parser.dump(self.config, skip_validation=True)
-        return f"{job} {hashlib.sha256(settings.encode()).hexdigest()}"
+    def _job_of_fit(self) -> Job | None:
+        settings = self.config.clone()
+        for size in ("devices", "num_nodes"):  # may be what SLURM has given this time
+            settings.fit.trainer.pop(size)
+        root = Path(self.config.fit.trainer.default_root_dir or "runs")
+        return job_here(root, self.parser.dump(settings, skip_validation=True))
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Lightning's, whose end by SIGTERM or a full disk is told in one line."""
@@ -141,9 +138,9 @@ class RotopoCLI(LightningCLI):
             stop.code = status = int(stop.code or 128 + signal.SIGTERM)
             name = signal.Signals(status - 128).name
             folder = getattr(keeper, "dirpath", None)
-            good = last_good(Path(folder)) if folder and subcommand == "fit" else None
-            advice = f": go on with --ckpt_path {good}" if good else ""
             if self.trainer.is_global_zero:
+                good = last_good(Path(folder)) if folder and subcommand == "fit" else None
+                advice = f": go on with --ckpt_path {good}" if good else ""
                 print(f"rotopo: ended by {name}{advice}.", file=sys.stderr)
             raise
         except Exception as error:
@@ -181,20 +178,23 @@ class RotopoCLI(LightningCLI):
                     f"trainer.{name} is {config[name]}: it has to be at least {least}."
                 )
         try:
-            trainer: Any = super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except OverflowError as error:
             raise InputError(f"trainer.devices is {config.devices}: too many.") from error
         except (MisconfigurationException, TypeError, ValueError) as error:
             if _input_error(error) is not None:
                 raise
             raise InputError(f"trainer: {' '.join(str(error).split())}") from error
-        if self._mark:
-            trainer.callbacks.insert(0, Mark(self._mark))
+        take_over(trainer, self._job)
+        trainer.slurm_job = self._job  # type: ignore[attr-defined]
         return trainer
 
 
 class _Parts(RotopoCLI):
     """Module and datamodule of a run's settings, whose Trainer does nothing."""
+
+    def _job_of_fit(self) -> Job | None:
+        return None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)

@@ -569,17 +569,21 @@ def test_a_job_that_slurm_queues_again_goes_on(laboratory, slurm, tmp_path, caps
 
     process = laboratory.start(one, root, None, None, "--model.beta=0.4", environment=job)
     process.join(60)
-    assert log.read_text().count("this job was queued again: it goes on from") == 2
+    assert log.read_text().count("This job was queued again: it goes on from") == 2
+    assert log.read_text().count("This job was queued again: it begins anew") == 1
 
 
 @pytest.mark.slow
 def test_a_job_that_cannot_be_queued_again_says_so(laboratory, slurm, tmp_path):
-    (tmp_path / "scontrol").write_text("#!/bin/sh\nexit 1\n")
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f"{scontrol.read_text()}exit 1\n")
     one = Try(0, "DPO, LoRA with dropout", 3, 2, 0, True, ())
     job = environment("srun", 0, 1, 1, 0) | slurm
+    job |= {"SLURM_ARRAY_JOB_ID": "1234", "SLURM_ARRAY_TASK_ID": "7"}
     fault = Fault("before a step", 2, signal.SIGUSR1)
     process = laboratory.start(one, tmp_path / "run", None, fault, environment=job)
     process.join(60)
+    assert (tmp_path / "told.txt").read_text() == "requeue 1234_7\n"  # not the whole array
     *_, failed, last = (tmp_path / "run" / "log.txt").read_text().splitlines()
     assert failed.startswith("rotopo: the job was not queued again: ")
     assert last.startswith("rotopo: ended by SIGUSR1: go on with --ckpt_path ")
@@ -592,19 +596,25 @@ def test_a_job_of_two_ranks_goes_on(laboratory, slurm, tmp_path, how):
     one = Try(0, "DPO, LoRA with dropout", 3, 1, 0, True, ())
     options = [*strategy(how), "--trainer.num_nodes=2", "--trainer.devices=1"]
 
-    def start(root: Path, port: int, restarts: int, struck: Fault | None) -> list[int | None]:
+    def start(
+        root: Path, port: int, restarts: int, struck: Fault | None = None, *second: str
+    ) -> list[int | None]:
         ranks = []
-        for rank, fault in enumerate([None, struck]):
+        for rank, (fault, more) in enumerate([(None, ()), (struck, second)]):
             job = environment("srun", rank, 2, 2, port) | slurm
             job["SLURM_RESTART_COUNT"] = str(restarts)
-            ranks.append(laboratory.start(one, root, None, fault, *options, environment=job))
+            given = [*options, *more]
+            ranks.append(laboratory.start(one, root, None, fault, *given, environment=job))
         for process in ranks:
             process.join(60)
         return [process.exitcode for process in ranks]
 
-    assert start(tmp_path / "whole", 23455, 0, None) == [0, 0]
+    assert start(tmp_path / "whole", 23455, 0) == [0, 0]
     root, status = tmp_path / "run", 128 + signal.SIGUSR1
     assert start(root, 23456, 0, Fault("before a step", 4, signal.SIGUSR1)) == [status] * 2
     assert (tmp_path / "told.txt").read_text() == "requeue 1234\n"
-    assert start(root, 23457, 1, None) == [0, 0], (root / "log.txt").read_text()
+    # The second node has a disk of its own, or all is as it should be.
+    assert start(root, 23457, 1, None, f"--trainer.default_root_dir={tmp_path}") == [2, 2]
+    assert "the ranks of this job do not find the same checkpoint" in (root / "log.txt").read_text()
+    assert start(root, 23458, 1) == [0, 0], (root / "log.txt").read_text()
     assert equal(outcome(root)[0], outcome(tmp_path / "whole")[0])

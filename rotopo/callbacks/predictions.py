@@ -50,7 +50,7 @@ class PredictionWriter(Callback):
         self.part = file.open("a", encoding="utf-8")
         try:
             fcntl.flock(self.part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise InputError(
                 f"Another process makes these very predictions, in {self.folder}: let it end."
             ) from error

@@ -1,0 +1,84 @@
+"""A fit in a SLURM job that is queued again goes on from what it has done."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_info
+
+from rotopo.checkpoints import last_good
+from rotopo.files import write_whole
+
+
+@dataclass
+class Job:
+    """A command in a SLURM job: the same when SLURM starts the job again.
+
+    Attributes:
+        record: the folders in which its starts have kept checkpoints, a line each.
+        resumed: the checkpoint that this start goes on from.
+        requeue_signal: at which it is to be queued again; 0 where it is not.
+    """
+
+    record: Path
+    resumed: Path | None = None
+    requeue_signal: int = 0
+
+    def resume(self) -> None:
+        """Set ``resumed``, if the job was started again and there is something to go on from."""
+        if not int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+            return
+        folders = self.record.read_text("utf-8").splitlines() if self.record.exists() else []
+        found = (last_good(Path(folder), "*.ckpt") for folder in reversed(folders))
+        self.resumed = next((path for path in found if path), None)
+        where = f"goes on from {self.resumed}" if self.resumed else "begins anew: it kept nothing"
+        rank_zero_info(f"This job was queued again: it {where}.")
+
+    def remember(self, folder: Path) -> None:
+        """Write down where this start keeps its checkpoints."""
+        before = self.record.read_text("utf-8") if self.record.exists() else ""
+        write_whole(self.record, f"{before}{folder.absolute()}\n")
+
+    def queue_again(self) -> None:
+        """Have SLURM start the job anew."""
+        array = os.environ.get("SLURM_ARRAY_JOB_ID")
+        # One task of an array has the number of the whole array for its own.
+        task = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else None
+        command = ["scontrol", "requeue", task or os.environ["SLURM_JOB_ID"]]
+        try:
+            subprocess.run(command, check=True, timeout=60)
+        except (OSError, subprocess.SubprocessError) as error:
+            print(f"rotopo: the job was not queued again: {error}.", file=sys.stderr)
+
+
+def job_here(root: Path, settings: str) -> Job | None:
+    """The SLURM job around this process, if there is one.
+
+    Args:
+        root: folder of the job's runs.
+        settings: all that tells the command from others of the job.
+    """
+    number = os.environ.get("SLURM_JOB_ID")
+    if number is None:
+        return None
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:16]
+    return Job(root / ".slurm" / f"{number}-{digest}")
+
+
+def take_over(trainer: Trainer, job: Job | None) -> None:
+    """Keep Lightning from queueing a SLURM job again, and have ``job`` do it.
+
+    Lightning would save inside its signal handler, in the midst of a step, and go on later from
+    between its halves; of several ranks each would wait there for the others, wherever they are.
+    And any later run in the same folder would go on from that checkpoint.
+    """
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+        environment.auto_requeue = False
+        if job is not None:
+            job.requeue_signal = environment.requeue_signal or 0
