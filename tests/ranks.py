@@ -46,13 +46,15 @@ def on_ranks(
     deadline = time.monotonic() + timeout
     failed = {}
     waiting = dict(processes)
-    while waiting and time.monotonic() < deadline and not failed:
+    while waiting and time.monotonic() < deadline:
         for process in list(waiting):
             ended, status = os.waitpid(process, os.WNOHANG)
             if ended:
                 output = waiting.pop(process)
                 if status:
                     failed[process] = output
+                    # The others may fail by themselves.
+                    deadline = min(deadline, time.monotonic() + 10)
         time.sleep(0.02)
     for process in waiting:
         os.kill(process, signal.SIGKILL)
@@ -108,6 +110,8 @@ def _start(given: dict[str, str], arguments: list[str]) -> tuple[int, int]:
         os.environ |= given
         run(arguments)
         status = 0
+    except SystemExit:  # which has said why
+        pass
     except BaseException:
         traceback.print_exc()
     finally:

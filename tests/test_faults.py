@@ -477,61 +477,50 @@ def test_the_real_command_killed_three_times(laboratory, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_of_two_ranks_one_is_killed(laboratory, capsys, rank):
+def test_of_two_ranks_one_is_killed(laboratory, tmp_path, capsys):
     """The other ends at once: gloo sees that the connection is closed."""
     one = Try(0, "DPO, LoRA with dropout", 40, 1, 0, True, ())
-    options = ["--trainer.devices=2", "--trainer.strategy=ddp"]
-    command = [sys.executable, "-m", "rotopo.cli", *laboratory.arguments(one, laboratory.folder)]
-    expected = laboratory.folder / "two ranks"
-    if rank == 0:
-        place = f"--trainer.default_root_dir={expected}"
-        subprocess.run([*command, *options, place], check=True, capture_output=True, timeout=120)
-    root = laboratory.folder / f"rank {rank} killed"
-    options.append(f"--trainer.default_root_dir={root}")
-    process = subprocess.Popen(
-        [*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 60
-    while len(list(root.rglob("*.ckpt"))) < 20:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
-    (other,) = children(process.pid)
-    struck, left = (process.pid, other) if rank == 0 else (other, process.pid)
-    os.kill(struck, signal.SIGKILL)
-    began = time.monotonic()
-    while alive(left):
-        assert time.monotonic() < began + 30
-        process.poll()
-        time.sleep(0.05)
-    seconds = time.monotonic() - began
-    assert process.wait(10) == (-9 if rank == 0 else 1)
-    whole_files(root)
-    last = last_good(root)
-    step = read(last)["global_step"]
-    resume = f"--ckpt_path={last}"
-    subprocess.run([*command, *options, resume], check=True, capture_output=True, timeout=120)
-    line = {
-        "fault": f"rank {rank} killed, {step} steps kept",
-        "the other ended after": f"{seconds:.1f} s",
-        "weights equal": equal(outcome(root)[0], outcome(expected)[0]),
-    }
-    printed(capsys, "Two ranks", [line])
-    assert line["weights equal"]
 
+    def start(root: Path, port: int, resume: Path | None = None) -> list[ForkServerProcess]:
+        options = [*strategy("ddp"), "--trainer.devices=2"]
+        ranks = [environment("torchrun", rank, 2, 1, port) for rank in range(2)]
+        return [
+            laboratory.start(one, root, resume, None, *options, environment=rank) for rank in ranks
+        ]
 
-def children(pid: int) -> list[int]:
-    """Ranks that a process has started."""
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(p) for p in found if b"rotopo.cli" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    def end(ranks: list[ForkServerProcess]) -> list[int | None]:
+        for process in ranks:
+            process.join(60)
+        return [process.exitcode for process in ranks]
 
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    assert end(start(tmp_path / "whole", 24455)) == [0, 0]
+    lines = []
+    for struck in (0, 1):
+        root = tmp_path / f"rank {struck} killed"
+        ranks = start(root, 24456 + struck)
+        deadline = time.monotonic() + 60
+        while len(list(root.rglob("*.ckpt"))) < 20:
+            assert time.monotonic() < deadline
+            assert all(process.is_alive() for process in ranks)
+            time.sleep(0.01)
+        ranks[struck].kill()
+        began = time.monotonic()
+        statuses = end(ranks)
+        seconds = time.monotonic() - began
+        assert statuses[struck] == -9
+        assert statuses[1 - struck] == 1
+        whole_files(root)
+        last = last_good(root)
+        step = read(last)["global_step"]
+        assert end(start(root, 24458 + struck, last)) == [0, 0]
+        line = {
+            "fault": f"rank {struck} killed, {step} steps kept",
+            "the other ended after": f"{seconds:.1f} s",
+            "weights equal": equal(outcome(root)[0], outcome(tmp_path / "whole")[0]),
+        }
+        lines.append(line)
+    printed(capsys, "Two ranks", lines)
+    assert all(line["weights equal"] for line in lines)
 
 
 # Jobs that SLURM starts again.

@@ -1,7 +1,5 @@
 """What the speed callback counts: by hand, and against torch's own counter of operations."""
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from rotopo.cli import run
 from rotopo.data.batch import Role, TokenizedRow, collate
 from rotopo.rotation import RotationConfig
 from tests.models.families import FAMILIES, make
+from tests.ranks import on_ranks, strategy
 from tests.small_run import save_config
 
 PAIR = [Role.CHOSEN, Role.REJECTED]
@@ -210,14 +209,11 @@ def test_without_a_peak_no_mfu_is_made_up(tmp_path, tiny_tokenizer):
 @pytest.mark.slow
 def test_two_ranks_count_what_one_does_in_twice_as_many_micro_batches(tmp_path, tiny_tokenizer):
     config = save_config(tmp_path, tiny_tokenizer)
-    command = [Path(sys.executable).with_name("rotopo"), "fit", f"--config={config}"]
-    logs = []
-    for cut in ("--trainer.devices=2", "--trainer.accumulate_grad_batches=2"):
-        root = tmp_path / str(len(logs))
-        options = [cut, "--trainer.strategy=ddp", f"--trainer.default_root_dir={root}"]
-        done = subprocess.run([*command, *options], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        logs.append(pd.read_csv(next(root.rglob("metrics.csv"))))
+    command = ["fit", f"--config={config}", *strategy("ddp")]
+    on_ranks(2, *command, f"--trainer.default_root_dir={tmp_path / '2'}")
+    twice = "--trainer.accumulate_grad_batches=2"
+    on_ranks(1, *command, twice, f"--trainer.default_root_dir={tmp_path / '1'}")
+    logs = [pd.read_csv(next((tmp_path / n).rglob("metrics.csv"))) for n in "12"]
     one, two = (log.dropna(subset=["speed/floor_share"]) for log in logs)
     assert len(one) == 6
     one["tokens"], two["tokens"] = (

@@ -1,8 +1,6 @@
 """The data doctor: clean data gives no finding, each planted fault is found with its numbers."""
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +26,7 @@ from rotopo.models.policy import Policy
 from rotopo.models.scorer import Scorer
 from tests.conftest import CHATML
 from tests.data.test_tokens import GEMMA, STYLES
+from tests.ranks import on_ranks, strategy
 from tests.small_run import save_config
 
 N = 40
@@ -649,12 +648,10 @@ def test_unpaired_rows(config, capsys):
 
 @pytest.mark.slow
 def test_both_ranks_stop(config):
-    command = [sys.executable, "-m", "rotopo.cli", "fit", "--config", str(config)]
-    command += ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    command = ["fit", "--config", str(config), "--trainer.max_epochs=1", *strategy("ddp")]
+    on_ranks(2, *command)
     break_vocabulary(config)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert done.stderr.count("the data doctor stops the run") == 2
-    assert "Traceback" not in done.stderr
+    with pytest.raises(RuntimeError) as failed:
+        on_ranks(2, *command)
+    assert str(failed.value).count("the data doctor stops the run") == 2
+    assert "Traceback" not in str(failed.value)
