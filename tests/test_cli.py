@@ -243,6 +243,7 @@ print(*sorted((set(sys.modules) - before) & set({heavy})))
     assert done.stdout.split() == []
 
 
+@pytest.mark.slow
 def test_the_console_script_ends_with_status_0(config):
     command = Path(sys.executable).with_name("rotopo")
     done = subprocess.run(

@@ -197,7 +197,6 @@ GOES_ON = [
     ("one", "fsdp", [], ROTATION),
     ("fsdp", "fsdp2", [], ROTATION),
 ]
-QUICK = ("fsdp2", "three", SHARED, ROTATION)
 
 
 def name_of(before: str, after: str, form: list[str], options: list[str]) -> str:
@@ -205,12 +204,10 @@ def name_of(before: str, after: str, form: list[str], options: list[str]) -> str
     return f"{what}: {before}{' in a folder' * bool(form)}, then {after}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after", "form", "options"),
-    [
-        pytest.param(*case, id=name_of(*case), marks=[] if case == QUICK else pytest.mark.slow)
-        for case in GOES_ON
-    ],
+    [pytest.param(*case, id=name_of(*case)) for case in GOES_ON],
 )
 def test_a_run_goes_on_elsewhere(config, before, after, form, options):
     """From the middle of an epoch, on other ranks, under another strategy: the same end."""

@@ -535,6 +535,7 @@ def slurm(tmp_path) -> dict[str, str]:
     return {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
 
 
+@pytest.mark.slow
 def test_a_job_that_slurm_queues_again_goes_on(laboratory, slurm, tmp_path, capsys):
     """By the signal that SLURM gives some time before it ends a job, and when a machine breaks
     down: by the same command, in the same folder; another command of the job begins anew."""

@@ -152,7 +152,10 @@ def swap_to(objective: str, config: Path) -> str:
     return f"--config={file}"
 
 
-@pytest.mark.parametrize("objective", ["BCO", "SamPO", "TYPO", "Mixture"])
+@pytest.mark.parametrize(
+    "objective",
+    ["TYPO", *(pytest.param(o, marks=pytest.mark.slow) for o in ("BCO", "SamPO", "Mixture"))],
+)
 def test_accumulation_changes_no_number_of(config, objective):
     """Running values, draws and samples belong to steps and rows, not to micro-batches."""
     options = [*EXACT, "--trainer.max_epochs=2", swap_to(objective, config)]
@@ -165,7 +168,7 @@ def test_accumulation_changes_no_number_of(config, objective):
     pd.testing.assert_frame_equal(*logs, rtol=1e-5)
 
 
-@pytest.mark.parametrize("objective", ["BCO", "Mixture"])
+@pytest.mark.parametrize("objective", ["BCO", pytest.param("Mixture", marks=pytest.mark.slow)])
 def test_running_values_are_resumed(config, objective):
     options = [*CHECKPOINTS, "--model.scheduler=null", swap_to(objective, config)]
     whole = fit(config, "whole", *options)

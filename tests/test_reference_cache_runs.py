@@ -84,6 +84,7 @@ def test_a_split_that_there_is_not_has_nothing_to_cache(config):
     assert_equal(weights(cached), weights(online), rtol=1e-7, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_auto_caches_what_will_all_be_seen(config, reference_passes):
     auto = "--model.policy.reference=auto"
     fit(config, "short", auto, "--trainer.max_steps=2")

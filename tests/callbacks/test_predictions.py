@@ -74,7 +74,9 @@ def test_a_killed_generation_goes_on_where_it_stopped(config, killed, monkeypatc
     assert not (config.parent / "killed" / ".unfinished").exists()
 
 
-@pytest.mark.parametrize("cut", [1, 40, 10_000])
+@pytest.mark.parametrize(
+    "cut", [40, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 10_000))]
+)
 def test_a_torn_line_is_done_again(config, killed, cut):
     whole = predict(config, "whole", *SAMPLED)
     part = killed(config, 3, *SAMPLED)

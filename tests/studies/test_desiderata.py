@@ -152,7 +152,13 @@ def test_larger_samples_scatter_less():
     assert small > 3 * large
 
 
-@pytest.mark.parametrize("name", rotopo.objectives.__all__)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("DPO", "ROPO", "TYPO") else pytest.mark.slow)
+        for name in rotopo.objectives.__all__
+    ],
+)
 def test_every_registered_objective_goes_through_the_study(name):
     module = MIXTURE if name == "Mixture" else desiderata.registered()[name]
     prompt = Prompt.of([0.75, 0.25], [0.4, 0.6])
@@ -202,6 +208,7 @@ def coarse(monkeypatch):
     monkeypatch.setattr(desiderata_plots, "_ARROWS", 1)
 
 
+@pytest.mark.slow
 def test_the_command_writes_tables_and_pictures_and_prints(tmp_path, capsys, coarse):
     folder = tmp_path / "new" / "folder"
     desiderata.main(["--output", str(folder), *SMALL])

@@ -21,6 +21,8 @@ from rotopo.studies.noise_methods import Method
 from tests.small_run import save_config
 from tests.test_training import Killed
 
+pytestmark = pytest.mark.slow
+
 SEED = "--seeds=4"
 METHOD = Method.named("ROPO")
 
