@@ -2,9 +2,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
+import hypothesis
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+
+# The same examples each time, however busy the machine is. To look for others:
+# tools/test --hypothesis-profile default
+hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("tests")
 
 CHATML = (
     "{{ bos_token }}{% for m in messages %}"

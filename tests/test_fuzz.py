@@ -20,12 +20,7 @@ from rotopo.files import read_jsonl
 from tests.data.test_schemas import ROWS
 from tests.small_run import save_config
 
-FEW = {
-    "derandomize": True,
-    "deadline": None,
-    "database": None,
-    "suppress_health_check": list(HealthCheck),
-}
+FEW = {"suppress_health_check": list(HealthCheck)}
 
 
 def fuzzed(few: int, many: int):

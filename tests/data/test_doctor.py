@@ -359,9 +359,7 @@ TEXTS = st.sampled_from("abc")
 SMALL = st.lists(st.tuples(TEXTS, TEXTS, TEXTS).filter(lambda t: t[1] != t[2]), min_size=1)
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(train=SMALL, test=SMALL, single=st.booleans())
 def test_copies_and_leaks_are_those_of_a_brute_force_count(tokenizer, train, test, single):
     def row(pair):

@@ -73,9 +73,7 @@ def test_splits_share_no_row_and_leave_none_out(make):
     assert sorted(found["train"] + found["validation"] + found["test"]) == list(range(N))
 
 
-@settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.floats(0.01, 0.4), st.floats(0.01, 0.4), st.integers(0, 5))
 def test_groups_are_never_divided(make, validation, test, seed):
     data = make(validation=validation, test=test, seed=seed, group_by="film")

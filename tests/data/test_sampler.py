@@ -60,7 +60,7 @@ def steps(lengths, **settings):
     ]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     lengths=lengths_lists,
     accumulation=st.integers(1, 3),
@@ -77,7 +77,7 @@ def test_accumulation_and_ranks_do_not_change_the_steps(lengths, accumulation, w
 
 
 @layouts
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(lengths=lengths_lists)
 def test_micro_batches_of_a_step_are_near_equal(layout, lengths):
     """No cut of the sorted step into contiguous parts has a smaller largest part."""
@@ -158,7 +158,7 @@ def test_what_cannot_be_a_step_is_refused():
 
 
 @layouts
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     lengths=lengths_lists,
     world_size=st.integers(1, 3),

@@ -144,7 +144,7 @@ def columns(pairs: ScoredPairs, places: list[int]) -> list[torch.Tensor]:
     ]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.data())
 def test_neither_batches_nor_order_count(data):
     pairs = some_pairs(23)

@@ -74,7 +74,7 @@ def bleu(text: list[str], references: list[list[str]]) -> float:
     return math.exp(log_precision + min(0, 1 - closest / len(text)))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(st.text("abc", max_size=9), min_size=2, max_size=6))
 def test_self_bleu_is_the_mean_bleu_against_all_others(texts):
     split = [list(text) for text in texts]
