@@ -102,6 +102,21 @@ def test_a_full_disk_is_the_disks_error_and_leaves_the_last_one_whole(folder, mo
     assert_same(checkpoints.read(folder / "2.ckpt"), checkpoint(2))
 
 
+def test_what_another_node_keeps_for_itself_is_missed_at_once(folder, monkeypatch):
+    """Not when the run is to go on, days later."""
+    elsewhere = {"shard-00002-model-00001-of-00001.safetensors": "0" * 64}
+    of_all_ranks = checkpoint_folders.of_all_ranks
+    monkeypatch.setattr(
+        checkpoint_folders,
+        "of_all_ranks",
+        lambda value: [*of_all_ranks(value), *([elsewhere] if isinstance(value, dict) else [])],
+    )
+    with pytest.raises(InputError, match="a folder that all nodes share"):
+        checkpoint_folders.write(folder / "2.ckpt", checkpoint(3))
+    assert sorted(f.name for f in folder.iterdir()) == ["1.ckpt", "2.ckpt"]
+    assert_same(checkpoints.read(folder / "2.ckpt"), checkpoint(2))
+
+
 class Killed(BaseException):
     pass
 
