@@ -21,6 +21,15 @@ CHATML = (
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tables that tests have made, which workers of their own could not print."""
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for name, table in report.user_properties:
+                if name == "table":
+                    terminalreporter.write_line(f"\n{table}")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep what the tests load out of the user's cache."""

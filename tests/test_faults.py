@@ -227,13 +227,11 @@ def whole_files(root: Path) -> None:
             pa.ipc.open_file(str(file)).read_all()
 
 
-def printed(capsys, title: str, lines: list[dict[str, Any]]) -> None:
-    with capsys.disabled():
-        print(f"\n{title}")
-        columns = list(lines[0])
-        print(" | ".join(columns))
-        for line in lines:
-            print(" | ".join(str(line[column]) for column in columns))
+def printed(record_property, title: str, lines: list[dict[str, Any]]) -> None:
+    """Have a table printed behind the tests."""
+    columns = list(lines[0])
+    rows = [columns, *([str(line[column]) for column in columns] for line in lines)]
+    record_property("table", "\n".join([title, *(" | ".join(row) for row in rows)]))
 
 
 @pytest.fixture(scope="module")
@@ -268,9 +266,9 @@ FEW = (4, 29)
     [FEW, pytest.param([s for s in range(56) if s not in FEW], marks=pytest.mark.slow)],
     ids=["few", "all"],
 )
-def test_killed_at_any_time_it_ends_as_if_it_had_not_been(laboratory, capsys, seeds):
+def test_killed_at_any_time_it_ends_as_if_it_had_not_been(laboratory, record_property, seeds):
     lines = [laboratory.make(drawn(seed)) for seed in seeds]
-    printed(capsys, f"{len(lines)} runs, killed and gone on with", lines)
+    printed(record_property, f"{len(lines)} runs, killed and gone on with", lines)
     assert all(line["weights equal"] and line["validations equal"] for line in lines)
 
 
@@ -309,7 +307,7 @@ UNHARMED = {("cache/reference/*/*.arrow", Path.unlink)}
 
 
 @pytest.mark.slow
-def test_a_damaged_file_is_named_and_what_can_be_made_again_is(laboratory, capsys):
+def test_a_damaged_file_is_named_and_what_can_be_made_again_is(laboratory, record_property):
     one = Try(0, "DPO, cached reference", 2, 1, 0, True, ())
     checkpoint, validations, _ = laboratory.expected(one)
     source = laboratory.configs["policy"].with_name("pairs.jsonl")
@@ -343,7 +341,7 @@ def test_a_damaged_file_is_named_and_what_can_be_made_again_is(laboratory, capsy
         how = {cut: f"cut to {share}", flip: f"a bit flipped at {share}"}.get(damage, "removed")
         message = message.replace(str(root), "") or "made again, and all numbers are equal"
         lines.append({"file": pattern, "fault": how, "what happened": message, "right": right})
-    printed(capsys, f"{len(lines)} damaged files", lines)
+    printed(record_property, f"{len(lines)} damaged files", lines)
     assert all(line["right"] for line in lines)
 
 
@@ -373,7 +371,7 @@ def unfinished(root: Path) -> list[Path]:
 
 @pytest.mark.parametrize("count", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 6))])
 def test_a_disk_that_fills_up_ends_the_run_and_the_last_checkpoint_is_whole(
-    laboratory, capsys, count
+    laboratory, record_property, count
 ):
     """By a limit on files that comes before a step: a checkpoint is larger, and nothing else."""
     one = Try(0, "DPO, LoRA with dropout", 2, 1, 0, True, ())
@@ -395,13 +393,13 @@ def test_a_disk_that_fills_up_ends_the_run_and_the_last_checkpoint_is_whole(
         "what happened": message.replace(str(root), ""),
         "equal": equal(found, checkpoint) and validations.equals(seen),
     }
-    printed(capsys, "A disk that fills up", [line])
+    printed(record_property, "A disk that fills up", [line])
     assert line["equal"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kilobytes", [8, 40, 90, 150])
-def test_so_does_one_that_is_really_full(laboratory, capsys, kilobytes, tmp_path):
+def test_so_does_one_that_is_really_full(laboratory, record_property, kilobytes, tmp_path):
     mounted = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(tmp_path)]
     if os.geteuid() != 0 or subprocess.run(mounted, capture_output=True).returncode:
         pytest.skip("mounting a small tmpfs is not permitted here")
@@ -428,7 +426,7 @@ def test_so_does_one_that_is_really_full(laboratory, capsys, kilobytes, tmp_path
         "what happened": message,
         "equal": equal(found, checkpoint) and validations.equals(seen),
     }
-    printed(capsys, "A disk that is really full", [line])
+    printed(record_property, "A disk that is really full", [line])
     assert line["equal"]
 
 
@@ -436,7 +434,7 @@ def test_so_does_one_that_is_really_full(laboratory, capsys, kilobytes, tmp_path
 
 
 @pytest.mark.slow
-def test_the_real_command_killed_three_times(laboratory, capsys):
+def test_the_real_command_killed_three_times(laboratory, record_property):
     one = Try(0, "DPO, LoRA with dropout", 40, 1, 1, True, ())
     checkpoint, validations, _ = laboratory.expected(one)
     root, events = laboratory.folder / "real", []
@@ -471,13 +469,13 @@ def test_the_real_command_killed_three_times(laboratory, capsys):
         "weights equal": equal(found, checkpoint),
         "validations": f"{len(seen)} of {len(validations)}",
     }
-    printed(capsys, "The real command", [line])
+    printed(record_property, "The real command", [line])
     assert line["weights equal"]
     pd.testing.assert_frame_equal(seen, validations, check_exact=True)
 
 
 @pytest.mark.slow
-def test_of_two_ranks_one_is_killed(laboratory, tmp_path, capsys):
+def test_of_two_ranks_one_is_killed(laboratory, tmp_path, record_property):
     """The other ends at once: gloo sees that the connection is closed."""
     one = Try(0, "DPO, LoRA with dropout", 40, 1, 0, True, ())
 
@@ -519,7 +517,7 @@ def test_of_two_ranks_one_is_killed(laboratory, tmp_path, capsys):
             "weights equal": equal(outcome(root)[0], outcome(tmp_path / "whole")[0]),
         }
         lines.append(line)
-    printed(capsys, "Two ranks", lines)
+    printed(record_property, "Two ranks", lines)
     assert all(line["weights equal"] for line in lines)
 
 
@@ -536,7 +534,7 @@ def slurm(tmp_path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_a_job_that_slurm_queues_again_goes_on(laboratory, slurm, tmp_path, capsys):
+def test_a_job_that_slurm_queues_again_goes_on(laboratory, slurm, tmp_path, record_property):
     """By the signal that SLURM gives some time before it ends a job, and when a machine breaks
     down: by the same command, in the same folder; another command of the job begins anew."""
     one = Try(0, "DPO, LoRA with dropout", 3, 2, 0, True, ())
@@ -553,7 +551,7 @@ def test_a_job_that_slurm_queues_again_goes_on(laboratory, slurm, tmp_path, caps
     assert events[1:] == ["status -9, step 5", "status 0, step 9"], log.read_text()
     assert (tmp_path / "told.txt").read_text() == "requeue 1234\n"
     found, seen = outcome(root)
-    printed(capsys, "A job that is queued again", [{"what happened": "; ".join(events)}])
+    printed(record_property, "A job that is queued again", [{"what happened": "; ".join(events)}])
     assert equal(found, checkpoint)
     pd.testing.assert_frame_equal(seen, validations, check_exact=True)
 
