@@ -2,6 +2,7 @@
 paths; judge, report and export what they wrote."""
 
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -28,7 +29,7 @@ from rotopo.data.doctor import refusal, render
 from rotopo.data.module import PairwiseDataModule
 from rotopo.errors import InputError
 from rotopo.files import full_disk
-from rotopo.slurm import Job, job_here, take_over
+from rotopo.slurm import Job, take_over
 from rotopo.training import PairwiseModule
 
 _DESCRIPTION = """Preference optimisation of language models.
@@ -123,11 +124,14 @@ class RotopoCLI(LightningCLI):
             check(Path(path), resume=command == "fit")
 
     def _job_of_fit(self) -> Job | None:
+        number = os.environ.get("SLURM_JOB_ID")
+        if number is None:
+            return None
         settings = self.config.clone()
         for size in ("devices", "num_nodes"):  # may be what SLURM has given this time
             settings.fit.trainer.pop(size)
         root = Path(self.config.fit.trainer.default_root_dir or "runs")
-        return job_here(root, self.parser.dump(settings, skip_validation=True))
+        return Job.of_command(number, root, self.parser.dump(settings, skip_validation=True))
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Lightning's, whose end by SIGTERM or a full disk is told in one line."""

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -29,6 +30,18 @@ class Job:
     resumed: Path | None = None
     requeue_signal: int = 0
 
+    @classmethod
+    def of_command(cls, number: str, root: Path, settings: str) -> Self:
+        """A command of a job.
+
+        Args:
+            number: the job's.
+            root: folder of its runs.
+            settings: all that tells the command from others of the job.
+        """
+        digest = hashlib.sha256(settings.encode()).hexdigest()[:16]
+        return cls(root / ".slurm" / f"{number}-{digest}")
+
     def resume(self) -> None:
         """Set ``resumed``, if the job was started again and there is something to go on from."""
         if not int(os.environ.get("SLURM_RESTART_COUNT", "0")):
@@ -46,28 +59,14 @@ class Job:
 
     def queue_again(self) -> None:
         """Have SLURM start the job anew."""
+        number = os.environ["SLURM_JOB_ID"]
         array = os.environ.get("SLURM_ARRAY_JOB_ID")
-        # One task of an array has the number of the whole array for its own.
-        task = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else None
-        command = ["scontrol", "requeue", task or os.environ["SLURM_JOB_ID"]]
+        if array:  # one of its tasks has the number of them all for its own
+            number = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
         try:
-            subprocess.run(command, check=True, timeout=60)
+            subprocess.run(["scontrol", "requeue", number], check=True, timeout=60)
         except (OSError, subprocess.SubprocessError) as error:
             print(f"rotopo: the job was not queued again: {error}.", file=sys.stderr)
-
-
-def job_here(root: Path, settings: str) -> Job | None:
-    """The SLURM job around this process, if there is one.
-
-    Args:
-        root: folder of the job's runs.
-        settings: all that tells the command from others of the job.
-    """
-    number = os.environ.get("SLURM_JOB_ID")
-    if number is None:
-        return None
-    digest = hashlib.sha256(settings.encode()).hexdigest()[:16]
-    return Job(root / ".slurm" / f"{number}-{digest}")
 
 
 def take_over(trainer: Trainer, job: Job | None) -> None:

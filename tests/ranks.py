@@ -35,9 +35,7 @@ def on_ranks(
     Raises:
         RuntimeError: a rank failed, with what it printed, or did not end in time.
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     where = [f"--trainer.devices={n // nodes}", f"--trainer.num_nodes={nodes}"]
     processes = [
         _start(environment(starter, rank, n, nodes, port), [*arguments, *where])
@@ -53,6 +51,7 @@ def on_ranks(
                 output = waiting.pop(process)
                 if status:
                     failed[process] = output
+                    os.write(output, f"\nstatus {os.waitstatus_to_exitcode(status)}\n".encode())
                     # The others may fail by themselves.
                     deadline = min(deadline, time.monotonic() + 10)
         time.sleep(0.02)
@@ -64,6 +63,12 @@ def on_ranks(
         os.close(output)
     if outputs:
         raise RuntimeError("\n".join(["failed" if failed else "too slow", *outputs]))
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 def environment(starter: str, rank: int, n: int, nodes: int, port: int) -> dict[str, str]:
@@ -110,8 +115,8 @@ def _start(given: dict[str, str], arguments: list[str]) -> tuple[int, int]:
         os.environ |= given
         run(arguments)
         status = 0
-    except SystemExit:  # which has said why
-        pass
+    except SystemExit as stop:  # which has said why
+        status = stop.code if isinstance(stop.code, int) else 1
     except BaseException:
         traceback.print_exc()
     finally:

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 from rotopo.checkpoints import check, last_good, read
 from rotopo.files import read_jsonl
 from tests.forks import MOMENTS, Fault, FileLimit, start
-from tests.ranks import environment, strategy
+from tests.ranks import environment, free_port, strategy
 from tests.small_run import save_config
 from tests.test_training import CHECKPOINTS
 
@@ -474,28 +474,30 @@ def test_the_real_command_killed_three_times(laboratory, record_property):
     pd.testing.assert_frame_equal(seen, validations, check_exact=True)
 
 
+def end(ranks: list[ForkServerProcess], seconds: float = 60) -> list[int | None]:
+    """The ranks' statuses, None of one that does not end in time."""
+    for process in ranks:
+        process.join(seconds)
+    return [process.exitcode for process in ranks]
+
+
 @pytest.mark.slow
 def test_of_two_ranks_one_is_killed(laboratory, tmp_path, record_property):
     """The other ends at once: gloo sees that the connection is closed."""
     one = Try(0, "DPO, LoRA with dropout", 40, 1, 0, True, ())
 
-    def start(root: Path, port: int, resume: Path | None = None) -> list[ForkServerProcess]:
-        options = [*strategy("ddp"), "--trainer.devices=2"]
+    def start(root: Path, resume: Path | None = None) -> list[ForkServerProcess]:
+        options, port = [*strategy("ddp"), "--trainer.devices=2"], free_port()
         ranks = [environment("torchrun", rank, 2, 1, port) for rank in range(2)]
         return [
             laboratory.start(one, root, resume, None, *options, environment=rank) for rank in ranks
         ]
 
-    def end(ranks: list[ForkServerProcess]) -> list[int | None]:
-        for process in ranks:
-            process.join(60)
-        return [process.exitcode for process in ranks]
-
-    assert end(start(tmp_path / "whole", 24455)) == [0, 0]
+    assert end(start(tmp_path / "whole")) == [0, 0]
     lines = []
     for struck in (0, 1):
         root = tmp_path / f"rank {struck} killed"
-        ranks = start(root, 24456 + struck)
+        ranks = start(root)
         deadline = time.monotonic() + 60
         while len(list(root.rglob("*.ckpt"))) < 20:
             assert time.monotonic() < deadline
@@ -503,14 +505,14 @@ def test_of_two_ranks_one_is_killed(laboratory, tmp_path, record_property):
             time.sleep(0.01)
         ranks[struck].kill()
         began = time.monotonic()
-        statuses = end(ranks)
+        statuses = end(ranks, 30)
         seconds = time.monotonic() - began
         assert statuses[struck] == -9
         assert statuses[1 - struck] == 1
         whole_files(root)
         last = last_good(root)
         step = read(last)["global_step"]
-        assert end(start(root, 24458 + struck, last)) == [0, 0]
+        assert end(start(root, last)) == [0, 0]
         line = {
             "fault": f"rank {struck} killed, {step} steps kept",
             "the other ended after": f"{seconds:.1f} s",
@@ -585,24 +587,22 @@ def test_a_job_of_two_ranks_goes_on(laboratory, slurm, tmp_path, how):
     options = [*strategy(how), "--trainer.num_nodes=2", "--trainer.devices=1"]
 
     def start(
-        root: Path, port: int, restarts: int, struck: Fault | None = None, *second: str
+        root: Path, restarts: int, struck: Fault | None = None, *second: str
     ) -> list[int | None]:
-        ranks = []
+        ranks, port = [], free_port()
         for rank, (fault, more) in enumerate([(None, ()), (struck, second)]):
             job = environment("srun", rank, 2, 2, port) | slurm
             job["SLURM_RESTART_COUNT"] = str(restarts)
             given = [*options, *more]
             ranks.append(laboratory.start(one, root, None, fault, *given, environment=job))
-        for process in ranks:
-            process.join(60)
-        return [process.exitcode for process in ranks]
+        return end(ranks)
 
-    assert start(tmp_path / "whole", 23455, 0) == [0, 0]
+    assert start(tmp_path / "whole", 0) == [0, 0]
     root, status = tmp_path / "run", 128 + signal.SIGUSR1
-    assert start(root, 23456, 0, Fault("before a step", 4, signal.SIGUSR1)) == [status] * 2
+    assert start(root, 0, Fault("before a step", 4, signal.SIGUSR1)) == [status] * 2
     assert (tmp_path / "told.txt").read_text() == "requeue 1234\n"
     # The second node has a disk of its own, or all is as it should be.
-    assert start(root, 23457, 1, None, f"--trainer.default_root_dir={tmp_path}") == [2, 2]
+    assert start(root, 1, None, f"--trainer.default_root_dir={tmp_path}") == [2, 2]
     assert "the ranks of this job do not find the same checkpoint" in (root / "log.txt").read_text()
-    assert start(root, 23458, 1) == [0, 0], (root / "log.txt").read_text()
+    assert start(root, 1) == [0, 0], (root / "log.txt").read_text()
     assert equal(outcome(root)[0], outcome(tmp_path / "whole")[0])

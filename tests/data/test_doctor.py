@@ -651,5 +651,6 @@ def test_both_ranks_stop(config):
     break_vocabulary(config)
     with pytest.raises(RuntimeError) as failed:
         on_ranks(2, *command)
+    assert str(failed.value).count("\nstatus 2\n") == 2
     assert str(failed.value).count("the data doctor stops the run") == 2
     assert "Traceback" not in str(failed.value)
