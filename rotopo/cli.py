@@ -72,7 +72,7 @@ class RotopoTrainer(Trainer):
             InputError: there is an error in the data; warnings are only printed.
         """
         datamodule.prepare_data()
-        datamodule.setup()
+        datamodule.setup("doctor")
         findings = datamodule.findings()
         print(render(findings), flush=True)
         refused = refusal(findings)

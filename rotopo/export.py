@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import jinja2
 import torch
 import yaml
 from torch import Tensor
 
 from rotopo.checkpoints import check, read
+from rotopo.data.template import clock_stopped
 from rotopo.errors import InputError
 from rotopo.pretrained import first_line, pretrained_folder
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:  # else rotopo export --help would wait for them
     from rotopo.data.batch import TokenizedRow
     from rotopo.data.module import PairwiseDataModule
     from rotopo.data.schemas import Preference
+    from rotopo.data.tokens import PairEncoder
     from rotopo.evaluation.runs import Test, Training
     from rotopo.models.policy import Policy
     from rotopo.models.scorer import Scorer
@@ -169,6 +172,7 @@ def export(
     else:
         config, kind = module.policy_config, form
     _check_form(config, kind, form, dtype)
+    data.take_clock(state)
     data.prepare_data()
     data.setup()
     split, probes = _probes(data, prompts)
@@ -195,6 +199,7 @@ def export(
             parameters=trained.parameters,
             dtype=str(written).removeprefix("torch."),
             checks=checks,
+            template=data.encoder.template.name,
         )
         write_whole(folder / "README.md", model_card(card))
     print(f"export: {output} is whole.")
@@ -474,7 +479,7 @@ def _check_tokens(job: _Job, folder: Path) -> Iterator[str]:
     for probe in job.probes:
         preference = probe.preference
         pair = encoder.encode(preference)
-        prompt = _template_ids(tokenizer, preference.prompt, True)
+        prompt = _template_ids(encoder, tokenizer, preference, [])
         if prompt != pair.prompt:
             raise InputError(
                 f"output: the written chat template makes other tokens of row {probe.row.row}'s "
@@ -484,7 +489,7 @@ def _check_tokens(job: _Job, folder: Path) -> Iterator[str]:
         for turns, ids in ((preference.chosen, pair.chosen), (preference.rejected, pair.rejected)):
             if turns is None:
                 continue
-            whole = _template_ids(tokenizer, preference.prompt + turns, False)
+            whole = _template_ids(encoder, tokenizer, preference, turns)
             expected = pair.prompt + ids
             if job.kind != "reward":  # whose template goes on behind the end of turn, or leaves
                 whole = whole[: len(expected)]  # that to the tokenizer's eos
@@ -507,10 +512,30 @@ def _check_tokens(job: _Job, folder: Path) -> Iterator[str]:
         )
 
 
-def _template_ids(tokenizer: Any, messages: list[Any], prompt: bool) -> list[int]:
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=prompt, tokenize=True, return_dict=False
-    )
+def _template_ids(
+    encoder: "PairEncoder", tokenizer: Any, preference: "Preference", response: list[Any]
+) -> list[int]:
+    """Tokens of a prompt, or of it with a response, by the written template."""
+    template, inputs = encoder.template, preference.inputs
+    messages = preference.prompt + response
+
+    def ids(messages: list[Any]) -> list[int]:
+        return tokenizer.apply_chat_template(
+            messages,
+            tools=inputs.tools,
+            chat_template=template.name,
+            add_generation_prompt=not response,
+            tokenize=True,
+            return_dict=False,
+            **inputs.kwargs,
+        )
+
+    # Written at another time, it would say so.
+    with clock_stopped(template.time if template.reads_clock else None):
+        try:
+            return ids(messages)
+        except (jinja2.UndefinedError, TypeError):  # of a call without a content, as in training
+            return ids([{"content": "", **turn} for turn in messages])
 
 
 def _first_difference(found: list[int], expected: list[int]) -> str:

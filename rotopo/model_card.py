@@ -44,6 +44,7 @@ class Card:
         parameters: those of the whole model, an adapter's included.
         dtype: of the weights in the export.
         checks: what the written files were compared in with the trained module, and the result.
+        template: the name of the chat template, where the tokenizer has several.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Card:
     parameters: int
     dtype: str
     checks: list[str]
+    template: str | None = None
 
     @property
     def module(self) -> dict[str, Any]:
@@ -121,6 +123,7 @@ def _front_matter(card: Card) -> str:
 
 def _loading(card: Card) -> str:
     tokenizer = "tokenizer = AutoTokenizer.from_pretrained(folder)"
+    named = "" if card.template in (None, "default") else f"chat_template={card.template!r}, "
     prompt = 'messages = [{"role": "user", "content": "..."}]'
     if card.kind == "reward":
         return f"""from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -129,12 +132,12 @@ folder = {card.name!r}
 model = AutoModelForSequenceClassification.from_pretrained(folder)
 {tokenizer}
 messages = [{{"role": "user", "content": "..."}}, {{"role": "assistant", "content": "..."}}]
-inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
+inputs = tokenizer.apply_chat_template(messages, {named}return_tensors="pt", return_dict=True)
 reward = model(**inputs).logits.item()"""
     generation = f"""{tokenizer}
 {prompt}
 inputs = tokenizer.apply_chat_template(
-    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    messages, {named}add_generation_prompt=True, return_tensors="pt", return_dict=True
 )
 output = model.generate(**inputs, max_new_tokens=128)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""

@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rotopo.data.batch import PairBatch, Role
-from rotopo.data.schemas import Message
+from rotopo.data.messages import Message, text_of
 from rotopo.evaluation.metrics import RewardMetrics
 from rotopo.files import to_json, to_jsonl, write_whole
 from rotopo.models.log_probs import sum_of_role
@@ -120,7 +120,7 @@ class PairScores(Callback):
 
 
 def _text(response: list[Message]) -> str:
-    return "\n".join(message["content"] for message in response)
+    return "\n".join(map(text_of, response))
 
 
 def _table(found: dict[str, Any]) -> str:
@@ -149,7 +149,7 @@ def _sample(lines: list[dict[str, Any]], n: int) -> str:
     """Some pairs with their scores, the higher one marked, or both."""
     shown = []
     for line in lines[:: max(1, -(-len(lines) // max(1, n)))][:n]:
-        shown.append(f"row {line['row']}: {_short(line['prompt'][-1]['content'])}")
+        shown.append(f"row {line['row']}: {_short(text_of(line['prompt'][-1]))}")
         higher = max(line["chosen_score"], line["rejected_score"])
         for name in ("chosen", "rejected"):
             score = line[f"{name}_score"]

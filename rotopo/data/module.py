@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, get_args
@@ -35,16 +35,24 @@ from rotopo.data.responses import Responses
 from rotopo.data.rows import Rows, pair_lengths, unpaired_rows
 from rotopo.data.sampler import EvalSampler, PairLength, StatefulLoader, StepSampler
 from rotopo.data.schemas import Format, Preference, read_row, resolve_format
-from rotopo.data.tokens import OnBadRow, Outcome, PairEncoder, TokenizedPair, Truncation
+from rotopo.data.tokens import (
+    OnBadRow,
+    OnUnwritten,
+    Outcome,
+    PairEncoder,
+    TokenizedPair,
+    Truncation,
+)
+from rotopo.data.values import number
 from rotopo.errors import InputError
-from rotopo.files import to_json, write_whole
+from rotopo.files import sha256, to_json, write_whole
 from rotopo.pretrained import cache_dir as default_cache_dir
 from rotopo.pretrained import load_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:  # else rotopo --help would wait for datasets, pandas and pyarrow
     from datasets import Dataset
 
-    from rotopo.data.token_cache import TokenizedRows
+    from rotopo.data.token_cache import LeftOut, TokenizedRows
 
 _EXTRA_ROLES = {"gold": Role.GOLD, "reference_sample": Role.REFERENCE_SAMPLE}
 
@@ -103,13 +111,25 @@ class PairwiseDataModule(LightningDataModule):
             attention mask (``policy.attention`` sdpa or eager); ``padded`` a prompt twice.
         length_window: make the pairs of a step similar in length: those of so many steps are
             sorted before they are cut into steps. 1 leaves a step's pairs to chance, as papers do.
-        chat_template: Jinja text, or a file that holds it; None takes the tokenizer's.
+        chat_template: Jinja text, a file that holds it, or the name of one of the tokenizer's,
+            where it has several; None takes the tokenizer's.
+        chat_template_kwargs: arguments of the chat template, ``{enable_thinking: false}`` say, the
+            same wherever it is used; an export has them as the template's defaults. A column
+            ``chat_template_kwargs`` of the rows has the last word.
+        template_time: what a chat template takes for the present that asks for it, as
+            2026-01-31T12:00:00; None takes the checkpoint's or, of data that was tokenised before,
+            the time of then, else the present.
+        split_dialogues: take a user's turn that holds a whole dialogue, marked Human: and
+            Assistant: or the like, apart into its turns.
         system_message: put before prompts that have no system turn of their own.
         pad_token: the token of the vocabulary to pad with; None takes the tokenizer's.
         max_length: tokens of a prompt and its longer response at most.
         truncation: what happens to longer rows: ``prompt_left`` cuts the prompt on its left,
             ``response_right`` the responses on their right, ``drop`` drops the row.
         on_bad_row: whether a row that cannot be used is an error, or dropped and counted.
+        on_unwritten: whether it is an error, of which a warning is said otherwise, if the chat
+            template leaves out something of rows that matters: a turn's content, calls, tools, any
+            field of a response's messages. With ``on_bad_row: drop`` such rows are dropped.
         num_workers: processes that make batches beside the step, each two ahead, and stay for the
             next epoch; None takes 2 on a GPU, and none on a CPU, whose cores the step needs. On a
             GPU batches come in pinned memory, and their copying does not wait either.
@@ -143,11 +163,15 @@ class PairwiseDataModule(LightningDataModule):
         layout: Layout = "packed",
         length_window: int = 1,
         chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        template_time: str | None = None,
+        split_dialogues: bool = False,
         system_message: str | None = None,
         pad_token: str | None = None,
         max_length: int = 1024,
         truncation: Truncation = "prompt_left",
         on_bad_row: OnBadRow = "error",
+        on_unwritten: OnUnwritten = "error",
         num_workers: int | None = None,
         num_proc: int | None = None,
         seed: int = 0,
@@ -168,6 +192,7 @@ class PairwiseDataModule(LightningDataModule):
         for name, value, known in (
             ("layout", layout, get_args(Layout)),
             ("on_bad_row", on_bad_row, get_args(OnBadRow)),
+            ("on_unwritten", on_unwritten, get_args(OnUnwritten)),
         ):
             if value not in known:
                 raise InputError(f"data.{name} is {value!r}: it has to be {' or '.join(known)}.")
@@ -215,6 +240,9 @@ class PairwiseDataModule(LightningDataModule):
         self.layout = layout
         self.length_window = length_window
         self.on_bad_row = on_bad_row
+        self.on_unwritten = on_unwritten
+        self.split_dialogues = split_dialogues
+        self.template_time = template_time
         self.num_workers = num_workers
         self.num_proc = num_proc
         self.seed = seed
@@ -222,6 +250,7 @@ class PairwiseDataModule(LightningDataModule):
         self.doctor = doctor
         self._encoding: dict[str, Any] = {
             "chat_template": chat_template,
+            "chat_template_kwargs": chat_template_kwargs,
             "system_message": system_message,
             "pad_token": pad_token,
             "max_length": max_length,
@@ -235,13 +264,16 @@ class PairwiseDataModule(LightningDataModule):
         self._labelled: Dataset | None = None  # training pairs before noise and balance
         self._tokenized: dict[str, TokenizedRows] = {}
         self._rows_of: dict[tuple[str, Any], Rows] = {}
+        # Columns of the source that have been asked for by their names.
+        self._asked: set[str] = set()
         # Who decides before every epoch what to train on, if anybody does.
         self.selector: Selector | None = None
 
     @cached_property
     def encoder(self) -> PairEncoder:
         """How preferences become tokens; its ``tokenizer`` is the one to save with a model."""
-        return PairEncoder(load_tokenizer(self.tokenizer_path), **self._encoding)
+        settings = self._encoding | {"template_time": self.template_time}
+        return PairEncoder(load_tokenizer(self.tokenizer_path), **settings)
 
     @property
     def pad_id(self) -> int:
@@ -264,7 +296,10 @@ class PairwiseDataModule(LightningDataModule):
     def responses(self) -> Responses:
         """What ``predict`` scores."""
         assert self.score is not None
-        return Responses(self.score, self.encoder)
+        if self.encoder.template.reads_clock and Path(self.score).is_file():
+            self._stop_clock(sha256(Path(self.score)))
+        strict = self.on_unwritten == "error"
+        return Responses(self.score, self.encoder, strict, self.split_dialogues)
 
     def prepare_data(self) -> None:
         if not self._pairs and not self._only_scores():
@@ -275,10 +310,13 @@ class PairwiseDataModule(LightningDataModule):
             self.selector = None  # that of another run; this one's callbacks come next
         if not self._pairs and not self._only_scores():
             self._set_up()
+            if stage != "doctor":  # which finds it among other things
+                self._refuse_unwritten()
         if stage == "fit" and self.doctor:
             self._see_the_doctor()
 
     def _set_up(self) -> None:
+        self._agree_on_clock()
         rows: dict[str, Dataset] = {}
         for split in self._source_splits():
             # Where another rank has prepared it, loading is a look at the cache.
@@ -315,6 +353,47 @@ class PairwiseDataModule(LightningDataModule):
             drawn = balanced(*pair_lengths(train), self.seed)
             self._pairs["train"] = train.select(drawn)
             rank_zero_info(f"data.balance_lengths: {len(drawn)} pairs drawn from {len(train)}.")
+        if unread := self.unread_columns():
+            rank_zero_info(f"{self.source}: columns that nothing reads: {', '.join(unread)}.")
+
+    def unread_columns(self) -> list[str]:
+        """Columns of the source that have no meaning to the run, each once."""
+        asked = {
+            *(self.group_by, self.margin, self.accuracy_by),
+            *self.extra_responses.values(),
+            *self._asked,
+        }
+        unread = (f.unread(rows.column_names) for rows, f in self._sources.values())
+        return list(dict.fromkeys(c for columns in unread for c in columns if c not in asked))
+
+    def left_out(self) -> dict[str, "LeftOut"]:
+        """What of the source's rows the chat template does not write, by what it is; of several
+        splits the rows together."""
+        found: dict[str, LeftOut] = {}
+        for tokenized in self._tokenized.values():
+            for label, part in tokenized.left_out.items():
+                before = found.get(label)
+                rows = part.rows + (before.rows if before else 0)
+                found[label] = replace(before or part, rows=rows)
+        return found
+
+    def _refuse_unwritten(self) -> None:
+        """Say what the chat template leaves out of rows, and refuse what matters.
+
+        Raises:
+            InputError: there is such a thing, and ``data.on_unwritten`` is ``error``.
+        """
+        left_out = self.left_out()
+        if self.on_unwritten == "error":
+            for part in (part for part in left_out.values() if part.refused):
+                raise InputError(
+                    f"{self.source}: {part.first} ({part.rows} rows). Give a template that does "
+                    "(data.chat_template), change the rows, or set data.on_unwritten to 'warn'."
+                )
+        for label, part in left_out.items():
+            rank_zero_info(
+                f"{self.source}: not written by the chat template: {label}, in {part.rows} rows."
+            )
 
     def findings(self) -> list[Finding]:
         """What the data doctor finds, once the data is set up.
@@ -442,10 +521,11 @@ class PairwiseDataModule(LightningDataModule):
         split = self._prompt_split()
         prompts: dict[str, tuple[int, list[int]]] = {}
         for row in self._pairs[split]["row"][:]:
-            prompt = self.preference(split, row).prompt
-            key = json.dumps(prompt)
+            preference = self.preference(split, row)
+            key = json.dumps([preference.prompt, asdict(preference.inputs)])
             if key not in prompts:
-                whole = TokenizedPair(self.encoder.encode_prompt(prompt), [self.pad_id], [])
+                prompt = self.encoder.encode_prompt(preference.prompt, preference.inputs)
+                whole = TokenizedPair(prompt, [self.pad_id], [])
                 prompts[key] = row, self.encoder.truncate(whole)[0].prompt
         numbers, ids = zip(*prompts.values(), strict=True)
         none: list[list[int]] = [[]] * len(ids)
@@ -470,7 +550,14 @@ class PairwiseDataModule(LightningDataModule):
         """
         if self.score is not None:
             return self.responses.lines[row]
-        return {"row": row, "prompt": self.preference(self._prompt_split(), row).prompt}
+        preference = self.preference(self._prompt_split(), row)
+        tools, kwargs = preference.inputs.tools, preference.inputs.kwargs
+        return {
+            "row": row,
+            "prompt": preference.prompt,
+            **({"tools": tools} if tools else {}),
+            **({"chat_template_kwargs": kwargs} if kwargs else {}),
+        }
 
     def has(self, name: str) -> bool:
         """Whether there are rows of ``train``, ``validation`` or ``test``."""
@@ -499,8 +586,11 @@ class PairwiseDataModule(LightningDataModule):
             row: its number in that split's source.
             extra_responses: columns of further responses to read, by role.
         """
+        from rotopo.data.token_cache import without_filling
+
         rows, row_format = self._sources[self._split_of[name]]
-        return read_row(row_format, rows[row], extra_responses)
+        values = without_filling(rows[row], rows.features)
+        return read_row(row_format, values, extra_responses, self.split_dialogues)
 
     def column(self, name: str, column: str, setting: str) -> dict[int, Any]:
         """The values of a column of the source, by row.
@@ -513,6 +603,7 @@ class PairwiseDataModule(LightningDataModule):
         Raises:
             InputError: the source has no such column.
         """
+        self._asked.add(column)
         rows, _ = self._sources[self._split_of[name]]
         if column not in rows.column_names:
             raise InputError(
@@ -525,8 +616,11 @@ class PairwiseDataModule(LightningDataModule):
     def describe(self) -> dict[str, int | str]:
         """What a run should log about its data: pairs per split, flipped labels, what truncation
         touched, hash."""
-        flipped = self.flipped()
+        flipped, unread = self.flipped(), self.unread_columns()
         return {
+            **({"columns/unread": ", ".join(unread)} if unread else {}),
+            **({"template_time": self._clock} if self._clock else {}),
+            **{f"left_out/{label}": part.rows for label, part in self.left_out().items()},
             **{f"pairs/{name}": len(pairs) for name, pairs in self._pairs.items()},
             **({} if flipped is None else {"noise/flipped": int(flipped.sum())}),
             **{
@@ -545,6 +639,7 @@ class PairwiseDataModule(LightningDataModule):
             "pairs_per_step": self.pairs_per_step,
             "length_window": self.length_window,
             "margin": self.margin,
+            "template_time": self._clock,
             "selection": self.selector.settings() if self.selector is not None else None,
         }
 
@@ -572,6 +667,50 @@ class PairwiseDataModule(LightningDataModule):
                     f"{value}: its position in the epoch does not fit. Resume with the same."
                 )
 
+    @property
+    def _clock(self) -> str | None:
+        """The time that the chat template takes for the present, if it asks."""
+        template = self.encoder.template
+        return template.time.isoformat() if template.reads_clock else None
+
+    def take_clock(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take a checkpoint's time for the present, unless a setting says which."""
+        state = checkpoint.get(type(self).__qualname__) or {}
+        if self.template_time is None:
+            self.template_time = state.get("template_time")
+
+    def _stop_clock(self, data: str) -> None:
+        """Let a template that asks for the time get the same one for the same data, whenever.
+
+        Args:
+            data: a hash of it.
+        """
+        from rotopo.data.token_cache import kept_time
+
+        template = self.encoder.template
+        if not template.reads_clock or self.template_time is not None:
+            return
+        template.time = kept_time(
+            self.cache_dir, data + self.encoder.fingerprint(clock=False), template.time
+        )
+        self.template_time = template.time.isoformat()
+        rank_zero_info(
+            f"The chat template writes the time, which stays {self.template_time} for this data "
+            "(data.template_time sets another)."
+        )
+
+    def _agree_on_clock(self) -> None:
+        """Take the first rank's time."""
+        if self.trainer is None or not self.encoder.template.reads_clock:
+            return
+        before, self.template_time = (
+            self.template_time,
+            self.trainer.strategy.broadcast(self.template_time),
+        )
+        if self.template_time not in (None, before):
+            self._loaded = {}
+            self.encoder.template.time = datetime.fromisoformat(self.template_time)
+
     def _source_splits(self) -> list[str]:
         return [self.train_split, *(s for s in self.held_out.values() if isinstance(s, str))]
 
@@ -588,9 +727,11 @@ class PairwiseDataModule(LightningDataModule):
 
     def _load(self, split: str) -> "tuple[Dataset, Format, TokenizedRows]":
         from rotopo.data.sources import load_rows
-        from rotopo.data.token_cache import tokenize_rows
+        from rotopo.data.token_cache import fingerprint_rows, tokenize_rows
 
         rows = load_rows(self.source, split)
+        if self.encoder.template.reads_clock:
+            self._stop_clock(fingerprint_rows(rows))
         try:
             row_format = resolve_format(self.format, rows)
             tokenized = tokenize_rows(
@@ -601,6 +742,8 @@ class PairwiseDataModule(LightningDataModule):
                 self.num_proc,
                 self.on_bad_row,
                 self.extra_responses,
+                self.on_unwritten,
+                self.split_dialogues,
             )
         except InputError as error:
             raise InputError(f"{self.source} [{split}]: {error}") from error
@@ -781,14 +924,16 @@ class PairwiseDataModule(LightningDataModule):
                 "leave it out."
             )
         values = self.column(name, self.margin, "data.margin")
+        margins: dict[int, float] = {}
         for row, value in values.items():
-            # Not a bool, which is a number too.
-            if type(value) not in (int, float) or not math.isfinite(value):
+            margin = number(value)
+            if margin is None:
                 raise InputError(
                     f"data.margin: {self.source}, row {row} (from 0): {self.margin} is {value!r}, "
                     "which is no number."
                 )
-        return [float(values[row]) for row in self._pairs[name]["row"][:]]
+            margins[row] = margin
+        return [margins[row] for row in self._pairs[name]["row"][:]]
 
     def _sampled(self, name: str, module: Any) -> list[list[int]]:
         """Responses from the module's reference to a split's prompts."""

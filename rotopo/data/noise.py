@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
+from rotopo.data.values import number
 from rotopo.errors import InputError
 
 if TYPE_CHECKING:  # else rotopo --help would wait for it
@@ -169,15 +170,14 @@ class MarginFlips(LabelNoise):
                 the rate.
         """
         _require_two_responses(pairs, self)
-        values = pairs.column(self.column)
-        for row, value in zip(pairs.rows.tolist(), values, strict=True):
-            # Not a bool, which is a number too.
-            if type(value) not in (int, float) or not np.isfinite(value):
+        values = [(number(value), value) for value in pairs.column(self.column)]
+        for row, (margin, value) in zip(pairs.rows.tolist(), values, strict=True):
+            if margin is None:
                 raise InputError(
                     f"data.noise: row {row} (from 0): {self.column} is {value!r}, which is no "
                     "finite number."
                 )
-        margins = np.array(values, dtype=np.float64)
+        margins = np.array([margin for margin, _ in values], dtype=np.float64)
         lowest = float((1 - np.sign(margins)).mean() / 2)
         if not lowest <= self.rate < 0.5:
             raise InputError(

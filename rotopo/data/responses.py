@@ -1,18 +1,16 @@
 """Responses in a file, to be scored: by a reward model, or by a policy's implicit reward."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rotopo.data.schemas import read_response
 from rotopo.data.tokens import Outcome, PairEncoder
 from rotopo.errors import InputError
 from rotopo.files import read_jsonl
 
-if TYPE_CHECKING:  # else rotopo --help would wait for it
-    pass
-
 
 class Responses:
-    """The lines of a jsonl file, each with a ``prompt`` (a text, or messages) and a ``response``.
+    """The lines of a jsonl file, each with a ``prompt`` and a ``response``, texts or messages; with
+    ``tools`` and ``chat_template_kwargs``, if the prompt was given with them.
 
     ``rotopo predict`` writes such files. A response may be empty; other fields are left alone.
 
@@ -25,20 +23,24 @@ class Responses:
     Args:
         file: the file.
         encoder: how to tokenise it.
+        strict: whether what the chat template leaves out of a line is an error, if it matters.
+        split_dialogues: as of :func:`rotopo.data.schemas.read_row`.
 
     Raises:
-        InputError: no such file, a line that is not JSON, lacks a field or does not fit into
-            ``data.max_length``; names the line.
+        InputError: no such file, a line that is not JSON, lacks a field, does not fit into
+            ``data.max_length`` or is not written whole; names the line.
     """
 
-    def __init__(self, file: str, encoder: PairEncoder) -> None:
+    def __init__(
+        self, file: str, encoder: PairEncoder, strict: bool = True, split_dialogues: bool = False
+    ) -> None:
         from datasets import Dataset
 
         self.lines: list[dict[str, Any]] = []
         columns: dict[str, list[Any]] = {"prompt": [], "chosen": [], "rejected": [], "row": []}
         for number, line in read_jsonl(file):
             try:
-                prompt, response, length = _encode(line, encoder)
+                prompt, response, length = _encode(line, encoder, strict, split_dialogues)
             except InputError as error:
                 raise InputError(f"{file}, line {number}: {error}") from error
             row = len(self.lines)
@@ -50,9 +52,19 @@ class Responses:
         self.tokens: Dataset = Dataset.from_dict(columns)
 
 
-def _encode(line: dict[str, Any], encoder: PairEncoder) -> tuple[list[int], list[int], int]:
+def _encode(
+    line: dict[str, Any], encoder: PairEncoder, strict: bool, split_dialogues: bool
+) -> tuple[list[int], list[int], int]:
     """Token ids of a line's prompt and response, and how many tokens the whole response has."""
-    whole = encoder.encode(read_response(line))
+    preference = read_response(line, split_dialogues)
+    written = encoder.write(preference)
+    for part in encoder.unwritten(preference, written):
+        if part.refused and strict:
+            raise InputError(
+                f"{part}: give a template that does (data.chat_template), or set data.on_unwritten "
+                "to 'warn'."
+            )
+    whole = encoder.tokenize(written)
     cut, outcome = encoder.truncate(whole)
     if outcome == Outcome.TOO_LONG:
         raise InputError(

@@ -248,16 +248,13 @@ def _from_rows(rows: list[dict[str, Any]]) -> Dataset:
 def _column(name: str, values: list[Any]) -> Dataset:
     try:
         column = Dataset.from_dict({name: values})
-        kinds: dict[tuple[str | None, ...], set[type]] = defaultdict(set)
-        if "double" in str(column.features.arrow_schema):
-            _collect_kinds(values, (), kinds)
-        if not any({bool, float} <= kind for kind in kinds.values()):
+        if _keeps_values(column, values):
             return column
-        raise TypeError("pyarrow would take true for 1.0")
     except Exception:  # pyarrow's, for values of mixed types
-        # Written by us: datasets would leave texts that happen to be JSON, such as null, as they
-        # are, and read something else.
-        texts = _json_texts(values)
+        pass
+    # Written by us: datasets would leave texts that happen to be JSON, such as null, as they are,
+    # and read something else.
+    texts = _json_texts(values)
     try:
         column = Dataset.from_dict({name: texts}, Features({name: Json()}))
         same = _json_texts(column[name][:]) == texts
@@ -268,16 +265,36 @@ def _column(name: str, values: list[Any]) -> Dataset:
     return column
 
 
-def _collect_kinds(
-    value: Any, path: tuple[str | None, ...], kinds: dict[tuple[str | None, ...], set[type]]
+def _keeps_values(column: Dataset, values: list[Any]) -> bool:
+    """Whether a typed column says just what was written: pyarrow takes true for 1.0; inside of
+    objects 1 for 1.0, which a call's arguments are not the same with; and gives all objects the
+    same names in the same order."""
+    schema = str(column.features.arrow_schema)
+    if "double" not in schema and "struct" not in schema:
+        return True
+    kinds: dict[tuple[str | None, ...], set[type]] = defaultdict(set)
+    names: dict[tuple[str | None, ...], set[tuple[str, ...]]] = defaultdict(set)
+    _collect(values, (), kinds, names)
+    return all(len(orders) == 1 for orders in names.values()) and not any(
+        {bool, float} <= kind or (len(path) > 1 and {int, float} <= kind)
+        for path, kind in kinds.items()
+    )
+
+
+def _collect(
+    value: Any,
+    path: tuple[str | None, ...],
+    kinds: dict[tuple[str | None, ...], set[type]],
+    names: dict[tuple[str | None, ...], set[tuple[str, ...]]],
 ) -> None:
-    """Types of all that stands inside a value, by the names on the way there."""
+    """Types of all that stands inside a value, and names of objects, by the names on the way."""
     if isinstance(value, dict):
+        names[path].add(tuple(value))
         for name, inner in value.items():
-            _collect_kinds(inner, (*path, name), kinds)
+            _collect(inner, (*path, name), kinds, names)
     elif isinstance(value, list):
         for inner in value:
-            _collect_kinds(inner, (*path, None), kinds)
+            _collect(inner, (*path, None), kinds, names)
     else:
         kinds[path].add(type(value))
 

@@ -5,22 +5,43 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, Json, List, Value
 
-from rotopo.data import schemas
-from rotopo.data.schemas import Format, naming_row, read_row
-from rotopo.data.tokens import OnBadRow, Outcome, PairEncoder, TokenizedPair
+from rotopo.data import dialogue, formats, messages, schemas
+from rotopo.data import values as values_of_texts
+from rotopo.data.schemas import Format, Preference, naming_row, read_row
+from rotopo.data.tokens import OnBadRow, OnUnwritten, Outcome, PairEncoder, TokenizedPair
 from rotopo.errors import InputError
 from rotopo.files import sha256
 
 _HASHES = "hashes.json"
+# Which decide what a row says.
+_CODE = (dialogue, formats, messages, schemas, values_of_texts)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A part of rows that the chat template does not write.
+
+    Attributes:
+        rows: how many rows have it.
+        first: the first of them, as a message names it.
+        refused: whether these rows say something else without it.
+    """
+
+    rows: int
+    first: str
+    refused: bool
 
 
 @dataclass(frozen=True)
@@ -32,11 +53,13 @@ class TokenizedRows:
             index in the source, and one for each further role; rows that were dropped are
             missing. A response that an unpaired row does not have is empty.
         counts: rows by :class:`Outcome`, under its lower-case names.
+        left_out: what of the kept rows is not written, by what it is.
         fingerprint: hash of the rows and of everything that decides their tokens.
     """
 
     pairs: Dataset
     counts: dict[str, int]
+    left_out: dict[str, LeftOut]
     fingerprint: str
 
     def summary(self) -> str:
@@ -57,6 +80,8 @@ def tokenize_rows(
     num_proc: int | None = None,
     on_bad_row: OnBadRow = "error",
     extra_responses: dict[str, str] | None = None,
+    on_unwritten: OnUnwritten = "error",
+    split_dialogues: bool = False,
 ) -> TokenizedRows:
     """Tokenise every row once: the result is kept on disk under a fingerprint.
 
@@ -72,17 +97,24 @@ def tokenize_rows(
         num_proc: worker processes; None takes one per 10,000 rows, up to the processors.
         on_bad_row: whether a row that cannot be used is an error, or dropped and counted.
         extra_responses: column of each further response, by the name of its role.
+        on_unwritten: whether a row of which the template leaves something out that matters is one
+            that cannot be used, where those are dropped; here it is counted in any case.
+        split_dialogues: as of :func:`rotopo.data.schemas.read_row`.
 
     Raises:
         InputError: a row that cannot be used, with ``on_bad_row="error"``; no row is left; what is
             in the cache is damaged.
     """
     extra = extra_responses or {}
+    drop = {
+        "bad": on_bad_row == "drop",
+        "unwritten": (on_bad_row, on_unwritten) == ("drop", "error"),
+    }
     digest = hashlib.sha256()
-    parts = [fingerprint_rows(rows), row_format.name, encoder.fingerprint(), on_bad_row, extra]
-    for part in [*parts, "with hashes"]:  # the last is the cache's own form
+    parts = [fingerprint_rows(rows), row_format.name, encoder.fingerprint(), drop, extra]
+    for part in [*parts, split_dialogues, "with what is left out"]:  # the last: the cache's form
         digest.update(str(part).encode())
-    for code in (schemas.__file__, row_format.source_file):
+    for code in (*(str(module.__file__) for module in _CODE), row_format.source_file):
         digest.update(Path(code).read_bytes())
     fingerprint = digest.hexdigest()[:32]
     folder = cache_dir / "tokens" / fingerprint
@@ -90,7 +122,10 @@ def tokenize_rows(
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unfinished-"))
         try:
-            mapped = _tokenize(rows, row_format, encoder, num_proc, on_bad_row, extra, unfinished)
+            read = partial(
+                read_row, row_format, extra_responses=extra, split_dialogues=split_dialogues
+            )
+            mapped = _tokenize(rows, read, encoder, num_proc, drop, extra, unfinished)
             _save(mapped, unfinished / "result")
             (unfinished / "result").rename(folder)
         except OSError:
@@ -102,8 +137,9 @@ def tokenize_rows(
         if json.loads((folder / _HASHES).read_text("utf-8")) != _hashes(folder):
             raise ValueError("it holds other bytes than were written")
         pairs = Dataset.load_from_disk(folder / "pairs")
-        counts = json.loads((folder / "counts.json").read_text("utf-8"))
-        return TokenizedRows(pairs, counts, fingerprint)
+        found = json.loads((folder / "counts.json").read_text("utf-8"))
+        left_out = {label: LeftOut(**facts) for label, facts in found["left_out"].items()}
+        return TokenizedRows(pairs, found["outcomes"], left_out, fingerprint)
     except (ValueError, OSError) as error:
         raise InputError(
             f"{folder} is damaged: remove it, and the rows are tokenised again. ({error})"
@@ -121,12 +157,59 @@ def fingerprint_rows(rows: Dataset) -> str:
     return digest.hexdigest()
 
 
+def without_filling(row: dict[str, Any], features: Features) -> dict[str, Any]:
+    """A row without the nulls by which a column of structs makes all of its values alike.
+
+    Arguments of different calls have different names, and such a column gives each of them all
+    names. A column of JSON keeps values as they were written, and so do we.
+
+    Args:
+        row: its columns.
+        features: their types.
+    """
+    return {
+        name: value if isinstance(features[name], Json) else _without_nulls(value)
+        for name, value in row.items()
+    }
+
+
+def kept_time(cache_dir: Path, key: str, now: datetime) -> datetime:
+    """The time that a chat template was first given for some data.
+
+    Args:
+        cache_dir: the cache's root, where it is kept.
+        key: what tells data and template apart.
+        now: what it is, if this is the first time.
+    """
+    folder = cache_dir / "tokens"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.time"
+    if not file.exists():
+        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".unfinished-") as unfinished:
+            unfinished.write(now.isoformat())
+            unfinished.flush()
+            with suppress(FileExistsError):  # of another process, which was faster
+                os.link(unfinished.name, file)
+    try:
+        return datetime.fromisoformat(file.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(
+            f"{file} is damaged: remove it, or set data.template_time. ({error})"
+        ) from error
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(v) for name, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
 def _tokenize(
     rows: Dataset,
-    row_format: Format,
+    read: Callable[[dict[str, Any]], Preference],
     encoder: PairEncoder,
     num_proc: int | None,
-    on_bad_row: OnBadRow,
+    drop: dict[str, bool],
     extra: dict[str, str],
     folder: Path,
 ) -> Dataset:
@@ -137,9 +220,10 @@ def _tokenize(
     return rows.map(
         partial(
             _tokenize_batch,
-            row_format=row_format,
+            features=rows.features,
+            read=read,
             encoder=encoder,
-            drop_bad=on_bad_row == "drop",
+            drop=drop,
             extra=extra,
         ),
         batched=True,
@@ -152,6 +236,7 @@ def _tokenize(
             **dict.fromkeys(extra, ids),
             row=Value("int64"),
             outcome=Value("int8"),
+            left_out=Value("string"),
         ),
         num_proc=num_proc if num_proc > 1 else None,
         cache_file_name=str(folder / "mapped.arrow"),
@@ -172,9 +257,21 @@ def _save(mapped: Dataset, folder: Path) -> None:
             f"no pair is left: {counts['too_long']} rows are longer than data.max_length, "
             f"{counts['bad']} are bad."
         )
-    mapped.select(kept).remove_columns("outcome").save_to_disk(folder / "pairs")
-    (folder / "counts.json").write_text(json.dumps(counts), "utf-8")
+    pairs = mapped.select(kept)
+    pairs.remove_columns(["outcome", "left_out"]).save_to_disk(folder / "pairs")
+    found = {"outcomes": counts, "left_out": _left_out(pairs)}
+    (folder / "counts.json").write_text(json.dumps(found), "utf-8")
     (folder / _HASHES).write_text(json.dumps(_hashes(folder)), "utf-8")
+
+
+def _left_out(pairs: Dataset) -> dict[str, dict[str, Any]]:
+    """What of rows is not written, by what it is, as :class:`LeftOut` has it."""
+    found: dict[str, dict[str, Any]] = {}
+    for text in pairs["left_out"][:]:
+        for label, refused, first in json.loads(text or "[]"):
+            known = found.setdefault(label, {"rows": 0, "first": first, "refused": refused})
+            known["rows"] += 1
+    return found
 
 
 def _hashes(folder: Path) -> dict[str, str]:
@@ -185,28 +282,38 @@ def _hashes(folder: Path) -> dict[str, str]:
 def _tokenize_batch(
     batch: dict[str, list[Any]],
     numbers: list[int],
-    row_format: Format,
+    features: Features,
+    read: Callable[[dict[str, Any]], Preference],
     encoder: PairEncoder,
-    drop_bad: bool,
+    drop: dict[str, bool],
     extra: dict[str, str],
 ) -> dict[str, list[Any]]:
-    names = ["prompt", "chosen", "rejected", *extra, "outcome"]
+    names = ["prompt", "chosen", "rejected", *extra, "outcome", "left_out"]
     columns: dict[str, list[Any]] = {name: [] for name in names}
     for number, values in zip(numbers, zip(*batch.values(), strict=True), strict=True):
-        row = dict(zip(batch, values, strict=True))
-        pair = TokenizedPair([], [], [])
+        row = without_filling(dict(zip(batch, values, strict=True)), features)
+        pair, left_out = TokenizedPair([], [], []), ""
         try:
             with naming_row(number):
-                preference = read_row(row_format, row, extra)
-                pair, outcome = encoder.truncate(encoder.encode(preference))
+                preference = read(row)
+                written = encoder.write(preference)
+                unwritten = encoder.unwritten(preference, written)
+                pair, outcome = encoder.truncate(encoder.tokenize(written))
         except InputError:
-            if not drop_bad:
+            if not drop["bad"]:
                 raise
             outcome = Outcome.BAD
+        else:
+            if drop["unwritten"] and any(part.refused for part in unwritten):
+                pair, outcome = TokenizedPair([], [], []), Outcome.BAD
+            elif unwritten:
+                parts = {u.label: (u.refused, f"row {number} (from 0): {u}") for u in unwritten}
+                left_out = json.dumps([(label, *facts) for label, facts in parts.items()])
         columns["prompt"].append(pair.prompt)
         columns["chosen"].append(pair.chosen)
         columns["rejected"].append(pair.rejected)
         for role in extra:
             columns[role].append(pair.extra.get(role, []))
         columns["outcome"].append(int(outcome))
+        columns["left_out"].append(left_out)
     return columns | {"row": numbers}

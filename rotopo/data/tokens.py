@@ -1,35 +1,32 @@
 """Preference -> tokens: chat template, beginning and end of a turn, truncation, and the cache."""
 
-import copy
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import IntEnum
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
-import jinja2
 import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from rotopo.data.schemas import Message, Preference
+from rotopo.data import template, unwritten
+from rotopo.data.messages import Message, texts_in
+from rotopo.data.preference import Preference, TemplateInputs
+from rotopo.data.template import ChatTemplate
+from rotopo.data.unwritten import Unwritten
 from rotopo.errors import InputError
 
 Truncation = Literal["prompt_left", "response_right", "drop"]
 OnBadRow = Literal["error", "drop"]
+OnUnwritten = Literal["error", "warn"]
 
-# Templates to suggest; ChatML's tokens are in the vocabulary of many base models.
-_CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-_PLAIN = (
-    "{% for m in messages %}{{ m.role + ': ' + m.content }}{% if m.role == 'assistant' %}"
-    "{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-)
+_NO_INPUTS = TemplateInputs()
+_CODE = (__file__, template.__file__, unwritten.__file__)  # which decide what is written
 
 
 @dataclass(frozen=True)
@@ -45,6 +42,15 @@ class TokenizedPair:
     def longest(self) -> int:
         """Tokens of the longest response."""
         return max(map(len, (self.chosen, self.rejected, *self.extra.values())))
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the template writes of a preference: the prompt, and behind it each response up to the
+    end of its turn, by the name of its role."""
+
+    prompt: str
+    responses: dict[str, str]
 
 
 class Outcome(IntEnum):
@@ -83,6 +89,7 @@ class PairEncoder:
     A cut response has no end-of-turn token: nothing ends there.
 
     Attributes:
+        template: the chat template with its arguments, its clock and the system message.
         tokenizer: a copy of the given one, with the template and the pad token in effect.
         pad_id: id of the pad token.
         end_of_turn_id: id of the token that ends every response.
@@ -90,7 +97,10 @@ class PairEncoder:
 
     Args:
         tokenizer: a fast tokenizer.
-        chat_template: Jinja text, or the path of a file that holds it; None takes the tokenizer's.
+        chat_template: Jinja text, the path of a file that holds it, or the name of one of the
+            tokenizer's; None takes the tokenizer's.
+        chat_template_kwargs: arguments of the template, where a row has no others.
+        template_time: what the template takes for the present, if it asks; None takes the present.
         system_message: put before prompts that have no system turn of their own.
         pad_token: a token of the vocabulary to pad with; None takes the tokenizer's.
         max_length: tokens of the prompt and the longer response at most.
@@ -105,6 +115,8 @@ class PairEncoder:
         self,
         tokenizer: PreTrainedTokenizerBase,
         chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        template_time: str | None = None,
         system_message: str | None = None,
         pad_token: str | None = None,
         max_length: int = 1024,
@@ -122,14 +134,12 @@ class PairEncoder:
             )
         if max_length < 3:
             raise InputError(f"data.max_length is {max_length}: it has to be at least 3 tokens.")
-        self.tokenizer = copy.deepcopy(tokenizer)
-        self.system_message = system_message
         self.max_length = max_length
         self.truncation = truncation
-        if chat_template is not None:
-            self.tokenizer.chat_template = _read_template(chat_template)
-        if not self.tokenizer.chat_template:
-            raise InputError(_no_template(self.tokenizer))
+        self.template = ChatTemplate(tokenizer, chat_template, chat_template_kwargs, system_message)
+        if template_time is not None:
+            self.template.time = _time(template_time)
+        self.tokenizer = self.template.tokenizer
 
         added = self.tokenizer.added_tokens_decoder.values()
         named = {str(token) for token in self.tokenizer.all_special_tokens}
@@ -139,7 +149,7 @@ class PairEncoder:
             {"role": "assistant", "content": "a"},
             {"role": "user", "content": "a"},
         ]
-        written = self._render(self._with_system(dialogue), add_generation_prompt=True)
+        written = self.template.render(dialogue, _NO_INPUTS, add_generation_prompt=True)
 
         self._find_end_of_turn(named | {t.content for t in added if t.content.strip()})
         eos_id = cast(int | None, self.tokenizer.eos_token_id)
@@ -148,6 +158,7 @@ class PairEncoder:
         control |= {self.tokenizer.bos_token, self.tokenizer.eos_token} - {None}
         self.pad_id = self._set_pad_token(pad_token, special - control)
         self._control_tokens = _any_of(control | {self.tokenizer.pad_token})
+        self._seen = unwritten.Observer(self.template)
 
         bos_id = cast(int | None, self.tokenizer.bos_token_id)
         adds_bos = bos_id is not None and self.tokenizer("a")["input_ids"][:1] == [bos_id]
@@ -162,84 +173,78 @@ class PairEncoder:
         anchor = self._ids("\n")
         self._anchor = anchor if self._ids("\na")[len(anchor) :] != self._ids("a") else None
 
-    def encode_prompt(self, messages: list[Message]) -> list[int]:
+    def encode_prompt(
+        self, messages: list[Message], inputs: TemplateInputs = _NO_INPUTS
+    ) -> list[int]:
         """Token ids of a prompt, up to where the assistant's response begins.
 
         Raises:
             InputError: the template refuses the messages, or the text spells a control token.
         """
-        return self._prompt_ids(self._render_prompt(messages))
+        return self._prompt_ids(self._written_prompt(messages, inputs))
 
     def encode(self, preference: Preference) -> TokenizedPair:
         """Token ids of a prompt and its responses, of any length.
 
         Raises:
+            InputError: as :meth:`write`.
+        """
+        return self.tokenize(self.write(preference))
+
+    def write(self, preference: Preference) -> Written:
+        """What the template writes of a preference: what :meth:`encode` makes tokens of. An eos
+        that the encoder appends is not in it.
+
+        Raises:
             InputError: the template refuses the conversation or does not write responses behind
                 the prompt, or the text spells a control token.
         """
-        prompt = self._render_prompt(preference.prompt)
-
-        def ids(response: list[Message] | None, field: str) -> list[int]:
-            if response is None:
-                return []
-            return self._response_ids(prompt, preference.prompt, response, field)
-
-        return TokenizedPair(
-            self._prompt_ids(prompt),
-            ids(preference.chosen, "chosen"),
-            ids(preference.rejected, "rejected"),
-            {role: ids(response, role) for role, response in preference.extra.items()},
+        messages, inputs = preference.prompt, preference.inputs
+        prompt = self._written_prompt(messages, inputs)
+        return Written(
+            prompt,
+            {
+                name: self._written_response(prompt, messages, turns, inputs, name)
+                for name, turns in preference.responses.items()
+            },
         )
 
-    def written(self, messages: list[Message], response: list[Message]) -> str:
-        """The text that the template writes of a prompt and a response, up to the end of its turn:
-        what :meth:`encode` makes tokens of. An eos that the encoder appends is not in it.
+    def tokenize(self, written: Written) -> TokenizedPair:
+        """Token ids of what :meth:`write` gave."""
+        ids = {name: self._response_ids(text) for name, text in written.responses.items()}
+        chosen, rejected = (ids.pop(name, []) for name in ("chosen", "rejected"))
+        return TokenizedPair(self._prompt_ids(written.prompt), chosen, rejected, ids)
 
-        Raises:
-            InputError: as :meth:`encode`.
+    def unwritten(self, preference: Preference, written: Written) -> list[Unwritten]:
+        """What of a preference the template does not write.
+
+        Args:
+            preference: prompt and responses.
+            written: what :meth:`write` gave of them.
         """
-        prompt = self._render_prompt(messages)
-        return prompt + self._written_response(prompt, messages, response, "response")
+        return self._seen.unwritten(preference, written.prompt, written.responses)
 
     def encode_whole(self, text: str) -> list[int]:
-        """Token ids of a conversation as one text, which :meth:`written` gives; a response may
-        share a token with its prompt, or be split otherwise than by itself."""
+        """Token ids of a conversation as one text, of which :meth:`write` gives the two parts; a
+        response may share a token with its prompt, or be split otherwise than by itself."""
         return self._ended(self._prompt_ids(text))
 
-    def exported_template(self, closed: bool) -> str:
+    def exported_template(self, closed: bool) -> str | dict[str, str]:
         """The chat template with all that we do around it, by which ``apply_chat_template`` alone
-        gives our tokens: the system message, and a BOS that only the tokenizer adds.
+        gives our tokens: its arguments, the system message, and a BOS that only the tokenizer adds.
 
         Args:
             closed: end conversations with the token at which our reward models are read: leave out
                 what the template writes behind the last end of turn (ChatML's line feed), and
                 write the eos of a template that ends turns with none.
+
+        Returns:
+            the template; or all of the tokenizer's by name, if it has several.
         """
-        template = cast(str, self.tokenizer.get_chat_template())
         tail = (self._after_end, "" if self._template_ends_turns else self._end_token)
-        closed = closed and any(tail)
-        lacks_bos = bool(self._added_bos) and not self._writes_bos
-        if not (closed or lacks_bos or self.system_message is not None):
-            return template
-        system = ""
-        if self.system_message is not None:
-            turn = {"role": "system", "content": self.system_message}
-            system = (
-                "{%- if messages[0]['role'] != 'system' -%}"
-                f"{{%- set messages = [{turn!r}] + messages -%}}"
-                "{%- endif -%}"
-            )
-        written = "{{- conversation -}}"
-        if closed:
-            written = (
-                "{%- if add_generation_prompt -%}" + written + "{%- else -%}"
-                f"{{{{- conversation.removesuffix({tail[0]!r}) + {tail[1]!r} -}}}}"
-                "{%- endif -%}"
-            )
-        # Jinja drops a line feed at a template's end, and this one's is no longer at the end.
-        whole = template.removesuffix("\n")
-        bos = "{{- bos_token -}}" if lacks_bos else ""
-        return system + "{%- set conversation %}" + whole + "{% endset -%}" + bos + written
+        return self.template.exported(
+            tail if closed and any(tail) else None, bool(self._added_bos) and not self._writes_bos
+        )
 
     def truncate(self, pair: TokenizedPair) -> tuple[TokenizedPair, Outcome]:
         """The pair within ``max_length``, and what was done to it.
@@ -274,45 +279,32 @@ class PairEncoder:
             )
         return cut, outcome
 
-    def fingerprint(self) -> str:
-        """Hash of everything that decides which tokens a preference becomes."""
+    def fingerprint(self, clock: bool = True) -> str:
+        """Hash of everything that decides which tokens a preference becomes.
+
+        Args:
+            clock: the time that the template writes is a part of it.
+        """
         backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
         # State that calls with other arguments leave behind; ours set neither.
         backend["padding"] = backend["truncation"] = None
+        time = self.template.time.isoformat() if clock and self.template.reads_clock else None
         settings = [
             backend,
-            self.tokenizer.chat_template,
+            [self.template.text, self.template.kwargs, time],
             {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()},
-            [self.system_message, self.max_length, self.truncation],
+            [self.template.system_message, self.max_length, self.truncation],
             [transformers.__version__, tokenizers.__version__],
-            Path(__file__).read_text("utf-8"),
+            [Path(code).read_text("utf-8") for code in _CODE],
         ]
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(  # type: ignore[return-value]
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except jinja2.TemplateError as error:
-            roles = ", ".join(message["role"] for message in messages)
-            raise InputError(
-                f"the chat template (data.chat_template) refuses the turns {roles}: {error}"
-            ) from error
-        except ValueError as error:  # several named templates, and none is the default
-            raise InputError(f"data.chat_template: {error}") from error
-
-    def _with_system(self, messages: list[Message]) -> list[Message]:
-        if self.system_message is None or messages[0]["role"] == "system":
-            return messages
-        return [{"role": "system", "content": self.system_message}, *messages]
-
-    def _render_prompt(self, messages: list[Message]) -> str:
-        self._refuse_control_tokens(messages, "prompt")
-        return self._render(self._with_system(messages), add_generation_prompt=True)
+    def _written_prompt(self, messages: list[Message], inputs: TemplateInputs) -> str:
+        self._refuse_control_tokens([messages, inputs.tools, inputs.kwargs], "prompt")
+        return self.template.render(messages, inputs, add_generation_prompt=True)
 
     def _prompt_ids(self, text: str) -> list[int]:
         ids = self._ids(text)
@@ -322,9 +314,9 @@ class PairEncoder:
             raise InputError("field 'prompt': the chat template makes no token of it.")
         return ids
 
-    def _response_text(self, prompt: str, messages: list[Message]) -> str:
+    def _response_text(self, prompt: str, messages: list[Message], inputs: TemplateInputs) -> str:
         """What the template writes behind the prompt's text."""
-        whole = self._render(self._with_system(messages), add_generation_prompt=False)
+        whole = self.template.render(messages, inputs, add_generation_prompt=False)
         if not whole.startswith(prompt):
             raise InputError(
                 "the chat template (data.chat_template) writes a prompt with a response "
@@ -334,22 +326,26 @@ class PairEncoder:
         return whole[len(prompt) :]
 
     def _written_response(
-        self, prompt: str, messages: list[Message], response: list[Message], field: str
+        self,
+        prompt: str,
+        messages: list[Message],
+        response: list[Message],
+        inputs: TemplateInputs,
+        field: str,
     ) -> str:
         """What the template writes behind the prompt's text, up to the end of the turn."""
         self._refuse_control_tokens(response, field)
-        text = self._response_text(prompt, messages + response)
-        if not text.endswith(self._end + self._after_end):
+        text = self._response_text(prompt, messages + response, inputs)
+        # A turn that calls may end in another way, but for the token.
+        end = (self._end_token if self._template_ends_turns else self._end) + self._after_end
+        if not text.endswith(end):
             raise InputError(
                 f"field {field!r}: the chat template (data.chat_template) does not end this "
-                f"response with {self._end!r}, as it ends others."
+                f"response with {end!r}, as it ends others."
             )
         return text[: len(text) - len(self._after_end)]
 
-    def _response_ids(
-        self, prompt: str, messages: list[Message], response: list[Message], field: str
-    ) -> list[int]:
-        text = self._written_response(prompt, messages, response, field)
+    def _response_ids(self, text: str) -> list[int]:
         ids = None
         if self._anchor is not None:
             anchored = self._ids("\n" + text)
@@ -365,8 +361,9 @@ class PairEncoder:
     def _find_end_of_turn(self, tokens: set[str]) -> None:
         """What the template writes behind an assistant's content, up to and after the token."""
         question, answer = {"role": "user", "content": "a"}, "rotopo"
-        prompt = self._render(self._with_system([question]), add_generation_prompt=True)
-        text = self._response_text(prompt, [question, {"role": "assistant", "content": answer}])
+        prompt = self.template.render([question], _NO_INPUTS, add_generation_prompt=True)
+        reply = {"role": "assistant", "content": answer}
+        text = self._response_text(prompt, [question, reply], _NO_INPUTS)
         if answer not in text:
             raise InputError("data.chat_template: it does not write the assistant's content.")
         tail = text.rpartition(answer)[2]
@@ -385,9 +382,8 @@ class PairEncoder:
             )
         self.end_of_turn_id = cast(int, self.tokenizer.convert_tokens_to_ids(self._end_token))
 
-    def _refuse_control_tokens(self, messages: list[Message], field: str) -> None:
-        for message in messages:
-            text = message["role"] + "\n" + message["content"]
+    def _refuse_control_tokens(self, value: Any, field: str) -> None:
+        for text in texts_in(value):
             try:
                 text.encode()
             except UnicodeEncodeError as error:
@@ -434,22 +430,10 @@ def _any_of(tokens: set[str]) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True)) or "$^")
 
 
-def _read_template(chat_template: str) -> str:
-    if "{" in chat_template:
-        return chat_template
+def _time(text: str) -> datetime:
     try:
-        return Path(chat_template).expanduser().read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return datetime.fromisoformat(text)
+    except ValueError as error:
         raise InputError(
-            f"data.chat_template: {chat_template!r} is neither Jinja text nor a readable UTF-8 "
-            f"file: {error}"
+            f"data.template_time is {text!r}: write a date or a time as 2026-01-31T12:00:00."
         ) from error
-
-
-def _no_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    has_chatml = {"<|im_start|>", "<|im_end|>"} <= tokenizer.get_vocab().keys()
-    return (
-        "data.chat_template: the tokenizer has no chat template; give Jinja text or a file. "
-        + ("Its vocabulary has ChatML's tokens: " if has_chatml else "A plain one: ")
-        + (_CHATML if has_chatml else _PLAIN)
-    )

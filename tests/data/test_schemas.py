@@ -168,7 +168,7 @@ BAD_ROWS = {
         "'chosen'.*not the assistant's",
     ),
     "response missing from a conversation": ("implicit", {"rejected": [user("q")]}, "empty"),
-    "message without content": ("implicit", {"chosen": [{"role": "user"}]}, "'chosen'.*messages"),
+    "message without content": ("implicit", {"chosen": [{"role": "user"}]}, "'chosen'.*no content"),
     "prompt of another conversation": ("ultrafeedback", {"prompt": "other"}, "'prompt'.*none of"),
     "hh without a speaker": ("hh", {"chosen": "good"}, "'chosen'.*Human:"),
     "hh empty": ("hh", {"chosen": "\n\nHuman: q\n\nAssistant: "}, "'chosen'.*empty"),
@@ -179,7 +179,7 @@ BAD_ROWS = {
     "kto without a label": ("kto", {"label": None}, "'label'.*None"),
     "kto label of words": ("kto", {"label": "yes"}, "'label'.*'yes'"),
     "kto empty": ("kto", {"completion": " "}, "'completion'.*empty"),
-    "tools": ("sharegpt", {"tools": "[{}]"}, "'tools'"),
+    "tools that are none": ("sharegpt", {"tools": "none"}, "'tools'.*JSON schemas.*'none'"),
     "turns that are none": ("sharegpt", {"conversations": 5}, "'conversations'.*found 5"),
     "system message of a number": ("sharegpt", {"system": 5}, "'system'.*found a int"),
 }

@@ -712,7 +712,8 @@ def test_a_whole_conversation_is_what_the_encoder_makes_in_parts(style):
     _, tokenizer = style
     encoder = PairEncoder(tokenizer)
     found = preference(chosen="good")
-    written = encoder.written(found.prompt, found.chosen)
+    parts = encoder.write(found)
+    written = parts.prompt + parts.responses["chosen"]
     whole = tokenizer.apply_chat_template(found.prompt + found.chosen, tokenize=False)
     assert whole.startswith(written)
     assert "good" in written

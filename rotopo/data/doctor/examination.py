@@ -81,13 +81,14 @@ class Sampled:
     stored: TokenizedPair
 
     @property
-    def responses(self) -> Iterator[tuple[list[Message], list[int]]]:
-        for turns, ids in (
-            (self.preference.chosen, self.whole.chosen),
-            (self.preference.rejected, self.whole.rejected),
+    def responses(self) -> Iterator[tuple[str, list[Message], list[int]]]:
+        """Of chosen and rejected, where they are there: which it is, turns and token ids."""
+        for name, turns, ids in (
+            ("chosen", self.preference.chosen, self.whole.chosen),
+            ("rejected", self.preference.rejected, self.whole.rejected),
         ):
             if turns is not None:
-                yield turns, ids
+                yield name, turns, ids
 
 
 class Examination:

@@ -227,10 +227,11 @@ def tokenised_as_a_whole(examined: Examination) -> Iterator[Finding]:
     splits: list[int] = []
     texts: list[int] = []
     for s in examined.sample:
-        for turns, ids in s.responses:
+        written = encoder.write(s.preference)
+        for name, _, ids in s.responses:
             responses += 1
             ours = s.whole.prompt + ids
-            whole = encoder.encode_whole(encoder.written(s.preference.prompt, turns))
+            whole = encoder.encode_whole(written.prompt + written.responses[name])
             if whole == ours:
                 continue
             splits.append(s.row)
@@ -269,12 +270,15 @@ def round_trip(examined: Examination) -> Iterator[Finding]:
     unspelled: list[int] = []
     unwritten: list[int] = []
     for s in examined.sample:
-        for turns, ids in s.responses:
+        written = encoder.write(s.preference)
+        for name, turns, ids in s.responses:
             responses += 1
-            written = encoder.written(s.preference.prompt, turns)
-            if normalised(written) not in normalised(decode(s.whole.prompt + ids)):
+            text = written.prompt + written.responses[name]
+            if normalised(text) not in normalised(decode(s.whole.prompt + ids)):
                 unspelled.append(s.row)
-            elif any(normalised(turn["content"]) not in normalised(decode(ids)) for turn in turns):
+            elif any(
+                normalised(turn.get("content", "")) not in normalised(decode(ids)) for turn in turns
+            ):
                 unwritten.append(s.row)
     first = (unspelled + unwritten or [0])[0]
     yield found(

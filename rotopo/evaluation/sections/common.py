@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from rotopo.data.messages import Message, text_of
 from rotopo.evaluation.page import Cell, Panel, Picture, Table, number, text, with_minus
 from rotopo.evaluation.runs import Test
 
@@ -76,11 +77,11 @@ def interval_text(interval: list[float]) -> str:
     return " to ".join(with_minus(end, 3) for end in interval)
 
 
-def prompt_text(messages: list[dict[str, str]]) -> str:
+def prompt_text(messages: list[Message]) -> str:
     """A single turn as it is; several with their roles."""
     if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        return text_of(messages[0])
+    return "\n\n".join(f"{message['role']}: {text_of(message)}" for message in messages)
 
 
 def spread(n: int, samples: int) -> list[int]:
