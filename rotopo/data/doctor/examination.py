@@ -14,6 +14,7 @@ from rotopo.data.doctor import limits
 from rotopo.data.doctor.token_columns import TokenColumn, read_column
 from rotopo.data.schemas import Message, Preference
 from rotopo.data.tokens import PairEncoder, TokenizedPair
+from rotopo.pretrained import Positions
 
 if TYPE_CHECKING:  # else rotopo --help would wait for it
     from datasets import Dataset
@@ -60,6 +61,8 @@ class Patient:
             :attr:`rotopo.data.token_cache.TokenizedRows.counts`.
         vocabulary: V, the rows of the model's embedding; None if its configuration is not at hand.
         group_by: the column that keeps groups together, if any.
+        positions: how far the model counts; None where it has no limit, or is not at hand.
+        ends: whether the model also reads the last token of a response, as reward models do.
     """
 
     encoder: PairEncoder
@@ -69,6 +72,8 @@ class Patient:
     outcomes: Mapping[str, int]
     vocabulary: int | None = None
     group_by: str | None = None
+    positions: Positions | None = None
+    ends: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,10 +127,14 @@ class Examination:
         """Columns of responses, in which 0 tokens stand for none."""
         return {name: c for name, c in self.columns[split].items() if name != "prompt"}
 
+    def lengths(self, split: str) -> np.ndarray:
+        """Tokens of each prompt and its longest response [N]."""
+        longest = np.max([c.lengths for c in self.responses(split).values()], axis=0)
+        return self.columns[split]["prompt"].lengths + longest
+
     def at_limit(self, split: str) -> np.ndarray:
         """Rows that fill max_length, as cut ones do [N]."""
-        longest = np.max([c.lengths for c in self.responses(split).values()], axis=0)
-        return self.columns[split]["prompt"].lengths + longest >= self.encoder.max_length
+        return self.lengths(split) >= self.encoder.max_length
 
     def first_row(self, where: dict[str, np.ndarray]) -> str:
         """The first row, in the order of the splits, of which something holds [N each]."""
