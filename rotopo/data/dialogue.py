@@ -27,7 +27,7 @@ def split_dialogue(text: str) -> "list[Message] | None":
     Instruction``; Assistant, AI, Bot, ``### Response``; System; in capitals or not, with ``###`` in
     front or not. It is a dialogue only if the text begins with a mark, each role has one name, and
     after a system turn, if there is one, user and assistant take turns and the user begins. Where
-    marks behind an empty line do (Anthropic HH), a name within a turn's lines is none. Marks
+    marks after an empty line do (Anthropic HH), a name within a turn's lines is none. Marks
     within lines count where the text ends with the assistant's, as a rendered prompt does. ``Q:``
     and ``A:`` are no speakers: they are the examples of a prompt [ours, all of it].
 
@@ -36,7 +36,7 @@ def split_dialogue(text: str) -> "list[Message] | None":
 
     Returns:
         At least one turn, contents without the white space around them. An assistant's mark with
-        nothing behind it at the text's end is left out: what follows is the response. Else the last
+        nothing after it at the text's end is left out: what follows is the response. Else the last
         turn may be the assistant's.
     """
     for line_begin in (r"\n\n", r"\n", r"\s"):
