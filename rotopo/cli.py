@@ -64,7 +64,7 @@ class RotopoTrainer(Trainer):
         """Checks the data that a fit would train on, without loading the model.
 
         Args:
-            model: not looked at: its weights are not loaded.
+            model: what is to be trained; its weights are not loaded.
             datamodule: the data.
             ckpt_path: not read; here so that the files and options of fit are taken as they are.
 
@@ -73,7 +73,7 @@ class RotopoTrainer(Trainer):
         """
         datamodule.prepare_data()
         datamodule.setup("doctor")
-        findings = datamodule.findings()
+        findings = datamodule.findings(model)
         print(render(findings), flush=True)
         refused = refusal(findings)
         if refused is not None:

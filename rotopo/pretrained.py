@@ -5,12 +5,19 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from rotopo.errors import InputError
 
@@ -70,11 +77,72 @@ def vocabulary_size(path: str) -> int | None:
     Args:
         path: as of :func:`pretrained_folder`.
     """
+    return getattr(_text_config(path), "vocab_size", None)
+
+
+def _text_config(path: str) -> PretrainedConfig | None:
     try:
-        config = AutoConfig.from_pretrained(pretrained_folder(path))
+        config = AutoConfig.from_pretrained(pretrained_folder(path), trust_remote_code=False)
+        return config.get_text_config()
     except (OSError, ValueError):  # a tokenizer alone, or code of the model's own
         return None
-    return getattr(config.get_text_config(), "vocab_size", None)
+
+
+# Families that look their positions up in a table, learnt or computed, and fail past its end.
+# GPT-J and CodeGen keep their rotations in one, and MPT the biases that its attention adds.
+_TABLES = (
+    "bart bert-generation bigbird_pegasus biogpt blenderbot blenderbot-small codegen ctrl git gpt2 "
+    "gpt_bigcode gpt_neo gptj marian mbart mpt mvp openai-gpt opt pegasus plbart reformer trocr "
+    "whisper xlm"
+)
+_SIZES = {"mpt": "max_seq_len", "whisper": "max_target_positions"}
+
+
+@dataclass(frozen=True)
+class Positions:
+    """How far a model counts its tokens.
+
+    Attributes:
+        count: positions that it has, or was trained on.
+        end: whether there is nothing past them; else they are computed, and it extrapolates.
+    """
+
+    count: int
+    end: bool
+
+
+def positions(path: str) -> Positions | None:
+    """A model's positions, from its configuration; None where there is none at hand, or no limit.
+
+    Args:
+        path: as of :func:`pretrained_folder`.
+    """
+    config = _text_config(path)
+    return None if config is None else positions_of(config)
+
+
+def positions_of(config: PretrainedConfig) -> Positions | None:
+    """The positions of a model with this configuration (of its text part); None for no limit, as
+    under ALiBi, in state-space models and where nothing tells positions apart.
+
+    Of rotations that are scaled, the reach is what the configuration says or what its factor makes
+    of the original one, whichever is more, since some write the reach before and some after [ours].
+    """
+    kind = config.model_type
+    count = getattr(config, _SIZES.get(kind, "max_position_embeddings"), None)
+    rotary = getattr(config, "rope_parameters", None)
+    if not count or getattr(config, "alibi", False):
+        return None
+    if kind in _TABLES.split():
+        return Positions(count, end=True)
+    if kind == "xglm":  # sinusoids, computed as far as they are asked for
+        return Positions(count, end=False)
+    if not rotary:
+        return None
+    factor, original = (rotary.get(k) for k in ("factor", "original_max_position_embeddings"))
+    if factor and rotary.get("rope_type") in ("linear", "dynamic", "yarn"):
+        count = max(count, int(factor * (original or count)))
+    return Positions(count, end=False)
 
 
 def first_line(error: Exception) -> str:

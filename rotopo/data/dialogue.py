@@ -1,10 +1,8 @@
 """A dialogue that somebody has written into one text -> its turns."""
 
 import re
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # which splits texts by this
-    from rotopo.data.schemas import Message
+from rotopo.data.messages import Message
 
 _ROLES = {
     "system": "system",
@@ -20,14 +18,14 @@ _ROLES = {
 _MARK = r"((?:#+ *)?(?:system|human|user|assistant|ai|bot)|#+ *(?:instruction|response)) *:"
 
 
-def split_dialogue(text: str) -> "list[Message] | None":
+def split_dialogue(text: str) -> list[Message] | None:
     r"""The turns of a text that holds a dialogue with its speakers named, or None.
 
     A speaker's mark is a name with a colon at the beginning of a line: Human, User, ``###
     Instruction``; Assistant, AI, Bot, ``### Response``; System; in capitals or not, with ``###`` in
     front or not. It is a dialogue only if the text begins with a mark, each role has one name, and
     after a system turn, if there is one, user and assistant take turns and the user begins. Where
-    marks behind an empty line do (Anthropic HH), a name within a turn's lines is none. Marks
+    marks after an empty line do (Anthropic HH), a name within a turn's lines is none. Marks
     within lines count where the text ends with the assistant's, as a rendered prompt does. ``Q:``
     and ``A:`` are no speakers: they are the examples of a prompt [ours, all of it].
 
@@ -36,7 +34,7 @@ def split_dialogue(text: str) -> "list[Message] | None":
 
     Returns:
         At least one turn, contents without the white space around them. An assistant's mark with
-        nothing behind it at the text's end is left out: what follows is the response. Else the last
+        nothing after it at the text's end is left out: what follows is the response. Else the last
         turn may be the assistant's.
     """
     for line_begin in (r"\n\n", r"\n", r"\s"):
@@ -56,7 +54,7 @@ def split_dialogue(text: str) -> "list[Message] | None":
     return None
 
 
-def _take_turns(turns: "list[Message]", names: list[str]) -> bool:
+def _take_turns(turns: list[Message], names: list[str]) -> bool:
     roles = [turn["role"] for turn in turns]
     if len(set(names)) > len(set(roles)):
         return False

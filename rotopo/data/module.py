@@ -32,7 +32,7 @@ from rotopo.data.doctor import diagnose, refusal, render
 from rotopo.data.doctor.examination import Finding, Patient
 from rotopo.data.noise import LabelNoise, TrainingPairs, with_flips
 from rotopo.data.responses import Responses
-from rotopo.data.rows import Rows, pair_lengths, unpaired_rows
+from rotopo.data.rows import Rows, pair_lengths, refuse_beyond, unpaired_rows
 from rotopo.data.sampler import EvalSampler, PairLength, StatefulLoader, StepSampler
 from rotopo.data.schemas import Format, Preference, read_row, resolve_format
 from rotopo.data.tokens import (
@@ -46,8 +46,8 @@ from rotopo.data.tokens import (
 from rotopo.data.values import number
 from rotopo.errors import InputError
 from rotopo.files import sha256, to_json, write_whole
+from rotopo.pretrained import Positions, load_tokenizer, positions, vocabulary_size
 from rotopo.pretrained import cache_dir as default_cache_dir
-from rotopo.pretrained import load_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:  # else rotopo --help would wait for datasets, pandas and pyarrow
     from datasets import Dataset
@@ -293,6 +293,10 @@ class PairwiseDataModule(LightningDataModule):
         return fingerprint_rows(self._pairs.get("train") or next(iter(self._pairs.values())))[:16]
 
     @cached_property
+    def _positions(self) -> Positions | None:
+        return positions(self.tokenizer_path)
+
+    @cached_property
     def responses(self) -> Responses:
         """What ``predict`` scores."""
         assert self.score is not None
@@ -395,14 +399,20 @@ class PairwiseDataModule(LightningDataModule):
                 f"{self.source}: not written by the chat template: {label}, in {part.rows} rows."
             )
 
-    def findings(self) -> list[Finding]:
+    def findings(self, module: Any = None) -> list[Finding]:
         """What the data doctor finds, once the data is set up.
+
+        Args:
+            module: what is to be trained on it; None takes the Trainer's.
 
         Raises:
             InputError: there is no pair to train on.
         """
         if self._labelled is None:
             raise _nothing_to_train_on()
+        if module is None and self.trainer is not None:
+            module = self.trainer.lightning_module
+        needs = getattr(module, "needs", None)
         outcomes = Counter[str]()
         for tokenized in self._tokenized.values():
             outcomes.update(tokenized.counts)
@@ -413,8 +423,13 @@ class PairwiseDataModule(LightningDataModule):
                 self._pairs["train"],
                 lambda split, row: self.preference(split, row, self.extra_responses),
                 {outcome.name.lower(): outcomes[outcome.name.lower()] for outcome in Outcome},
+                self.left_out(),
+                self.on_unwritten == "warn",
+                self.unread_columns(),
                 vocabulary_size(self.tokenizer_path),
                 self.group_by,
+                self._positions,
+                needs is not None and needs.ends,
             )
         )
 
@@ -513,7 +528,9 @@ class PairwiseDataModule(LightningDataModule):
     @cached_property
     def _predict_rows(self) -> Rows:
         if self.score is not None:
-            return Rows(self.responses.tokens, behind=self._behind())
+            rows = Rows(self.responses.tokens, behind=self._behind())
+            refuse_beyond(rows, self._positions, f"data.score: {self.score}")
+            return rows
         # By their texts and cut by themselves: a row's tokens are cut to leave its longer response
         # room, by which one prompt would become several.
         from datasets import Dataset
@@ -867,13 +884,15 @@ class PairwiseDataModule(LightningDataModule):
             name: ``train``, ``validation`` or ``test``.
 
         Raises:
-            InputError: it asks for what the data does not have.
+            InputError: it asks for what the data does not have, or a row is longer than the model
+                can read.
         """
         module: Any = self.trainer.lightning_module if self.trainer else None
         needs = getattr(module, "needs", None)
         # Kept: loaders are made more than once, and mismatches and samples take their time.
         if (name, needs) not in self._rows_of:
             made = Rows(self._pairs[name]) if needs is None else self._rows_for(name, module)
+            refuse_beyond(made, self._positions, name)
             self._rows_of[name, needs] = made
         return self._rows_of[name, needs]
 

@@ -9,6 +9,7 @@ import torch
 from rotopo.data.batch import Role, TokenizedRow
 from rotopo.data.sampler import PairLength
 from rotopo.errors import InputError
+from rotopo.pretrained import Positions
 
 if TYPE_CHECKING:  # else rotopo --help would wait for them
     import pyarrow as pa
@@ -120,6 +121,30 @@ class Rows(torch.utils.data.Dataset[TokenizedRow]):
             (p, [n + len(self.behind) for n in lengths if n])
             for p, lengths in zip(prompt.tolist(), by_row, strict=True)
         ]
+
+
+def refuse_beyond(rows: Rows, positions: Positions | None, source: str) -> None:
+    """Refuse rows that go on past the end of the model's positions.
+
+    Args:
+        rows: with all responses that are trained on.
+        positions: the model's, if they have a limit.
+        source: where the rows come from.
+
+    Raises:
+        InputError: there is such a row; names the first.
+    """
+    if positions is None or not positions.end:
+        return
+    for place, (prompt, responses) in enumerate(rows.lengths()):
+        # A batch leaves out the last token of a line, which only is a target.
+        read = prompt + max(responses) - 1
+        if read > positions.count:
+            raise InputError(
+                f"{source}, row {rows.pairs[place]['row']} (from 0): it takes {read} positions, "
+                f"and the model has {positions.count}: set data.max_length to {positions.count} "
+                "at most."
+            )
 
 
 def unpaired_rows(pairs: "Dataset") -> int:

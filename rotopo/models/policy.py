@@ -38,7 +38,7 @@ from rotopo.models.log_probs import (
 from rotopo.models.reference_cache import ReferenceCache
 from rotopo.models.settings import PolicyConfig, ReferenceMode, Sampling
 from rotopo.models.sharding import Sharding, divide
-from rotopo.pretrained import cache_dir
+from rotopo.pretrained import cache_dir, positions_of
 
 # Of the reference's log-probs: what a run that dies loses at most.
 _BATCHES_PER_FILE = 200
@@ -240,7 +240,18 @@ class Policy(Backbone):
             stop_ids: tokens that end a response.
             pad_id: what fills up responses that ended; never part of a result.
             reference: generate with the reference instead of the policy.
+
+        Raises:
+            InputError: the model has too few positions for the prompts and as many new tokens.
         """
+        limit = positions_of(self.language_model.config.get_text_config())
+        T = prompts.input_ids.shape[1]
+        if limit is not None and limit.end and T + sampling.max_new_tokens - 1 > limit.count:
+            raise InputError(
+                f"a prompt of {T} tokens and {sampling.max_new_tokens} new ones (max_new_tokens) "
+                f"are more than the model's {limit.count} positions: lower max_new_tokens, or "
+                "data.max_length, which bounds the prompts."
+            )
         model: Any = self.reference if reference and self.reference is not None else self.model
         off = reference and isinstance(model, PeftModel)
         greedy = sampling.temperature == 0

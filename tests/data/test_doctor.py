@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 from tokenizers import AddedToken, Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from rotopo.cli import run
 from rotopo.data.doctor import diagnose, limits, refusal, render
@@ -24,6 +24,7 @@ from rotopo.data.tokens import Outcome, PairEncoder
 from rotopo.errors import InputError
 from rotopo.models.policy import Policy
 from rotopo.models.scorer import Scorer
+from rotopo.pretrained import Positions
 from tests.conftest import CHATML
 from tests.data.test_tokens import GEMMA, STYLES
 from tests.ranks import on_ranks, strategy
@@ -551,6 +552,140 @@ def test_odd_orders_of_turns(make_byte_tokenizer, k):
         assert found == {"prompts sampled": N, **dict.fromkeys(list(found)[1:], 0), name: k}
 
 
+@pytest.mark.parametrize("form", ["text", "named", "whole dialogue", "messages", "template"])
+@pytest.mark.parametrize(("k", "severity"), [(1, None), (3, "warning"), (25, "error")])
+def test_responses_that_begin_with_the_prompt(tokenizer, form, k, severity):
+    rows = clean()
+    for row in rows[:k]:
+        question = row["prompt"]
+        if form == "text":
+            head = question.replace(" ", "\n ") + "\n"
+        elif form == "named":
+            head = f"Question: {question} Answer: "
+        elif form == "template":
+            head = f"<|user|>\n{question}\n<|assistant|>\n"
+        else:
+            turns = [("user", "is there a number?"), ("assistant", "yes"), ("user", question)]
+            row["prompt"] = [{"role": r, "content": c} for r, c in turns]
+            head = question + " "
+            if form == "whole dialogue":
+                head = "".join(f"\n\n{r.title()}: {c}" for r, c in turns) + "\n\nAssistant: "
+        for name in ("chosen", "rejected"):
+            row[name] = head + row[name]
+            if form == "messages":
+                row[name] = [{"role": "assistant", "content": row[name]}]
+    ill = patient(PairEncoder(tokenizer), train=rows)
+    expected = {"prompts sampled": N, "repeated by the responses": k, "share": k / N}
+    if severity is None:
+        assert worse(diagnose(ill)) == {}
+        assert numbers(ill, "repeated prompts") == expected
+    else:
+        assert only(ill, "repeated prompts", severity) == expected
+
+
+def test_responses_that_repeat_less_than_a_prompt_or_one_of_two_are_no_finding(tokenizer):
+    encoder = PairEncoder(tokenizer)
+    for prompt, both in (("Hi", True), ("Photosynthesis", True), ("what is number {}?", False)):
+        rows = clean()
+        for i, row in enumerate(rows):
+            row["prompt"] = prompt.format(i)
+            for name in ("chosen", "rejected")[: 1 + both]:
+                row[name] = f"{row['prompt']} {row[name]}"
+        assert numbers(patient(encoder, train=rows), "repeated prompts")["share"] == 0
+
+
+def test_unpaired_responses_that_begin_with_the_prompt(tokenizer):
+    rows = [
+        {"prompt": row["prompt"], "completion": row["prompt"] + row["chosen"], "label": i % 2 == 0}
+        for i, row in enumerate(clean())
+    ]
+    ill = patient(PairEncoder(tokenizer), FORMATS["kto"].read, train=rows)
+    assert only(ill, "repeated prompts", "error")["repeated by the responses"] == N
+
+
+def test_reported_rows_whose_responses_repeat_their_prompt_or_whose_prompt_is_a_dialogue(tokenizer):
+    """Restated from public reports."""
+    places = ("Oslo", "Lima", "Rome", "Cairo", "Quito", "Delhi", "Tunis", "Paris")
+    answers = {"chosen": "{} is far.", "rejected": "No idea about {}!"}
+    repeated, dialogue = (
+        [
+            {"prompt": prompt.format(place)}
+            | {name: f"{head} {text}".format(place, place) for name, text in answers.items()}
+            for place in places
+        ]
+        for prompt, head in (
+            ("Human: Where is {}? Assistant:", "Human: Where is {}? Assistant:"),
+            ("\n\nHuman: Where is {}?\n\nAssistant: Here.\n\nHuman: Which?\n\nAssistant:", ""),
+        )
+    )
+    for row in dialogue:
+        row |= {name: row[name].lstrip() for name in answers}
+    encoder = PairEncoder(tokenizer)
+    ill = patient(encoder, train=repeated)
+    found = only(ill, "repeated prompts", "error", "dialogues", "length bias")
+    assert (found["repeated by the responses"], found["share"]) == (8, 1)
+    assert "repeated prompts: prompts sampled 8" in refusal(diagnose(ill))
+    found = only(patient(encoder, train=dialogue), "dialogues", "warning", "length bias")
+    assert found == {"prompts sampled": 8, "with a dialogue inside a turn": 8}
+
+
+@pytest.mark.parametrize("k", STRENGTHS)
+@pytest.mark.parametrize("where", ["text", "system turn", "last turn"])
+def test_a_dialogue_inside_a_turn(make_byte_tokenizer, where, k):
+    special, template, bos, eos, pad, _ = STYLES["chatml"]
+    encoder = PairEncoder(make_byte_tokenizer(special, template, bos, eos, pad, False))
+    rows = clean()
+    for row in rows[:k]:
+        inside = f"User: is there one?\nAssistant: yes\nUser: {row['prompt']}"
+        if where == "system turn":
+            turns = [("system", inside), ("user", row["prompt"])]
+        else:
+            turns = [("user", "hello"), ("assistant", "User: a\nAssistant: b"), ("user", inside)]
+        row["prompt"] = [{"role": role, "content": content} for role, content in turns]
+        if where == "text":
+            row["prompt"] = f"{inside}\nAssistant:"
+    ill = patient(encoder, train=rows)
+    found = only(ill, "dialogues", "warning")
+    assert found == {"prompts sampled": N, "with a dialogue inside a turn": k}
+    (advice,) = (f.advice for f in diagnose(ill) if f.check == "dialogues")
+    assert "data.split_dialogues" in advice
+    assert "row 0 of train" in advice
+
+
+# GPT-2 and its like; Llama and its like.
+TABLE, ROTARY = Positions(60, end=True), Positions(60, end=False)
+
+
+@pytest.mark.parametrize(("limit", "severity"), [(TABLE, "error"), (ROTARY, "warning")])
+@pytest.mark.parametrize("k", STRENGTHS)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_rows_past_the_model_s_positions(tokenizer, limit, severity, k, split):
+    """A row of n tokens is read up to its last but one, by reward models to its last."""
+    encoder = PairEncoder(tokenizer)
+    template = len(encoder.encode_prompt([{"role": "user", "content": ""}]))
+    longest = max(template + len(row["prompt"] + row["chosen"]) + 1 for row in clean())
+    assert longest <= 60  # one token a letter at most
+    parts = {"train": clean(), "test": clean(30, N)}
+    for ends, fits in ((False, 61), (True, 60)):
+        for row in parts[split][2 : 2 + k]:
+            row["rejected"] = "~" * (fits - 1 - len(encoder.encode_prompt(
+                [{"role": "user", "content": row["prompt"]}]
+            )))  # fmt: skip
+        rows = patient(encoder, **parts)
+        well = replace(rows, positions=limit, ends=ends)
+        assert numbers(well, "positions") == {"model": 60, "longest row": 60, "rows beyond": 0}
+        for row in parts[split][2 : 2 + k]:
+            row["rejected"] += "~"
+        ill = replace(patient(encoder, **parts), positions=limit, ends=ends)
+        found = {f.check: f for f in diagnose(ill)}["positions"]
+        assert found.severity == severity
+        assert found.numbers == {"model": 60, "longest row": 61, "rows beyond": k}
+        assert "data.max_length" in found.advice
+        assert f"row 2 of {split}" in found.advice
+        ill = replace(ill, positions=None)
+        assert "positions" not in worse(diagnose(ill))
+
+
 def test_further_responses_are_looked_at_too(tokenizer):
     encoder = PairEncoder(tokenizer)
     rows = [row | {"gold": f"gold {i}"} for i, row in enumerate(clean())]
@@ -642,6 +777,64 @@ def test_unpaired_rows(config, capsys):
     (config.parent / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run(["doctor", "--config", str(config), "--model=KTO"])
     assert "label balance" in capsys.readouterr().out
+
+
+LEARNT = 52
+
+
+@pytest.fixture
+def learnt(config) -> list[str]:
+    """Options of a GPT-2 with too few positions for some rows of :func:`clean`."""
+    settings = {"vocab_size": 265, "n_positions": LEARNT, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**settings)).save_pretrained(config.parent / "model")
+    return ["--model.policy.adapter.target_modules=[c_attn]", "--trainer.max_epochs=1"]
+
+
+def lengths(tokenizer) -> list[int]:
+    """Tokens of each row of :func:`clean`."""
+    encoder = PairEncoder(tokenizer)
+    pairs = [encoder.encode(FORMATS["explicit"].read(row)) for row in clean()]
+    return [len(pair.prompt) + pair.longest for pair in pairs]
+
+
+def test_rows_past_a_table_of_positions_are_refused_before_the_first_step(
+    config, learnt, message, tiny_tokenizer, tmp_path
+):
+    read = [n - 1 for n in lengths(tiny_tokenizer)]
+    beyond = sum(n > LEARNT for n in read)
+    assert 0 < beyond < N
+    for command in ("doctor", "fit"):
+        error = message(*learnt, command=command)
+        assert f"positions: model 52, longest row {max(read)}, rows beyond {beyond}: " in error
+        assert "data.max_length: set it to 52 at most" in error
+    for command in ("fit", "test"):
+        error = message(*learnt, "--data.doctor=false", command=command)
+        taken = read[int(error.partition("row ")[2].split()[0])]
+        assert taken > LEARNT
+        assert f"it takes {taken} positions, and the model has 52" in error
+        assert "data.max_length to 52" in error
+    error = message(*learnt, "--model.sampling.max_new_tokens=40", command="predict")
+    assert "40 new ones (max_new_tokens) are more than the model's 52 positions" in error
+    line = {"prompt": "what is it?", "response": "x" * 99}
+    (tmp_path / "responses.jsonl").write_text(json.dumps(line) + "\n")
+    error = message(*learnt, f"--data.score={tmp_path / 'responses.jsonl'}", command="predict")
+    assert "responses.jsonl, row 0 (from 0): it takes" in error
+
+
+def test_rows_up_to_the_last_position_are_trained_on(config, learnt):
+    """A response's last token is none that the model reads; a reward model reads it."""
+    cut = ["--data.doctor=false", "--data.max_length=53"]
+    assert run(["fit", "--config", str(config), *learnt, *cut]).trainer.global_step == 3
+    sampled = ["--model.sampling.max_new_tokens=2", "--data.max_length=51"]
+    assert run(["predict", "--config", str(config), *learnt, *sampled])
+
+
+def test_a_reward_model_reads_one_token_more(config, learnt, message, tiny_tokenizer):
+    beyond = sum(n > LEARNT for n in lengths(tiny_tokenizer))
+    options = [*REWARD, str(config.parent / "model"), "--data.max_length=53"]
+    for command in ("doctor", "fit"):
+        error = message(*options, command=command)
+        assert f"positions: model 52, longest row 53, rows beyond {beyond}: " in error
 
 
 @pytest.mark.slow

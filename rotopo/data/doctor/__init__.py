@@ -6,7 +6,7 @@ are facts that a user may want, or not.
 
 from collections.abc import Callable, Iterator
 
-from rotopo.data.doctor import pair_checks, token_checks
+from rotopo.data.doctor import pair_checks, text_checks, token_checks
 from rotopo.data.doctor.examination import Examination, Finding, Patient, Severity
 
 _CHECKS: tuple[Callable[[Examination], Iterator[Finding]], ...] = (
@@ -14,12 +14,18 @@ _CHECKS: tuple[Callable[[Examination], Iterator[Finding]], ...] = (
     token_checks.end_of_turn,
     token_checks.pad_and_eos,
     token_checks.vocabulary,
+    token_checks.positions,
     token_checks.tokens_as_stored,
     token_checks.tokenised_as_a_whole,
     token_checks.round_trip,
     token_checks.empty_responses,
     token_checks.equal_responses,
+    text_checks.unwritten,
+    text_checks.altered_turns,
+    text_checks.unread_columns,
     pair_checks.roles,
+    text_checks.dialogues,
+    text_checks.repeated_prompts,
     pair_checks.short_prompts,
     pair_checks.truncation,
     pair_checks.difference_left,

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -12,11 +12,15 @@ import numpy as np
 
 from rotopo.data.doctor import limits
 from rotopo.data.doctor.token_columns import TokenColumn, read_column
-from rotopo.data.schemas import Message, Preference
+from rotopo.data.messages import Message
+from rotopo.data.preference import Preference
 from rotopo.data.tokens import PairEncoder, TokenizedPair
+from rotopo.pretrained import Positions
 
 if TYPE_CHECKING:  # else rotopo --help would wait for it
     from datasets import Dataset
+
+    from rotopo.data.token_cache import LeftOut
 
 
 class Severity(StrEnum):
@@ -58,8 +62,13 @@ class Patient:
         read: a row of a split, by its number in the source.
         outcomes: rows of the source by what became of them, as
             :attr:`rotopo.data.token_cache.TokenizedRows.counts`.
+        left_out: what of the rows the chat template does not write, by what it is.
+        tolerated: whether that is accepted, where it matters.
+        unread: columns of the source that nothing reads.
         vocabulary: V, the rows of the model's embedding; None if its configuration is not at hand.
         group_by: the column that keeps groups together, if any.
+        positions: how far the model counts; None where it has no limit, or is not at hand.
+        ends: whether the model also reads the last token of a response, as reward models do.
     """
 
     encoder: PairEncoder
@@ -67,8 +76,13 @@ class Patient:
     drawn: "Dataset"
     read: Callable[[str, int], Preference]
     outcomes: Mapping[str, int]
+    left_out: "Mapping[str, LeftOut]"
+    tolerated: bool
+    unread: Sequence[str]
     vocabulary: int | None = None
     group_by: str | None = None
+    positions: Positions | None = None
+    ends: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,10 +137,14 @@ class Examination:
         """Columns of responses, in which 0 tokens stand for none."""
         return {name: c for name, c in self.columns[split].items() if name != "prompt"}
 
+    def lengths(self, split: str) -> np.ndarray:
+        """Tokens of each prompt and its longest response [N]."""
+        longest = np.max([c.lengths for c in self.responses(split).values()], axis=0)
+        return self.columns[split]["prompt"].lengths + longest
+
     def at_limit(self, split: str) -> np.ndarray:
         """Rows that fill max_length, as cut ones do [N]."""
-        longest = np.max([c.lengths for c in self.responses(split).values()], axis=0)
-        return self.columns[split]["prompt"].lengths + longest >= self.encoder.max_length
+        return self.lengths(split) >= self.encoder.max_length
 
     def first_row(self, where: dict[str, np.ndarray]) -> str:
         """The first row, in the order of the splits, of which something holds [N each]."""

@@ -14,6 +14,15 @@ OTHER_SPLIT = 0.01
 TEXT_LOST = 0.01
 ODD_ROLES = 0.01
 LITTLE_DIFFERENCE = 0.01
+DIALOGUES = 0.01
+# Of rows whose responses begin with the prompt: some answers begin with the question by themselves.
+SOME_REPEAT = 0.05
+MOST_REPEAT = 0.5
+# A prompt of fewer words and letters says nothing there: responses may begin with a term that they
+# explain. A name in front of it ("Question: ") has so many letters at most.
+WORDS = 3
+LETTERS = 20
+NAME = 20
 # A cut pair whose responses differ in no more tokens than this has little difference left; where
 # such pairs are so large a share of all, it is an error.
 FEW_TOKENS = 2

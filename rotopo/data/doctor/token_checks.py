@@ -196,6 +196,36 @@ def vocabulary(examined: Examination) -> Iterator[Finding]:
     )
 
 
+def positions(examined: Examination) -> Iterator[Finding]:
+    """Every row's tokens are at positions that the model has.
+
+    A response's last token is predicted and not read, but for reward models.
+    """
+    limit = examined.patient.positions
+    read = {s: examined.lengths(s) - (not examined.patient.ends) for s in examined.columns}
+    if limit is None:
+        beyond = {split: np.zeros(len(lengths), dtype=bool) for split, lengths in read.items()}
+    else:
+        beyond = {split: lengths > limit.count for split, lengths in read.items()}
+    count, first = _total(beyond), examined.first_row(beyond)
+    yield found(
+        "positions",
+        graded(limit is not None and limit.end and count > 0, count > 0),
+        {
+            "model": "no limit known" if limit is None else limit.count,
+            "longest row": max(int(lengths.max()) for lengths in read.values()),
+            "rows beyond": count,
+        },
+        ""
+        if limit is None
+        else f"data.max_length: set it to {limit.count} at most, since the model has no position "
+        f"past that ({first})"
+        if limit.end
+        else f"data.max_length: {limit.count} is as far as the model was made for; past that it "
+        f"extrapolates ({first})",
+    )
+
+
 def tokens_as_stored(examined: Examination) -> Iterator[Finding]:
     """Stored tokens are those that the rows give now, on a sample."""
     wrong = []
