@@ -423,13 +423,13 @@ class PairwiseDataModule(LightningDataModule):
                 self._pairs["train"],
                 lambda split, row: self.preference(split, row, self.extra_responses),
                 {outcome.name.lower(): outcomes[outcome.name.lower()] for outcome in Outcome},
-                self.left_out(),
-                self.on_unwritten == "warn",
-                self.unread_columns(),
                 vocabulary_size(self.tokenizer_path),
                 self.group_by,
                 self._positions,
                 needs is not None and needs.ends,
+                self.left_out(),
+                self.on_unwritten == "warn",
+                self.unread_columns(),
             )
         )
 

@@ -202,7 +202,8 @@ def _with_dialogue_split(preference: Preference) -> Preference:
     """Responses follow a dialogue's last mark, as in HH, whose texts have a blank there."""
     prompt: list[Message] = []
     for turn in preference.prompt:
-        turns = split_dialogue(turn.get("content", "")) if turn["role"] == "user" else None
+        other = turn["role"] != "assistant"
+        turns = split_dialogue(turn.get("content", "")) if other else None
         prompt += turns or [turn]
     if len(prompt) == len(preference.prompt):
         return preference

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
@@ -62,13 +62,13 @@ class Patient:
         read: a row of a split, by its number in the source.
         outcomes: rows of the source by what became of them, as
             :attr:`rotopo.data.token_cache.TokenizedRows.counts`.
-        left_out: what of the rows the chat template does not write, by what it is.
-        tolerated: whether that is accepted, where it matters.
-        unread: columns of the source that nothing reads.
         vocabulary: V, the rows of the model's embedding; None if its configuration is not at hand.
         group_by: the column that keeps groups together, if any.
         positions: how far the model counts; None where it has no limit, or is not at hand.
         ends: whether the model also reads the last token of a response, as reward models do.
+        left_out: what of the rows the chat template does not write, by what it is.
+        tolerated: whether that is accepted, where it matters.
+        unread: columns of the source that nothing reads.
     """
 
     encoder: PairEncoder
@@ -76,13 +76,13 @@ class Patient:
     drawn: "Dataset"
     read: Callable[[str, int], Preference]
     outcomes: Mapping[str, int]
-    left_out: "Mapping[str, LeftOut]"
-    tolerated: bool
-    unread: Sequence[str]
     vocabulary: int | None = None
     group_by: str | None = None
     positions: Positions | None = None
     ends: bool = False
+    left_out: "Mapping[str, LeftOut]" = field(default_factory=dict)
+    tolerated: bool = False
+    unread: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def dialogues(examined: Examination) -> Iterator[Finding]:
         s.row
         for s in sample
         if any(
-            turn["role"] == "user" and split_dialogue(_text(turn)) is not None
+            turn["role"] != "assistant" and split_dialogue(_text(turn)) is not None
             for turn in s.preference.prompt
         )
     ]
