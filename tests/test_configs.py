@@ -43,7 +43,7 @@ VARIANTS = {
     "cdpo": {"label_smoothing": 0.1},
     "f_dpo": {"divergence": "js"},
     "dpo_norm": {"beta": 5.0, "normalise_length": True},
-    "wpo": {"wpo": True},
+    "wpo": {"beta": 0.01, "wpo": True},
 }
 
 LLAMA_3_8B = LlamaConfig(
@@ -225,7 +225,8 @@ def test_variants_of_one_class_add_up(build):
     files = [CONFIGS / "objectives" / f"{name}.yaml" for name in ("wpo", "cdpo", "dpo_norm")]
     model = build(QUICKSTART, *files).model
     assert (model.wpo, model.label_smoothing, model.normalise_length) == (True, 0.1, True)
-    assert model.beta == 5.0
+    assert model.wpo_clamp
+    assert model.beta == 5.0  # of the last file; WPO's own is below DPO's
 
 
 def test_simpos_beta_is_its_own_after_a_dpo_file_that_set_another(build, tmp_path):
