@@ -201,6 +201,21 @@ def test_lora_takes_the_rotations_place_and_leaves_the_rest_of_the_quickstart(bu
     assert names >= {"ModelCheckpoint", "LearningRateMonitor"}
 
 
+def test_two_givens_factors_take_the_reflections_place_and_leave_the_rest(build, quickstart):
+    cli = build(QUICKSTART, CONFIGS / "adapters" / "rotation_two_givens.yaml")
+    adapter = cli.model.policy_config.adapter
+    assert type(adapter).__name__ == "RotationConfig"
+    assert (adapter.n_householder, adapter.givens_factors, adapter.givens) == (
+        0,
+        2,
+        "bidirectional",
+    )
+    after = cli.config["fit"].as_dict()
+    for shared in ("beta", "optimizer", "scheduler", "sampling"):
+        assert after["model"]["init_args"][shared] == quickstart["model"]["init_args"][shared]
+    assert after["data"] == quickstart["data"]
+
+
 def test_the_noise_studys_file_goes_on_top_of_lora(build):
     cli = build(QUICKSTART, CONFIGS / "adapters" / "lora.yaml", NOISE)
     assert type(cli.model.policy_config.adapter).__name__ == "LoraConfig"
