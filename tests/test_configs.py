@@ -78,7 +78,7 @@ QWEN_2_5_HALF_B = Qwen2Config(
 MODELS: dict[str, tuple[PretrainedConfig, int]] = {
     "princeton-nlp/Llama-3-Base-8B-SFT": (LLAMA_3_8B, 8_030_261_248),
     "alignment-handbook/zephyr-7b-sft-full": (MISTRAL_7B, 7_241_732_096),
-    "Qwen/Qwen2.5-0.5B": (QWEN_2_5_HALF_B, 494_032_768),
+    "Qwen/Qwen2.5-0.5B-Instruct": (QWEN_2_5_HALF_B, 494_032_768),
 }
 # 32 layers of q (4096 → 4096) and v (4096 → 1024), each with two sweeps of 4095 angles and two
 # Householder vectors, and a magnitude per output.
@@ -379,6 +379,18 @@ def test_a_papers_file_builds_on_the_meta_device(file, build, without_weights):
 def test_ropos_parameters_on_llama_3_are_the_published_share():
     assert ROTATION == 1_212_288
     assert f"{ROTATION / MODELS['princeton-nlp/Llama-3-Base-8B-SFT'][1]:.5%}" == "0.01510%"
+
+
+@pytest.mark.parametrize(("name", "lr", "decay"), [("", 1e-6, 0.05), ("_reward_model", 2e-5, 0.0)])
+def test_the_alignment_reports_files_are_its_7107_steps(name, lr, decay):
+    file = CONFIGS / "papers" / f"alignment_report_qwen2.5_0.5b_align_anything{name}.yaml"
+    config = yaml.safe_load(file.read_text("utf-8"))
+    trainer, data = config["trainer"], config["data"]["init_args"]
+    assert 28_430 // data["pairs_per_step"] * trainer["max_epochs"] == 7_107
+    assert data["pairs_per_step"] == 2 * trainer["accumulate_grad_batches"] * trainer["devices"]
+    optimizer = config["model"]["init_args"]["optimizer"]["init_args"]
+    assert (optimizer["lr"], optimizer["weight_decay"]) == (lr, decay)
+    assert trainer["gradient_clip_val"] == 1.0
 
 
 @pytest.mark.parametrize("file", PAPERS, ids=name_of)

@@ -438,8 +438,8 @@ class ROPO(ReferenceObjective):
     Args:
         beta: β, how strongly the policy is held to the reference [ours: the paper's was not found].
         alpha: α > 2; the larger, the less a pair counts that the policy ranks the other way. The
-            advice of the paper: higher for much noise and for summaries, lower for little noise
-            and for dialogue.
+            advice is higher for much noise and for summaries, lower for little noise and for
+            dialogue [2nd].
         **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
 
     Raises:
