@@ -43,7 +43,7 @@ VARIANTS = {
     "cdpo": {"label_smoothing": 0.1},
     "f_dpo": {"divergence": "js"},
     "dpo_norm": {"beta": 5.0, "normalise_length": True},
-    "wpo": {"wpo": True},
+    "wpo": {"beta": 0.01, "wpo": True},
 }
 
 LLAMA_3_8B = LlamaConfig(
@@ -78,7 +78,7 @@ QWEN_2_5_HALF_B = Qwen2Config(
 MODELS: dict[str, tuple[PretrainedConfig, int]] = {
     "princeton-nlp/Llama-3-Base-8B-SFT": (LLAMA_3_8B, 8_030_261_248),
     "alignment-handbook/zephyr-7b-sft-full": (MISTRAL_7B, 7_241_732_096),
-    "Qwen/Qwen2.5-0.5B": (QWEN_2_5_HALF_B, 494_032_768),
+    "Qwen/Qwen2.5-0.5B-Instruct": (QWEN_2_5_HALF_B, 494_032_768),
 }
 # 32 layers of q (4096 → 4096) and v (4096 → 1024), each with two sweeps of 4095 angles and two
 # Householder vectors, and a magnitude per output.
@@ -201,6 +201,21 @@ def test_lora_takes_the_rotations_place_and_leaves_the_rest_of_the_quickstart(bu
     assert names >= {"ModelCheckpoint", "LearningRateMonitor"}
 
 
+def test_two_givens_factors_take_the_reflections_place_and_leave_the_rest(build, quickstart):
+    cli = build(QUICKSTART, CONFIGS / "adapters" / "rotation_two_givens.yaml")
+    adapter = cli.model.policy_config.adapter
+    assert type(adapter).__name__ == "RotationConfig"
+    assert (adapter.n_householder, adapter.givens_factors, adapter.givens) == (
+        0,
+        2,
+        "bidirectional",
+    )
+    after = cli.config["fit"].as_dict()
+    for shared in ("beta", "optimizer", "scheduler", "sampling"):
+        assert after["model"]["init_args"][shared] == quickstart["model"]["init_args"][shared]
+    assert after["data"] == quickstart["data"]
+
+
 def test_the_noise_studys_file_goes_on_top_of_lora(build):
     cli = build(QUICKSTART, CONFIGS / "adapters" / "lora.yaml", NOISE)
     assert type(cli.model.policy_config.adapter).__name__ == "LoraConfig"
@@ -225,7 +240,8 @@ def test_variants_of_one_class_add_up(build):
     files = [CONFIGS / "objectives" / f"{name}.yaml" for name in ("wpo", "cdpo", "dpo_norm")]
     model = build(QUICKSTART, *files).model
     assert (model.wpo, model.label_smoothing, model.normalise_length) == (True, 0.1, True)
-    assert model.beta == 5.0
+    assert model.wpo_clamp
+    assert model.beta == 5.0  # of the last file; WPO's own is below DPO's
 
 
 def test_simpos_beta_is_its_own_after_a_dpo_file_that_set_another(build, tmp_path):
@@ -363,6 +379,18 @@ def test_a_papers_file_builds_on_the_meta_device(file, build, without_weights):
 def test_ropos_parameters_on_llama_3_are_the_published_share():
     assert ROTATION == 1_212_288
     assert f"{ROTATION / MODELS['princeton-nlp/Llama-3-Base-8B-SFT'][1]:.5%}" == "0.01510%"
+
+
+@pytest.mark.parametrize(("name", "lr", "decay"), [("", 1e-6, 0.05), ("_reward_model", 2e-5, 0.0)])
+def test_the_alignment_reports_files_are_its_7107_steps(name, lr, decay):
+    file = CONFIGS / "papers" / f"alignment_report_qwen2.5_0.5b_align_anything{name}.yaml"
+    config = yaml.safe_load(file.read_text("utf-8"))
+    trainer, data = config["trainer"], config["data"]["init_args"]
+    assert 28_430 // data["pairs_per_step"] * trainer["max_epochs"] == 7_107
+    assert data["pairs_per_step"] == 2 * trainer["accumulate_grad_batches"] * trainer["devices"]
+    optimizer = config["model"]["init_args"]["optimizer"]["init_args"]
+    assert (optimizer["lr"], optimizer["weight_decay"]) == (lr, decay)
+    assert trainer["gradient_clip_val"] == 1.0
 
 
 @pytest.mark.parametrize("file", PAPERS, ids=name_of)

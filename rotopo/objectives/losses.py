@@ -25,7 +25,8 @@ _LARGEST_EXPONENT = 30.0
 
 def dpo(margin: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """DPO, Rafailov et al. 2023, eq. 7: −log σ(z); with smoothing ε cDPO (Mitchell 2023):
-    −(1−ε) log σ(z) − ε log σ(−z).
+    −(1−ε) log σ(z) − ε log σ(−z). cDPO is tolerant of flipped labels only at ε = ½ (arXiv
+    2404.04102), where its minimum is z = 0.
 
     Args:
         margin: z.
@@ -41,13 +42,14 @@ def divergence_score(log_ratio: Tensor, divergence: Divergence, alpha: float = 0
     """f′(u) of f-DPO, Wang et al. 2023, up to a constant, at u = π_θ/π_ref = exp Δ.
 
     reverse_kl: Δ. forward_kl: 1 − 1/u. js: log(2u/(1+u)). alpha: (u^{α−1} − 1)/(α−1), as TRL
-    writes it; Δ in the limit α → 1. Where u to the power is over e^30, its tangent in Δ stands for
-    it [ours; TRL caps the α-divergence at e^80, without a gradient].
+    writes it, which is the paper's (1 − u^{−α})/α at 1 − α in the place of α; Δ in the limit
+    α → 1, the paper's 0. Where u to the power is over e^30, its tangent in Δ stands for it [ours;
+    TRL caps the α-divergence at e^80, without a gradient].
 
     Args:
         log_ratio: Δ.
         divergence: which f.
-        alpha: α of the α-divergence.
+        alpha: α of the α-divergence, 1 − α of the paper's.
     """
     if divergence == "reverse_kl" or (divergence == "alpha" and alpha == 1):
         return log_ratio
@@ -207,7 +209,7 @@ def holder_dpo(margin: Tensor, gamma: float) -> Tensor:
 
 
 def ropo(margin: Tensor, alpha: float) -> Tensor:
-    """ROPO's robust loss, arXiv 2404.04102: 4α/(1+α)²·[−log σ(z)] + 4α²/(1+α)²·σ(−z).
+    """ROPO's robust loss, arXiv 2404.04102: 4α/(1+α)²·[−log σ(z)] + 4α²/(1+α)²·σ(−z) [2nd].
 
     The gradient's weight w(z) = 4α/(1+α)²·σ(−z)[1 + α σ(z)] is 1 at most, at
     z* = log((α−1)/(α+1)), and falls to 4α/(1+α)² for pairs that the policy ranks far the other way.
@@ -274,7 +276,7 @@ def bco(chosen_reward: Tensor, rejected_reward: Tensor, shift: Tensor) -> tuple[
 
 
 def sppo(log_ratio: Tensor, target: float) -> Tensor:
-    """SPPO with hard labels, Wu et al. 2024, eq. 4.7: (Δ − target)².
+    """SPPO with hard labels, Wu et al. 2024, eq. 4.7: (Δ − target)²; the official code halves it.
 
     Args:
         log_ratio: Δ.
@@ -286,7 +288,8 @@ def sppo(log_ratio: Tensor, target: float) -> Tensor:
 def typo(chosen: Tensor, rejected: Tensor) -> Tensor:
     """The supervised term of TYPO, arXiv 2407.09072: log(1 + π_θ(y_l|x)/π_θ(y_w|x)).
 
-    The form is that of the official code of the follow-up, arXiv 2506.07492.
+    The form is the composite loss of the official code of the follow-up (EXPO, arXiv 2506.07492).
+    There is a regression form too, whose formula we could not read.
 
     Args:
         chosen: c.
@@ -299,7 +302,8 @@ def wpo_log_weight(log_probs: Tensor, sum_squared: Tensor) -> Tensor:
     """WPO, Zhou et al. 2024, eq. 2, per token: log p(y_t) − log Σ_v p_v², without gradient.
 
     A response's weight is the exponential of the mean over its tokens: how likely it is among
-    responses that the policy itself would give.
+    responses that the policy itself would give. A pair's is the product of both, which the official
+    code clamps at 1.
     """
     return (log_probs - sum_squared.log()).detach()
 

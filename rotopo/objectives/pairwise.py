@@ -26,12 +26,15 @@ class DPO(ReferenceObjective):
     Rewards are β·f′(u), per token with ``normalise_length``.
 
     Args:
-        beta: β, how strongly the policy is held to the reference.
+        beta: β, how strongly the policy is held to the reference. WPO's official code has .01,
+            as configs/objectives/wpo.yaml: this default is DPO's.
         label_smoothing: ε of cDPO, the assumed rate of flipped labels, below ½.
         divergence: the divergence from the reference that f-DPO puts in the KL's place.
-        divergence_alpha: α of ``divergence: alpha``.
+        divergence_alpha: α of ``divergence: alpha`` as TRL has it: 1 − α of f-DPO's paper.
         normalise_length: divide each response's score by its tokens.
         wpo: weight each pair by the likelihood of its responses under the policy.
+        wpo_clamp: a pair's weight, the product of its responses', is 1 at most, as in WPO's
+            official code; without it as in TRL 1.16, where pairs of a confident policy weigh more.
         **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
 
     Raises:
@@ -46,6 +49,7 @@ class DPO(ReferenceObjective):
         divergence_alpha: float = 0.5,
         normalise_length: bool = False,
         wpo: bool = False,
+        wpo_clamp: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -60,11 +64,12 @@ class DPO(ReferenceObjective):
         self.divergence_alpha = divergence_alpha
         self.normalise_length = normalise_length
         self.wpo = wpo
+        self.wpo_clamp = wpo_clamp
         self.needs = Needs(moments=wpo)
 
     def losses(self, log_probs: PairLogProbs) -> Tensor:
         pair_losses = losses.dpo(self.margin(log_probs), self.label_smoothing)
-        return pair_losses * _wpo_weights(log_probs) if self.wpo else pair_losses
+        return pair_losses * self._wpo_weights(log_probs) if self.wpo else pair_losses
 
     def rewards(self, log_probs: PairLogProbs) -> tuple[Tensor, Tensor]:
         scores = [
@@ -76,20 +81,19 @@ class DPO(ReferenceObjective):
             scores = [score / length for score, length in zip(scores, lengths, strict=True)]
         return scores[0], scores[1]
 
-
-def _wpo_weights(log_probs: PairLogProbs) -> Tensor:
-    """The product of both responses' weights [B]."""
-    tokens = given(log_probs.tokens, "tokens")
-    squared = given(tokens.sum_squared, "sum_squared")
-    values = losses.wpo_log_weight(tokens.log_prob, squared)
-    log_weight = torch.zeros_like(log_probs.chosen)
-    for role, length in (
-        (Role.CHOSEN, log_probs.chosen_length),
-        (Role.REJECTED, log_probs.rejected_length),
-    ):
-        total = sum_of_role(values, role, tokens.role, tokens.pair, len(log_weight))
-        log_weight += total / length
-    return log_weight.exp()
+    def _wpo_weights(self, log_probs: PairLogProbs) -> Tensor:
+        """The product of both responses' weights [B], without gradient."""
+        tokens = given(log_probs.tokens, "tokens")
+        squared = given(tokens.sum_squared, "sum_squared")
+        values = losses.wpo_log_weight(tokens.log_prob, squared)
+        log_weight = torch.zeros_like(log_probs.chosen)
+        for role, length in (
+            (Role.CHOSEN, log_probs.chosen_length),
+            (Role.REJECTED, log_probs.rejected_length),
+        ):
+            total = sum_of_role(values, role, tokens.role, tokens.pair, len(log_weight))
+            log_weight += total / length
+        return (log_weight.clamp(max=0) if self.wpo_clamp else log_weight).exp()
 
 
 class RobustDPO(ReferenceObjective):
@@ -219,7 +223,8 @@ class LengthRegularizedDPO(ReferenceObjective):
 
     Args:
         beta: β, how strongly the policy is held to the reference.
-        alpha: α > 0, nats of reward that a token costs.
+        alpha: α > 0, nats of reward that a token costs [ours: .01. One repository, not
+            the paper's, has .1, at which 100 tokens weigh what 100 nats of log-ratio do at β = .1].
         **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
 
     Raises:
@@ -248,7 +253,9 @@ class SamPO(ReferenceObjective):
     """SamPO (Lu et al. 2024): DPO on as many tokens of the longer response as the shorter one has.
 
     The tokens are drawn afresh in each epoch, by the seed and the pair's place in the data, so
-    that neither the batches nor a resumed run change the draw. [ours: how they are drawn]
+    that neither the batches nor a resumed run change the draw. [ours: how they are drawn, and that
+    policy and reference are compared on the same tokens; the official code draws for each by
+    itself, so that Δ at the start is noise and not 0]
 
     Args:
         beta: β, how strongly the policy is held to the reference.
@@ -329,9 +336,13 @@ class LDDPO(ReferenceObjective):
 class EXO(ReferenceObjective):
     """EXO (Ji et al. 2024): the reverse KL, from the policy's preference to smoothed labels.
 
+    The official code's ``exo-pref`` has no label smoothing: it fixes log ε at −10 and log(1 − ε) at
+    0, which ``label_smoothing: 4.54e-5`` is to 5e-5 nats. Its β is .5 on HH and TL;DR and .1 on
+    IMDb.
+
     Args:
         beta: β, how strongly the policy is held to the reference.
-        label_smoothing: ε > 0, how far from certain the labels are taken.
+        label_smoothing: ε > 0, how far from certain the labels are taken [TRL's default].
         **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
 
     Raises:
@@ -420,12 +431,15 @@ class HolderDPO(ReferenceObjective):
 class ROPO(ReferenceObjective):
     """ROPO (arXiv 2404.04102): robust preference optimisation, a loss that bears flipped labels.
 
-    4α/(1+α)²·[−log σ(z)] + 4α²/(1+α)²·σ(−z). Not RoPO, which is :class:`DPO` through a rotation,
-    nor rDPO (:class:`RobustDPO`), nor R-DPO (:class:`LengthRegularizedDPO`).
+    4α/(1+α)²·[−log σ(z)] + 4α²/(1+α)²·σ(−z) [2nd: three sources that read the paper agree]. Not
+    RoPO, which is :class:`DPO` through a rotation, nor rDPO (:class:`RobustDPO`), nor R-DPO
+    (:class:`LengthRegularizedDPO`).
 
     Args:
-        beta: β, how strongly the policy is held to the reference.
-        alpha: α > 2; the larger, the less a pair counts that the policy ranks the other way.
+        beta: β, how strongly the policy is held to the reference [ours: the paper's was not found].
+        alpha: α > 2; the larger, the less a pair counts that the policy ranks the other way. The
+            advice is higher for much noise and for summaries, lower for little noise and for
+            dialogue [2nd].
         **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
 
     Raises:
@@ -464,7 +478,7 @@ class AOT(ReferenceObjective):
     couples_pairs = True
 
     def __init__(
-        self, beta: float = 0.1, paired: bool = True, label_smoothing: float = 0.0, **kwargs: Any
+        self, beta: float = 0.01, paired: bool = True, label_smoothing: float = 0.0, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         self.beta = positive("beta", beta)

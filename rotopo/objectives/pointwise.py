@@ -111,7 +111,7 @@ class BCO(ReferenceObjective):
     needs = Needs(pairs=False)
     reward_sums: Tensor
 
-    def __init__(self, beta: float = 0.1, reward_shift: bool = True, **kwargs: Any) -> None:
+    def __init__(self, beta: float = 0.01, reward_shift: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.beta = positive("beta", beta)
         self.reward_shift = reward_shift
@@ -155,7 +155,7 @@ class NCA(ReferenceObjective):
 
     needs = Needs(pairs=False)
 
-    def __init__(self, beta: float = 0.1, **kwargs: Any) -> None:
+    def __init__(self, beta: float = 0.01, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.beta = positive("beta", beta)
 
@@ -166,10 +166,14 @@ class NCA(ReferenceObjective):
 class SPPO(ReferenceObjective):
     """SPPO (Wu et al. 2024) with hard labels: (Δw − 1/(2β))² + (Δl + 1/(2β))².
 
-    As TRL's ``sppo_hard``; the paper's soft win rates come from a judge outside of the loss.
+    As TRL's ``sppo_hard``. The official code halves both squares, and takes its targets from a
+    judge's win rates, of which hard labels are the extremes: its loss and gradient are half of
+    these, its minimum is the same. Adam does not feel the factor; gradient clipping, plain SGD and
+    weights in a mixture do.
 
     Args:
-        beta: β, of whose inverse the targets are half.
+        beta: β, of whose inverse the targets are half: the official .001 asks for Δ = ±500 nats,
+            and the loss starts at 5e5.
         **kwargs: of :class:`~rotopo.objectives.base.PreferenceModule`.
 
     Raises:
@@ -178,7 +182,7 @@ class SPPO(ReferenceObjective):
 
     needs = Needs(pairs=False)
 
-    def __init__(self, beta: float = 0.1, **kwargs: Any) -> None:
+    def __init__(self, beta: float = 0.001, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.beta = positive("beta", beta)
 

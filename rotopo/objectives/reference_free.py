@@ -44,7 +44,8 @@ class SimPO(PreferenceModule):
 class AlphaPO(PreferenceModule):
     """AlphaPO (Gupta et al. 2025): SimPO whose reward bends, (1 − p^{−α})/α with p = exp c̄.
 
-    Rewards are β times that; α → 0 is SimPO.
+    Rewards are β times that; α → 0 is SimPO. The defaults are the paper's for Mistral-Instruct
+    [2nd: TRL's documentation].
 
     Args:
         beta: β, the scale of the rewards.
@@ -59,7 +60,7 @@ class AlphaPO(PreferenceModule):
     needs = _NO_REFERENCE
 
     def __init__(
-        self, beta: float = 2.0, gamma: float = 1.0, alpha: float = 0.25, **kwargs: Any
+        self, beta: float = 2.5, gamma: float = 0.1, alpha: float = 0.25, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         self.beta = positive("beta", beta)

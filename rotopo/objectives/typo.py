@@ -23,8 +23,9 @@ class TYPO(PreferenceModule):
     column (``data.extra_responses: {reference_sample: COLUMN}``); where there is none they are
     drawn once, at temperature 1, and kept in the cache.
 
-    The official code takes the mean over its three arms in the KL, so that its λ weighs a third of
-    what this one does.
+    This is EXPO's *composite* loss, by its official code; its regression form could not be read.
+    That code takes the mean over its three arms in the KL, so that its λ weighs a third of what
+    this one does.
 
     Args:
         kl_weight: λ.

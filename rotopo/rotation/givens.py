@@ -3,9 +3,12 @@
 Every rotation here is kept as its difference from the identity, Rᵀ = I + Δ, so that all-zero
 angles give the identity bit for bit in any dtype and under any matmul precision mode.
 
-Source: RoPO (arXiv 2508.17637) and its precursor (2409.14836) publish "Bidirectional Integrated
-Givens" matrices with 2(d−1) angles; which pairs they rotate, and in which order, is not confirmed
-by any text we could read. The tree and the chain below are [ours]. So are the closed forms.
+Source: the forward tree is published by GOFT (ICML 2024, arXiv 2404.04316), with the same pairs and
+signs; its official code is not orthogonal after the first stage, so it is no oracle. "Bidirectional
+Integrated Givens" is the precursor's of RoPO (2409.14836) [2nd]; that they have 2(d−1) angles is
+[derived] from its number of parameters, and which pairs they rotate, and in which order, is not
+confirmed by any text we could read. So that the tree is theirs, the reverse tree, the chain, a
+second factor and all closed forms are [ours].
 """
 
 from functools import lru_cache
@@ -64,6 +67,40 @@ class Delta(NamedTuple):
             blocks = torch.bmm(_split(rows, n, b).transpose(1, 2), _split(grad, n, b))
         return Delta(blocks, left, right)
 
+    def after(self, first: "Delta") -> "Delta":
+        """Rᵀ · R₁ᵀ − I, given `first` = R₁ᵀ − I with blocks of the same size, or none.
+
+        With Rᵀ = I + B + L·M and R₁ᵀ = I + B₁ + L₁·M₁, the blocks are B + B₁ + B·B₁, and the low
+        rank is [L, Rᵀ·L₁] · [M(I + B₁); M₁]: no change where both differences are zero.
+        """
+        blocks = self.blocks
+        if first.blocks is not None:
+            blocks = (
+                first.blocks if blocks is None else blocks + first.blocks + blocks @ first.blocks
+            )
+        left, right = self.left, self.right
+        if right is not None:
+            right = Delta(first.blocks).rotate(right)
+        if first.left is not None and first.right is not None:
+            moved = self.inverse().rotate(first.left.T).T
+            left = moved if left is None else torch.cat([left, moved], dim=1)
+            right = first.right if right is None else torch.cat([right, first.right])
+        return Delta(blocks, left, right)
+
+    def shifted(self, D: int) -> "Delta":
+        """The same rotation of the coordinates one further along, in a circle within each block."""
+        assert self.blocks is not None
+        n, b, _ = self.blocks.shape
+        whole, last, beyond = torch.arange(n * b, device=self.blocks.device).split(
+            [D // b * b, D % b, n * b - D]
+        )
+        order = torch.cat([whole.view(-1, b).roll(1, 1).flatten(), last.roll(1), beyond])
+        block, place = (order // b).view(n, b), (order % b).view(n, b)
+        blocks = self.blocks[block[:, :1, None], place[:, :, None], place[:, None, :]]
+        if self.left is None or self.right is None:
+            return Delta(blocks)
+        return Delta(blocks, self.left[order[:D]], self.right[:, order[:D]])
+
 
 def _split(rows: Tensor, n: int, b: int) -> Tensor:
     """(N, D) → (n, N, b), zeros beyond D; copied, which makes the batched products faster."""
@@ -73,7 +110,7 @@ def _split(rows: Tensor, n: int, b: int) -> Tensor:
 
 
 def tree(angles: Tensor) -> Delta:
-    """Rᵀ − I for the tree layout [ours].
+    """Rᵀ − I for the tree layout, of GOFT with a reverse tree [ours].
 
     Stage k rotates the pairs (i, i + 2ᵏ), i ≡ 0 mod 2ᵏ⁺¹: D − 1 pairs in ⌈log2 D⌉ stages for any
     D. A pair is named by its second index j, so that angles[:, j − 1] turns (j − lowbit(j), j). The

@@ -1,7 +1,8 @@
 """Pairs of Householder reflections, H(u) = I − 2uuᵀ/‖u‖², in difference form.
 
-RoPO's parameter count fits two vectors a module; that they are these reflections is [ours]: the
-paper's global factor is not confirmed by any text we could read. An even number keeps det R = +1.
+RoPO's parameter count fits two vectors a module, as it fits a second Givens factor and other forms
+(see `RotationConfig`); that they are these reflections is [ours]: the paper's global factor is not
+confirmed by any text we could read. An even number keeps det R = +1.
 """
 
 import torch
@@ -26,8 +27,5 @@ def after_reflections(delta: Delta, vectors: Tensor) -> Delta:
     moved = -2 * torch.stack([step, step - a], dim=1)
     # Written from the left, Rᵀ meets the last pair first.
     for pair in reversed(range(len(a))):
-        rotated = delta.inverse().rotate(basis[pair]).T
-        left = rotated if delta.left is None else torch.cat([delta.left, rotated], dim=1)
-        right = moved[pair] if delta.right is None else torch.cat([delta.right, moved[pair]])
-        delta = Delta(delta.blocks, left, right)
+        delta = delta.after(Delta(None, basis[pair].T, moved[pair]))
     return delta

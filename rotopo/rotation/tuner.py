@@ -43,10 +43,16 @@ Layout = Literal["tree", "chain"]
 class RotationConfig(PeftConfig):
     """RoPO: rotate the inputs of frozen linear layers and rescale their outputs.
 
-    The defaults have the parameter count that RoPO publishes for Llama-3-8B (0.0151 %): q and v,
-    2(D − 1) Givens angles, 2 D-vectors and one magnitude per output. Angles start at zero and Adam
-    moves them by about one learning rate a step: start from 1e-3 … 2e-2, not from DPO's 5e-7, and
-    without weight decay [ours].
+    The defaults fit the share of parameters that RoPO publishes for Llama-3-8B, 0.015 %: q and v,
+    2(D − 1) Givens angles, 2 D-vectors and one magnitude per output, 1,212,288 in all. The count
+    does not decide the form. q and v, or q and k, k and o, v and o have the same; so has one vector
+    with a magnitude per input beside those per output; and a second Givens factor in the place of
+    the vectors (``givens_factors: 2``, ``n_householder: 0``) has 1,212,160, 0.01509 %, which fits
+    the paper's "multi-granularity" as well. So q and v are LoRA's custom [ours], and Householder
+    against a second factor is undecided [ours]: try both.
+
+    Angles start at zero and Adam moves them by about one learning rate a step: start from 1e-3 …
+    2e-2, not from DPO's 5e-7, and without weight decay [ours].
 
     Args:
         target_modules: Names (or name endings) of the linear layers to rotate, or one regular
@@ -54,6 +60,10 @@ class RotationConfig(PeftConfig):
         n_householder: Householder vectors per layer, an even number; 0 leaves the reflections out.
         givens: The Givens rotations: "bidirectional" has a forward and a reverse sweep with their
             own angles, "forward" only the first, "none" leaves them out.
+        givens_factors: Givens rotations one after the other, 1 or 2, each with its own angles. The
+            second one's pairs are one coordinate further along, within blocks of some √D: on the
+            pairs of the first it would have no plane of its own at the start, and its first stage
+            would only add to the last one of the first [ours].
         layout: Which pairs the Givens sweeps rotate: "tree", fast, or "chain" (neighbours one
             after the other), an ablation that builds a D × D matrix.
         magnitude: Whether to train a magnitude per output neuron.
@@ -79,6 +89,9 @@ class RotationConfig(PeftConfig):
     givens: Givens = field(
         default="bidirectional", metadata={"help": "bidirectional, forward or none."}
     )
+    givens_factors: int = field(
+        default=1, metadata={"help": "Givens rotations in a row, 1 or 2 (an ablation)."}
+    )
     layout: Layout = field(default="tree", metadata={"help": "tree (fast) or chain (ablation)."})
     magnitude: bool = field(default=True, metadata={"help": "Train a magnitude per output neuron."})
 
@@ -94,6 +107,12 @@ class RotationConfig(PeftConfig):
             )
         if self.givens not in get_args(Givens):
             raise InputError(f"givens must be one of {get_args(Givens)}, got {self.givens!r}.")
+        if self.givens_factors not in (1, 2):
+            raise InputError(f"givens_factors must be 1 or 2, got {self.givens_factors}.")
+        if self.givens_factors == 2 and self.givens == "none":
+            raise InputError(
+                "givens_factors is 2 and givens none: say which sweeps the factors have."
+            )
         if self.layout not in get_args(Layout):
             raise InputError(f"layout must be one of {get_args(Layout)}, got {self.layout!r}.")
         if self.givens == "none" and not self.n_householder and not self.magnitude:
@@ -122,17 +141,19 @@ class Factors(NamedTuple):
 class Rotation(nn.Module):
     """The parameters of one adapter on one layer; calling it gives their `Factors`.
 
-    Parameters (those that the configuration turns off are None): `angles` (1 or 2, D − 1) radians,
-    zeros; `householder` (n_householder, D), equal pairs from N(0, I), so that a learning rate turns
-    them by about as much as it turns an angle [ours]; `magnitude` (out,) = s − 1, zeros, with s the
-    ratio of the neuron's magnitude to the norm of its frozen weight.
+    Parameters (those that the configuration turns off are None): `angles` (sweeps, D − 1) radians,
+    zeros, with 1 or 2 sweeps for each factor, the first factor's first; `householder`
+    (n_householder, D), equal pairs from N(0, I), so that a learning rate turns them by about as
+    much as it turns an angle [ours]; `magnitude` (out,) = s − 1, zeros, with s the ratio of the
+    neuron's magnitude to the norm of its frozen weight.
     """
 
     def __init__(self, config: RotationConfig, in_features: int, out_features: int) -> None:
         super().__init__()
         self.layout = config.layout
-        directions = {"bidirectional": 2, "forward": 1, "none": 0}[config.givens]
-        self.angles = nn.Parameter(torch.zeros(directions, in_features - 1)) if directions else None
+        self.factors = config.givens_factors
+        sweeps = {"bidirectional": 2, "forward": 1, "none": 0}[config.givens] * self.factors
+        self.angles = nn.Parameter(torch.zeros(sweeps, in_features - 1)) if sweeps else None
         pairs = torch.randn(config.n_householder // 2, in_features)
         self.householder = nn.Parameter(pairs.repeat_interleave(2, 0)) if len(pairs) else None
         self.magnitude = nn.Parameter(torch.zeros(out_features)) if config.magnitude else None
@@ -147,7 +168,10 @@ class Rotation(nn.Module):
         with torch.autocast(device.type, enabled=False):
             delta = Delta()
             if angles is not None:
-                delta = tree(angles) if self.layout == "tree" else chain(angles)
+                factor = tree if self.layout == "tree" else chain
+                delta, *second = (factor(part) for part in angles.chunk(self.factors))
+                if second:
+                    delta = second[0].shifted(angles.shape[1] + 1).after(delta)
             if vectors is not None:
                 delta = after_reflections(delta, vectors)
         # A copy: FSDP1 frees a parameter's own memory behind the call that gathered it.

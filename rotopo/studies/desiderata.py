@@ -4,9 +4,13 @@ Run it with ``python -m rotopo.studies.desiderata --output DIR``. On one prompt 
 minimiser of each objective is computed while λ, the setting that holds the policy to its reference,
 goes from nothing to everything, and three criteria are judged (:func:`criteria`).
 
-The criteria and TYPO's two terms are the paper's; π* = (.6, .3, .1), π_ref = (.4, .4, .2) and the
-prompts of the preservation criterion are the setting of the printed numbers, while the grids of λ,
-the thresholds of the verdicts and the sizes of the samples are ours.
+The criteria and TYPO's two terms are the paper's: of the two losses of its follow-up, EXPO (arXiv
+2506.07492), TYPO is the composite one; the formula of its regression loss could not be read. π* =
+(.6, .3, .1), π_ref = (.4, .4, .2) and the prompts of the preservation criterion are the setting of
+this project's reference numbers, which ``convention: ordered_pairs`` gives [ours]; ``official``
+gives those of EXPO's code. The constraint and the exact RLHF loss beside DPO's are in that code
+too, though its notebooks do not use them, and so is ln λ = −5 … 5 of the preservation. The other
+grids, the thresholds of the verdicts and the sizes of the samples are ours.
 """
 
 import inspect
@@ -31,6 +35,7 @@ from rotopo.studies.tabular import (
     Convention,
     Prompt,
     Solution,
+    arms,
     at_strength,
     has_strength,
     kl,
@@ -44,7 +49,7 @@ from rotopo.studies.tabular import (
 Objectives = dict[str, PreferenceModule]
 
 LAMBDAS = tuple(10 ** (k / 10) for k in range(-20, 21))
-LOG_LAMBDAS = tuple(k / 6 for k in range(-18, 19))
+LOG_LAMBDAS = tuple(k / 4 for k in range(-20, 21))
 ALPHAS = tuple(k / 100 for k in (0, 1, 2, 5, 10, 20, 50, 100))
 SAMPLED_LAMBDAS = (0.1, 1.0, 10.0)
 
@@ -100,9 +105,10 @@ def study(
         good: π* = π_ref of the prompt that is to be preserved.
         bad_true: π* of the prompt beside it, on which the reference is wrong.
         bad_reference: π_ref of that prompt.
-        convention: divide the sum over ordered pairs by their number, as the printed numbers have
-            it, or by the labelled pairs, an expectation. It matters to TYPO, whose KL counts twice
-            in the first.
+        convention: divide the sum over ordered pairs by their number, as this project's reference
+            numbers have it, or by the labelled pairs, an expectation. It matters to TYPO, whose KL
+            counts twice in the first, and to the constraint. official, as EXPO's code: the
+            expectation, and every KL, also those of the preservation, a mean over responses.
         lambdas: λ of the interpolation.
         log_lambdas: natural logarithms of λ of the preservation.
         alphas: α of the constraint, an added α‖θ‖² on the logits, at λ = 1.
@@ -148,13 +154,15 @@ def study(
             tables["interpolation"], prompt, tables.get("sampled")
         ),
         "preservation": plots.preservation(
-            tables["preservation"], kl(bad_prompt.true, bad_prompt.reference.log())
+            tables["preservation"],
+            kl(bad_prompt.true, bad_prompt.reference.log()) / arms(bad_prompt, convention),
+            convention,
         ),
         "constraint": plots.constraint(tables["constraint"]),
         "losses": plots.losses(surfaces, SURFACE),
     }
 
-    results.write(output, tables, figures, summary(tables))
+    results.write(output, tables, figures, summary(tables, convention))
 
 
 def paper_objectives() -> Objectives:
@@ -221,7 +229,9 @@ def preservation(
 ) -> pd.DataFrame:
     """KL(π* ‖ π_θ) in nats over ln λ, on a prompt where π_ref = π* and on one where it is not.
 
-    Each prompt has a policy of its own, so that nothing but the objective can spoil the good one.
+    Under the convention ``official`` it is divided by the number of responses, as in the curves of
+    EXPO's code, whose line for the reference on the bad prompt is at .0349. Each prompt has a
+    policy of its own, so that nothing but the objective can spoil the good one.
     """
     table = []
     jobs = list(product(objectives.items(), sorted(log_lambdas)))
@@ -231,7 +241,7 @@ def preservation(
         remarks = []
         for which, rows in both.items():
             found = solve(at_strength(objective, math.exp(log_lambda)), rows)
-            row[f"kl_{which}"] = found.kl(rows.prompt.true)
+            row[f"kl_{which}"] = found.kl(rows.prompt.true) / arms(rows.prompt, convention)
             remarks += [f"{which}: {found.remark}"] if found.remark else []
         table.append({**row, "remark": "; ".join(remarks)})
     return pd.DataFrame(table)
@@ -245,9 +255,11 @@ def constraint(
 ) -> pd.DataFrame:
     """DPO and the RLHF loss that it stands for, both with an added α‖θ‖² on the logits θ.
 
-    π = softmax(θ). DPO's loss is, as the convention says, half of the mean over labelled pairs;
+    π = softmax(θ). DPO's loss is, as the convention says, half of the mean over labelled pairs or
+    that mean;
     RLHF's is −E_π[r] + λ·KL(π ‖ π_ref) with Bradley and Terry's reward r = log π*. Without α both
-    have the minimiser π_ref·(π*)^{1/λ}, up to its norm. [ours: the constraint and its convention]
+    have the minimiser π_ref·(π*)^{1/λ}, up to its norm. Both the constraint and this loss are in
+    EXPO's official code; half of the mean, of ``ordered_pairs``, is [ours].
     """
     rows = population(prompt, convention)
     dpo = at_strength(DPO(), strength)
@@ -345,7 +357,7 @@ def spread(samples: pd.DataFrame) -> pd.DataFrame:
     return drawn.join(exact).reset_index()
 
 
-def summary(tables: dict[str, pd.DataFrame]) -> str:
+def summary(tables: dict[str, pd.DataFrame], convention: Convention = "ordered_pairs") -> str:
     """The tables in short, as text."""
     table = tables["interpolation"]
     at = _near(table["lambda"], (0.01, 0.1, 1, 100))
@@ -365,7 +377,8 @@ def summary(tables: dict[str, pd.DataFrame]) -> str:
         ]
     )
     wide = short.pivot(index="objective", columns="log_lambda", values="kl")
-    parts += ["KL(π*‖π_θ) over ln λ, nats: π_ref = π* (good) / not (bad)"]
+    divided = " by the number of responses" if convention == "official" else ""
+    parts += [f"KL(π*‖π_θ){divided} over ln λ, nats: π_ref = π* (good) / not (bad)"]
     parts += [wide.loc[table.objective.unique()].to_string()]
 
     table = tables["constraint"]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
-from rotopo.studies.tabular import Prompt
+from rotopo.studies.tabular import Convention, Prompt
 
 _COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
 _POLICY, _REFERENCE = r"$\pi_\theta$", r"$\pi_{ref}$"
@@ -54,12 +54,15 @@ def interpolation(table: pd.DataFrame, prompt: Prompt, samples: pd.DataFrame | N
     return figure
 
 
-def preservation(table: pd.DataFrame, reference_kl: float) -> Figure:
+def preservation(
+    table: pd.DataFrame, reference_kl: float, convention: Convention = "ordered_pairs"
+) -> Figure:
     """KL(π*‖π_θ) over λ on the good and on the bad prompt, a panel for each objective.
 
     Args:
         table: of :func:`rotopo.studies.desiderata.preservation`.
-        reference_kl: KL(π*‖π_ref) on the bad prompt; on the good one it is 0.
+        reference_kl: KL(π*‖π_ref) on the bad prompt, of the convention; on the good one it is 0.
+        convention: of the table; ``official`` divides every KL by the number of responses.
     """
     names = table.objective.unique()
     figure, panels = _panels(len(names), 4, 3.1, 2.7)
@@ -76,7 +79,8 @@ def preservation(table: pd.DataFrame, reference_kl: float) -> Figure:
         if (rows[["kl_good", "kl_bad"]] > _HIGHEST_KL).all(axis=None):
             axes.text(0.5, 0.5, "higher everywhere", ha="center", transform=axes.transAxes)
         _log_lambda(axes, strengths)
-    panels[0].set_ylabel(r"KL($\pi^*$‖$\pi_\theta$), nats")
+    divided = " / responses" if convention == "official" else ""
+    panels[0].set_ylabel(rf"KL($\pi^*$‖$\pi_\theta$){divided}, nats")
     _legend(figure, panels[0], [("--", _REFERENCE)], samples=False)
     return figure
 

@@ -25,7 +25,7 @@ from rotopo.objectives import Mixture
 from rotopo.objectives.base import PreferenceModule, positive
 from rotopo.studies.minimise import Minimum, minimise
 
-Convention = Literal["ordered_pairs", "labelled_pairs"]
+Convention = Literal["ordered_pairs", "labelled_pairs", "official"]
 
 _MOST_ROWS = 20_000
 _ROUNDS = 50  # of the search for a fixed point
@@ -83,7 +83,7 @@ class Rows:
         reference_samples: how often each response occurs among the reference's samples [K]; exact
             or counted, adding up to 1.
         gold: the same of gold responses [K], drawn from π* [ours].
-        kl_count: how often KL(π_ref ‖ π_θ) counts beside the mean over rows.
+        convention: as in :func:`population`.
     """
 
     prompt: Prompt
@@ -91,7 +91,7 @@ class Rows:
     rejected: Tensor
     reference_samples: Tensor
     gold: Tensor
-    kl_count: float
+    convention: Convention
 
     def log_probs(self, policy: Tensor, held: Tensor, needs: Needs) -> PairLogProbs:
         """The rows under a policy, every response one token long.
@@ -104,19 +104,27 @@ class Rows:
         """
         fixed, B = self._fixed, len(self.chosen)
         reference = self.prompt.reference.log()
+        kl = self.reference_samples @ (reference - policy)
+        # Half of the mean over rows plus λ·KL has the minimiser of that mean plus 2λ·KL.
+        kl = kl / (arms(self.prompt, self.convention) * self.share)
         return replace(
             fixed,
             chosen=policy[self.chosen],
             rejected=policy[self.rejected],
             mismatched_log_ratio=(held - reference)[self._responses],
             gold=(self.gold @ policy).expand(B),
-            reference_kl=self.kl_count * (self.reference_samples @ (reference - policy)).expand(B),
+            reference_kl=kl.expand(B),
             tokens=replace(
                 given(fixed.tokens, "tokens"),
                 log_prob=(held if needs.moments else policy)[self._responses],
                 sum_squared=held.exp().square().sum().expand(2 * B),
             ),
         )
+
+    @property
+    def share(self) -> float:
+        """How much of the mean over rows the loss is."""
+        return 0.5 if self.convention == "ordered_pairs" else 1.0
 
     @cached_property
     def _responses(self) -> Tensor:
@@ -152,10 +160,12 @@ def population(prompt: Prompt, convention: Convention = "ordered_pairs") -> Rows
 
     Args:
         prompt: with π* in fractions.
-        convention: the sum over ordered pairs of p*(i ≻ j)·ℓ(i, j) is divided by their number
-            K(K−1), as the printed numbers have it, or by the labelled pairs K(K−1)/2, which makes
-            it an expectation. Only TYPO's KL feels the difference: beside a mean over rows it
-            counts twice in the first.
+        convention: ``ordered_pairs`` divides the sum over ordered pairs of p*(i ≻ j)·ℓ(i, j) by
+            their number K(K−1), as this project's own reference numbers have it [ours];
+            ``labelled_pairs`` by the labelled pairs K(K−1)/2, which makes it an expectation;
+            ``official``, as the code of EXPO (arXiv 2506.07492), takes that expectation too, and
+            the KL as a mean over the K responses. Of the losses only TYPO's KL feels the
+            difference: beside a mean over rows it counts twice, once, and 1/K times.
 
     Raises:
         InputError: π* whose pairs have no small common denominator.
@@ -183,7 +193,7 @@ def population(prompt: Prompt, convention: Convention = "ordered_pairs") -> Rows
         torch.tensor(rejected),
         prompt.reference,
         prompt.true,
-        kl_count(convention),
+        convention,
     )
 
 
@@ -215,16 +225,13 @@ def sampled(prompt: Prompt, n: int, seed: int, convention: Convention = "ordered
         torch.where(wins, pairs[:, 1], pairs[:, 0]),
         shares(prompt.reference),
         shares(prompt.true),
-        kl_count(convention),
+        convention,
     )
 
 
-def kl_count(convention: Convention) -> float:
-    """How often the KL counts beside a mean over labelled pairs.
-
-    Half of that mean plus λ·KL has the same minimiser as the mean plus 2λ·KL.
-    """
-    return 2.0 if convention == "ordered_pairs" else 1.0
+def arms(prompt: Prompt, convention: Convention) -> int:
+    """What every KL is divided by: in EXPO's official code the number of responses, else 1."""
+    return len(prompt.true) if convention == "official" else 1
 
 
 def at_strength(objective: PreferenceModule, value: float) -> PreferenceModule:
@@ -299,7 +306,7 @@ def solve(objective: PreferenceModule, rows: Rows, penalty: float = 0.0) -> Solu
         objective: without a policy of its own.
         rows: the data.
         penalty: α of an added α‖θ‖². Under the convention ``ordered_pairs`` it stands beside half
-            of the mean, as the convention says.
+            of the mean, as the convention says [ours; in EXPO's code beside the mean].
     """
     every = starts = starting_points(rows.prompt)
     held = rows.prompt.reference.log()
@@ -309,7 +316,7 @@ def solve(objective: PreferenceModule, rows: Rows, penalty: float = 0.0) -> Solu
 
         def loss(theta: Tensor, fixed=fixed, held=held) -> Tensor:
             value = _losses(fixed, rows, theta.log_softmax(0), held).mean()
-            return value / rows.kl_count + penalty * theta.square().sum() if penalty else value
+            return rows.share * value + penalty * theta.square().sum() if penalty else value
 
         solution = lowest([minimise(loss, start) for start in starts])
         moved = distance(solution.policy, held.exp())

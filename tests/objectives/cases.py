@@ -286,7 +286,11 @@ CASES: dict[str, tuple[PreferenceModule, Formula]] = {
         DPO(0.3, normalise_length=True),
         each(lambda p: -ls(0.3 * (p.dw / p.w - p.dl / p.l))),
     ),
-    "DPO-wpo": (DPO(0.3, wpo=True), each(lambda p: wpo_weight(p) * dpo(p))),
+    "DPO-wpo": (DPO(0.3, wpo=True), each(lambda p: min(mpf(1), wpo_weight(p)) * dpo(p))),
+    "DPO-wpo-unclamped": (
+        DPO(0.3, wpo=True, wpo_clamp=False),
+        each(lambda p: wpo_weight(p) * dpo(p)),
+    ),
     "RobustDPO": (
         RobustDPO(0.3, flip_rate=0.2),
         each(lambda p: (-0.8 * ls(0.3 * p.h) + 0.2 * ls(-0.3 * p.h)) / (1 - 2 * mpf(0.2))),

@@ -16,6 +16,7 @@ from rotopo.objectives import (
     IPO,
     ORPO,
     SFT,
+    SPPO,
     AlphaPO,
     DiscoPOP,
     DrDPO,
@@ -354,3 +355,38 @@ def test_typos_first_term_has_no_reference_and_its_slope_is_the_losing_probabili
     p_w, p_l = math.exp(-3), math.exp(-2)
     assert found.item() == pytest.approx(math.log(1 + p_l / p_w) + 0.4 * 0.7)
     assert gradient.item() == pytest.approx(-p_l / (p_w + p_l))
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.5, 0.9, -0.5])
+def test_f_dpos_paper_writes_1_minus_our_alpha(alpha):
+    """Its f′(u) = (1 − u^{−α})/α, in Wang et al. 2023."""
+    log_ratio = torch.linspace(-4, 4, 17, dtype=torch.float64)
+    paper = (1 - log_ratio.exp() ** -alpha) / alpha
+    torch.testing.assert_close(losses.divergence_score(log_ratio, "alpha", 1 - alpha), paper)
+
+
+def test_the_papers_alpha_of_0_is_the_reverse_kl():
+    log_ratio = torch.linspace(-4, 4, 17, dtype=torch.float64)
+    torch.testing.assert_close(losses.divergence_score(log_ratio, "alpha", 1.0), log_ratio)
+    near = losses.divergence_score(log_ratio, "alpha", 1 - 1e-6)
+    torch.testing.assert_close(near, log_ratio, rtol=0, atol=1e-4)
+
+
+def test_exos_official_code_is_a_label_smoothing_of_e_to_the_minus_10():
+    """Σ p (log p − label), p the softmax of both rewards, the labels 0 and −10."""
+    z = torch.linspace(-30, 30, 61, dtype=torch.float64)
+    p, log_p = torch.stack([z / 2, -z / 2]).softmax(0), torch.stack([z / 2, -z / 2]).log_softmax(0)
+    official = (p * (log_p - values([0.0, -10.0])[:, None])).sum(0)
+    torch.testing.assert_close(losses.exo(z, 4.54e-5), official, rtol=0, atol=5e-5)
+
+
+def test_sppo_is_twice_the_official_loss_whose_targets_are_those_of_certain_labels():
+    """½(Δw − (p − ½)/β)² + ½(Δl − (1 − p − ½)/β)² with a win rate p of 1."""
+    beta, start = SPPO().beta, some()
+    assert beta == 0.001
+    win, lose = 1.0, 0.0
+    official = (
+        (start.chosen_log_ratio - (win - 0.5) / beta).square()
+        + (start.rejected_log_ratio - (lose - 0.5) / beta).square()
+    ) / 2
+    torch.testing.assert_close(SPPO().losses(start), 2 * official)

@@ -108,24 +108,52 @@ def test_sampo_draws_nothing_from_the_global_generator():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_wpos_weights_are_those_worked_out_by_hand():
-    """Two tokens of p ½ and ¼ against Σp² of .5 and .3, times one of p .1 against .2."""
-    start = pairs([2], [1])
+def with_likelihoods(
+    chosen: list[tuple[float, float]], rejected: list[tuple[float, float]]
+) -> PairLogProbs:
+    """A pair whose tokens have these p and Σp² under the policy."""
+    start = pairs([len(chosen)], [len(rejected)])
     tokens = start.tokens
     log_prob = torch.zeros_like(tokens.log_prob)
     sum_squared = torch.ones_like(log_prob)
     for role, numbers in (
-        (Role.CHOSEN, [(0.5, 0.5), (0.25, 0.3)]),
-        (Role.REJECTED, [(0.1, 0.2)]),
+        (Role.CHOSEN, chosen),
+        (Role.REJECTED, rejected),
         (Role.MISMATCHED, [(1e-9, 1e-3)]),
     ):
         of_role = tokens.role == role
-        log_prob[of_role] = torch.tensor([p for p, _ in numbers]).double().log()
-        sum_squared[of_role] = torch.tensor([q for _, q in numbers]).double()
-    made = replace(start, tokens=replace(tokens, log_prob=log_prob, sum_squared=sum_squared))
+        log_prob[of_role] = log_prob.new_tensor([p for p, _ in numbers]).log()
+        sum_squared[of_role] = log_prob.new_tensor([q for _, q in numbers])
+    return replace(start, tokens=replace(tokens, log_prob=log_prob, sum_squared=sum_squared))
+
+
+def test_wpos_weights_are_those_worked_out_by_hand():
+    """Two tokens of p ½ and ¼ against Σp² of .5 and .3, times one of p .1 against .2."""
+    made = with_likelihoods([(0.5, 0.5), (0.25, 0.3)], [(0.1, 0.2)])
     weight = (0.5 / 0.5 * 0.25 / 0.3) ** 0.5 * (0.1 / 0.2)
     found = DPO(0.3, wpo=True).losses(made)
     torch.testing.assert_close(found, weight * DPO(0.3).losses(made), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "product", "clamped"),
+    [
+        ((0.9, 0.6), (0.8, 0.5), 1.5 * 1.6, 1.0),
+        ((0.8, 0.5), (0.1, 0.25), 1.6 * 0.4, 1.6 * 0.4),  # the pair's weight, not each response's
+        ((0.1, 0.25), (0.9, 0.3), 0.4 * 3, 1.0),
+        ((0.3, 0.3), (0.7, 0.7), 1.0, 1.0),
+    ],
+)
+def test_wpos_clamp_is_on_the_pairs_weight(chosen, rejected, product, clamped):
+    made = with_likelihoods([chosen], [rejected])
+    made = replace(made, chosen=made.chosen.detach().requires_grad_())
+    plain = DPO(0.3).losses(made)
+    (slope,) = torch.autograd.grad(plain.sum(), made.chosen, retain_graph=True)
+    for settings, weight in (({}, clamped), ({"wpo_clamp": False}, product)):
+        loss = DPO(0.3, wpo=True, **settings).losses(made)
+        (found,) = torch.autograd.grad(loss.sum(), made.chosen)
+        torch.testing.assert_close(loss, weight * plain, rtol=1e-12, atol=0)
+        torch.testing.assert_close(found, weight * slope, rtol=1e-12, atol=0)
 
 
 def test_wpos_weights_have_no_gradient_and_combine_with_the_other_variants():

@@ -92,7 +92,7 @@ DPO_LOSSES: dict[str, tuple[dict[str, Any], PreferenceModule]] = {
     ),
     "ld_alpha": ({"ld_alpha": 0.4}, LDDPO(B, 0.4)),
     "ld_alpha-0": ({"ld_alpha": 0.0}, LDDPO(B, 0.0)),
-    "wpo": ({"use_weighting": True}, DPO(B, wpo=True)),
+    "wpo": ({"use_weighting": True}, DPO(B, wpo=True, wpo_clamp=False)),
     "mixture": (
         {"loss_type": ["sigmoid", "bco_pair", "ipo"], "loss_weights": [0.8, 0.2, 0.1]},
         Mixture([DPO(B), BCO(B, reward_shift=False), IPO(B)], [0.8, 0.2, 0.1]),
@@ -384,6 +384,39 @@ def test_bco_is_trls_until_its_shift_has_moved(bench):
     assert abs(shift) > 1e-2
     without = BCO(B, reward_shift=False)
     torch.testing.assert_close(objective.losses(log_probs), without.losses(moved))
+
+
+def likely(bench: Bench, row: TokenizedRow) -> TokenizedRow:
+    """With the responses that follow the policy's two favourite first tokens."""
+    responses = []
+    for place in range(2):
+        ids = list(row.prompt)
+        for step in range(4):
+            with torch.no_grad():
+                logits = bench.policy.language_model(torch.tensor([ids])).logits[0, -1]
+            ids.append(logits.topk(2).indices[0 if step else place].item())
+        responses.append(ids[len(row.prompt) :])
+    return replace(row, responses=responses)
+
+
+def test_wpos_clamp_is_where_trls_weights_pass_1(bench):
+    """Elsewhere the clamped loss is TRL's too; there TRL's is the weight times ours."""
+    rows = [likely(bench, row) if i % 2 else row for i, row in enumerate(bench.rows)]
+    log_probs = bench.log_probs(DPO(wpo=True), rows).detach()
+    plain = DPO(B).losses(log_probs)
+    weights = DPO(B, wpo=True, wpo_clamp=False).losses(log_probs) / plain
+    above = weights > 1
+    assert above.any()
+    assert not above.all()
+    trainer = bench.trainer("dpo", beta=B, use_weighting=True)
+    clamped = DPO(B, wpo=True).losses(log_probs)
+    for row, mine, own, is_above in zip(rows, clamped, plain, above, strict=True):
+        theirs, _ = loss_and_gradients(trainer, [row])
+        if is_above:
+            torch.testing.assert_close(mine, own)
+            assert theirs > mine.item() * 1.001
+        else:
+            assert theirs == pytest.approx(mine.item(), rel=1e-5)
 
 
 @pytest.mark.slow

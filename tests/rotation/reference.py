@@ -1,5 +1,7 @@
 """R as an explicit product of D × D plane rotations and reflections, straight from the text."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,24 @@ def givens_product(angles: Tensor, layout: str) -> Tensor:
             rotation[i, j] = -theta.sin()
             product = rotation @ product
     return product
+
+
+def shifted(R: Tensor, layout: str) -> Tensor:
+    """R with coordinate i in the place of i + 1, and the last of each block in that of its first.
+
+    A tree's blocks have 2^⌈k/2⌉ coordinates, where 2^k is the first power of two that D fits in.
+    """
+    D = len(R)
+    size = D if layout == "chain" else 2 ** -(-(D - 1).bit_length() // 2)
+    moved = torch.empty_like(R)
+    places = [
+        block[(i + 1) % len(block)]
+        for block in torch.arange(D).split(size)
+        for i in range(len(block))
+    ]
+    for i, j in itertools.product(range(D), repeat=2):
+        moved[places[i], places[j]] = R[i, j]
+    return moved
 
 
 def reflections(vectors: Tensor) -> Tensor:

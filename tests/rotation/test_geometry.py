@@ -37,6 +37,7 @@ def adapted(config: PeftConfig, D: int = 16, size: float = 0.3) -> nn.Module:
 TARGET = {"target_modules": ["first"]}
 ORTHOGONAL = {
     "rotation": RotationConfig(**TARGET),
+    "rotation two factors": RotationConfig(n_householder=0, givens_factors=2, **TARGET),
     "rotation chain": RotationConfig(layout="chain", **TARGET),
     "oft": OFTConfig(oft_block_size=4, use_cayley_neumann=False, **TARGET),
     "boft": BOFTConfig(boft_block_size=4, **TARGET),

@@ -1,4 +1,8 @@
-"""The printed numbers of the desiderata, the verdicts, and the command."""
+"""The reference numbers of the desiderata, the verdicts, and the command.
+
+MINIMISERS and DIVERGENCES are this project's own, under the convention of ordered pairs; OFFICIAL
+are those of EXPO's code (arXiv 2506.07492).
+"""
 
 import math
 
@@ -11,7 +15,7 @@ import rotopo.objectives
 from rotopo.objectives import DPO, SFT, TYPO, Mixture
 from rotopo.studies import desiderata, desiderata_plots
 from rotopo.studies.surfaces import surface
-from rotopo.studies.tabular import Prompt, at_strength, kl
+from rotopo.studies.tabular import Prompt, arms, at_strength, kl
 from tests.studies.refusals import assert_refused, assert_refuses_a_file
 
 PROMPT = Prompt.of([0.6, 0.3, 0.1], [0.4, 0.4, 0.2])
@@ -19,7 +23,7 @@ GOOD = Prompt.of([0.6, 0.3, 0.1], [0.6, 0.3, 0.1])
 BAD = Prompt.of([0.6, 0.2, 0.2], [0.4, 0.2, 0.4])
 MIXTURE = Mixture([DPO(), SFT()], [1.0, 0.2])
 
-# The numbers as they are printed; each holds to its last decimal.
+# Each holds to its last decimal.
 MINIMISERS = {
     ("DPO", 0.01): ("1", "0", "0"),
     ("DPO", 0.1): (".999", ".001", "0"),
@@ -41,6 +45,10 @@ MINIMISERS = {
 OF_LABELLED_PAIRS = {
     ("TYPO", 0.1): (".5667", ".3224", ".1109"),
     ("TYPO", 1): (".4710", ".3761", ".1529"),
+    **{key: value for key, value in MINIMISERS.items() if key[0] in ("DPO", "IPO")},
+}
+OFFICIAL = {
+    ("TYPO", 0.1): (".5873", ".3087", ".1040"),
     **{key: value for key, value in MINIMISERS.items() if key[0] in ("DPO", "IPO")},
 }
 DIVERGENCES = {  # KL(π*‖π) on the good and on the bad prompt, by ln λ
@@ -78,7 +86,7 @@ def paper() -> desiderata.Objectives:
     return desiderata.paper_objectives()
 
 
-def test_the_minimisers_over_lambda_are_those_printed(paper):
+def test_the_minimisers_over_lambda_are_the_projects(paper):
     table = desiderata.interpolation(paper, PROMPT, (0.01, 0.1, 1, 100))
     assert len(table) == len(MINIMISERS)
     assert_minimisers(table, MINIMISERS)
@@ -90,7 +98,38 @@ def test_as_an_expectation_over_labelled_pairs_only_typo_changes(paper):
     assert_minimisers(table, OF_LABELLED_PAIRS)
 
 
-def test_the_divergences_on_the_good_and_on_the_bad_prompt_are_those_printed(paper):
+def test_the_official_convention_gives_expos_numbers_and_a_sixth_of_lambda(paper):
+    table = desiderata.interpolation(paper, PROMPT, (0.01, 0.1, 1, 100), "official")
+    assert_minimisers(table, OFFICIAL)
+    ours = desiderata.interpolation({"TYPO": TYPO()}, PROMPT, (0.6, 6.0))
+    theirs = desiderata.interpolation({"TYPO": TYPO()}, PROMPT, (3.6, 36.0), "official")
+    for column in ("pi_1", "pi_2", "pi_3"):
+        assert theirs[column].tolist() == pytest.approx(ours[column].tolist(), abs=1e-7)
+
+
+def test_officially_divergences_are_a_third_and_typos_lambda_a_sixth(paper):
+    """Of three responses; the reference's line on the bad prompt is then at .0349."""
+    bad = kl(BAD.true, BAD.reference.log())
+    assert_prints_as(bad / arms(BAD, "official"), ".0349")
+    wanted = ("DPO", "IPO")
+    some = {name: paper[name] for name in wanted}
+    thirds = desiderata.preservation(some, GOOD, BAD, (-1, 0, 1), "official")
+    whole = desiderata.preservation(some, GOOD, BAD, (-1, 0, 1))
+    for column in ("kl_good", "kl_bad"):
+        assert (3 * thirds[column]).tolist() == pytest.approx(whole[column].tolist(), abs=1e-8)
+    typo = {"TYPO": TYPO()}
+    official = desiderata.preservation(typo, GOOD, BAD, (math.log(6),), "official")
+    assert 3 * official.kl_bad[0] == pytest.approx(
+        desiderata.preservation(typo, GOOD, BAD, (0.0,)).kl_bad[0], abs=1e-8
+    )
+    assert 3 * official.kl_bad[0] == pytest.approx(0.062, abs=5e-4)
+
+
+def test_the_curves_are_over_the_official_codes_range():
+    assert (min(desiderata.LOG_LAMBDAS), max(desiderata.LOG_LAMBDAS)) == (-5, 5)
+
+
+def test_the_divergences_on_the_good_and_on_the_bad_prompt_are_the_projects(paper):
     assert_prints_as(kl(BAD.true, BAD.reference.log()), ".1046")
     table = desiderata.preservation(paper, GOOD, BAD, (-1, 0, 1))
     table = table.set_index(["objective", "log_lambda"])
@@ -102,12 +141,17 @@ def test_the_divergences_on_the_good_and_on_the_bad_prompt_are_those_printed(pap
     assert (table.remark == "").all()
 
 
-def test_a_constraint_parts_dpo_from_rlhf_as_printed():
-    table = desiderata.constraint(PROMPT, (0.0, 0.1)).set_index(["loss_name", "alpha"])
+@pytest.mark.parametrize(
+    ("convention", "constrained"),
+    [("ordered_pairs", (".449", ".358", ".193")), ("official", (".497", ".357", ".146"))],
+)
+def test_a_constraint_parts_dpo_from_rlhf(convention, constrained):
+    table = desiderata.constraint(PROMPT, (0.0, 0.1), convention)
+    table = table.set_index(["loss_name", "alpha"])
     for key, policy in {
         ("DPO", 0.0): (".632", ".316", ".053"),
         ("RLHF", 0.0): (".632", ".316", ".053"),
-        ("DPO", 0.1): (".449", ".358", ".193"),
+        ("DPO", 0.1): constrained,
         ("RLHF", 0.1): (".536", ".318", ".146"),
     }.items():
         for column, number in zip(("pi_1", "pi_2", "pi_3"), policy, strict=True):

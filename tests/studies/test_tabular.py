@@ -66,7 +66,9 @@ def test_ipos_minimiser_is_the_reference_tilted_by_the_mean_win_rate(prompt, str
     assert_policy(found.policy, (prompt.reference.log() + tilt).softmax(0))
 
 
-@pytest.mark.parametrize(("convention", "kl_count"), [("ordered_pairs", 2), ("labelled_pairs", 1)])
+@pytest.mark.parametrize(
+    ("convention", "kl_count"), [("ordered_pairs", 2), ("labelled_pairs", 1), ("official", 1 / 2)]
+)
 def test_of_two_responses_typo_is_a_weighted_mean_of_truth_and_reference(convention, kl_count):
     """Two probabilities add up to 1, so that log(1 + π_l/π_w) = −log π_w."""
     for strength in (0.05, 0.8, 20.0):

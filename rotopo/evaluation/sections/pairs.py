@@ -10,8 +10,8 @@ from rotopo.evaluation.page import Cell, Panel, Picture, Section, Table, number,
 from rotopo.evaluation.runs import Test
 from rotopo.evaluation.sections.common import measures, prompt_text, spread, word_clouds
 
-# The alignment report's reward models: Qwen2.5-0.5B on align-anything (accuracy, mean, standard
-# deviation).
+# The alignment report's reward models: Qwen2.5 on align-anything (accuracy, mean, standard
+# deviation). Its batch of 2 is 4 pairs a step, for it accumulated twice.
 _PUBLISHED = {
     "published: untrained": (0.568, 0.702, 1.552),
     "published: trained, batch 2": (0.703, 0.079, 3.403),
@@ -104,8 +104,9 @@ def reward_models(tests: list[Test], published: bool, samples: int) -> Section:
         if published:
             caption += (
                 " Shaded: the alignment report's own figures, of another model, data set and "
-                "size (Qwen2.5-0.5B, align-anything text to text; its accuracies fit 498 or 996 "
-                "pairs, and its validation split has 1,000): not a comparison under equal terms."
+                "size (Qwen2.5, 0.5B by all signs, align-anything text to text; its accuracies fit "
+                "498 or 996 pairs, and its validation split has 1,000): not a comparison under "
+                "equal terms."
             )
         parts.append(measures(tests, caption, _PUBLISHED if published else {}))
         parts.append(
