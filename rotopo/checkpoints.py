@@ -188,7 +188,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 left.unlink(missing_ok=True)
         except (OSError, RuntimeError) as error:  # torch's own has the disk's behind it
             full = full_disk(error)
-            raise error if full is None else disk_is_full(path, full, path.parent) from error
+            if full is None:
+                raise
+            raise disk_is_full(path, full, path.parent) from error
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
@@ -207,7 +209,7 @@ def disk_is_full(file: Path | None, error: OSError, folder: Path | None) -> Inpu
         error: what the system says.
         folder: the run's checkpoints, if it keeps any.
     """
-    good = last_good(folder, "*.ckpt") if folder else None
+    good = last_good(folder) if folder else None
     advice = f"go on with --ckpt_path {good}" if good else "there is no checkpoint to go on from"
     place = file or error.filename or "a file of the run"
     return InputError(f"{place} cannot be written ({error.strerror}): make room; {advice}.")

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import rotopo.objectives
 import rotopo.reward  # (classes are known by their short names once imported)
@@ -27,8 +28,10 @@ import rotopo.robust  # noqa: F401
 from rotopo.checkpoints import WholeCheckpointIO, check, disk_is_full, last_good
 from rotopo.data.doctor import refusal, render
 from rotopo.data.module import PairwiseDataModule
-from rotopo.errors import InputError
+from rotopo.errors import InputError, input_error
 from rotopo.files import full_disk
+from rotopo.monitors import Monitors
+from rotopo.refusals import Began, Building, fault, in_one_line
 from rotopo.slurm import Job, take_over
 from rotopo.training import PairwiseModule
 
@@ -92,9 +95,26 @@ class RotopoCLI(LightningCLI):
         commands = {k: v | {"weights_only"} for k, v in LightningCLI.subcommands().items()}
         return {**commands, "doctor": {"model", "datamodule"}}
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        with in_one_line():
+            super().parse_arguments(parser, args)
+
     def before_instantiate_classes(self) -> None:
         for name in ("model", "data"):
             _refuse_ill_typed(name, self._get(self.config, name))
+        # After Lightning's, which build the module and the datamodule.
+        self._building = Building(self._settings())
+        self.parser.add_instantiator(self._building, object)
+
+    def instantiate_classes(self) -> None:
+        with in_one_line(self._settings):
+            try:
+                super().instantiate_classes()
+            except Exception as error:
+                raise self._building.failure or error from error.__cause__
+
+    def _settings(self) -> Namespace:
+        return self.config[self.config.subcommand]
 
     def _set_seed(self) -> None:
         try:
@@ -137,7 +157,8 @@ class RotopoCLI(LightningCLI):
         """Lightning's, whose end by SIGTERM or a full disk is told in one line."""
         keeper = self.trainer.checkpoint_callback
         try:
-            super()._run_subcommand(subcommand)
+            with in_one_line(self._settings, lambda: self._began.began):
+                super()._run_subcommand(subcommand)
         except SIGTERMException as stop:
             stop.code = status = int(stop.code or 128 + signal.SIGTERM)
             name = signal.Signals(status - 128).name
@@ -149,7 +170,7 @@ class RotopoCLI(LightningCLI):
             raise
         except Exception as error:
             full = full_disk(error)
-            if full is None or _input_error(error):
+            if full is None or input_error(error):
                 raise
             folder = getattr(keeper, "dirpath", None)
             raise disk_is_full(None, full, folder and Path(folder)) from error
@@ -181,14 +202,15 @@ class RotopoCLI(LightningCLI):
                 raise InputError(
                     f"trainer.{name} is {config[name]}: it has to be at least {least}."
                 )
+        if config.val_check_interval == 0:
+            raise InputError("trainer.val_check_interval is 0: it has to be above zero.")
+        self._began = Began()
+        own = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
+        kwargs["callbacks"] = [Monitors(), self._began, *(one for one in own if one is not None)]
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except OverflowError as error:
             raise InputError(f"trainer.devices is {config.devices}: too many.") from error
-        except (MisconfigurationException, TypeError, ValueError) as error:
-            if _input_error(error) is not None:
-                raise
-            raise InputError(f"trainer: {' '.join(str(error).split())}") from error
         take_over(trainer, self._job)
         trainer.slurm_job = self._job  # type: ignore[attr-defined]
         return trainer
@@ -210,12 +232,23 @@ class _Parts(RotopoCLI):
 
 
 def main(args: list[str] | None = None) -> None:
-    """The console script; see :func:`run` and :func:`call`."""
+    """The console script; see :func:`run` and :func:`call`.
+
+    Raises:
+        SystemExit: after bad input with status 2; after a fault with status 1, and a traceback.
+    """
     args = sys.argv[1:] if args is None else args
-    if args and args[0] in _FUNCTIONS:
-        call(args[0], args[1:])
-    else:
-        run(args)
+    try:
+        if args and args[0] in _FUNCTIONS:
+            call(args[0], args[1:])
+        else:
+            run(args)
+    except Exception as error:
+        traceback.print_exception(error)
+        said = fault(error)
+        if said is not None:
+            print(f"rotopo: {said}", file=sys.stderr)
+        sys.exit(1)
 
 
 def call(command: str, args: list[str]) -> None:
@@ -231,7 +264,7 @@ def call(command: str, args: list[str]) -> None:
     from jsonargparse import auto_cli
 
     module, _, name = _FUNCTIONS[command].rpartition(".")
-    with _messages():
+    with _messages(), in_one_line():
         function = getattr(import_module(module), name)
         auto_cli(function, args=args, as_positional=False, prog=f"rotopo {command}")
 
@@ -303,7 +336,7 @@ def _messages() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        cause = _input_error(error)
+        cause = input_error(error)
         if cause is None:
             raise
         print(f"rotopo: {cause}", file=sys.stderr)
@@ -330,13 +363,6 @@ def _refuse_ill_typed(name: str, given: Namespace) -> None:
             raise InputError(f"{name}.{parameter.name} is null: it has to have a value.")
         if isinstance(arguments.get(parameter.name), list) and is_dataclass(annotation):
             raise InputError(f"{name}.{parameter.name} is a list: name its settings instead.")
-
-
-def _input_error(error: BaseException | None) -> InputError | None:
-    """The bad input behind an error: jsonargparse wraps what a class raises when it is built."""
-    while error is not None and not isinstance(error, InputError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def _keep_only_what_classes_share() -> None:

@@ -1,4 +1,6 @@
-"""The one error type for input that the user can mend."""
+"""The one error type for input that the user can mend, and what an error came from."""
+
+from collections.abc import Iterator
 
 
 class InputError(ValueError):
@@ -7,3 +9,18 @@ class InputError(ValueError):
     The message names the place and says what to do. The command line prints it alone,
     without a traceback, and exits with status 2.
     """
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and what it came from; each once, although they may come from one another."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def input_error(error: BaseException) -> InputError | None:
+    """The bad input that an error came from: jsonargparse wraps what a class raises when it is
+    built."""
+    return next((e for e in chain(error) if isinstance(e, InputError)), None)

@@ -213,7 +213,8 @@ def _choose_checkpoint(run: Path, given: Path | None) -> tuple[Path, str]:
     """The checkpoint to export, and which one that is, in words."""
     if given is not None:
         return given, "as asked for"
-    files = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda f: f.stat().st_mtime)
+    # A slash in a checkpoint's name has made folders.
+    files = sorted((run / "checkpoints").rglob("*.ckpt"), key=lambda f: f.stat().st_mtime)
     if not files:
         raise InputError(
             f"run: there is no checkpoint in {run / 'checkpoints'}: name one in checkpoint, or let "
@@ -222,7 +223,10 @@ def _choose_checkpoint(run: Path, given: Path | None) -> tuple[Path, str]:
     last = [file for file in files if file.name.startswith("last")] or files
     for callback in check(last[-1]).get("callbacks", {}).values():
         if callback.get("monitor") and callback.get("best_model_path"):
-            best = run / "checkpoints" / Path(callback["best_model_path"]).name
+            path = Path(callback["best_model_path"])
+            kept = Path(callback.get("dirpath") or path.parent)
+            name = path.relative_to(kept) if path.is_relative_to(kept) else path.name
+            best = run / "checkpoints" / name
             if not best.exists():
                 raise InputError(
                     f"run: the checkpoint with the best {callback['monitor']}, {best}, is gone: "

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rotopo.errors import InputError
+from rotopo.errors import InputError, chain
 
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
@@ -147,11 +147,9 @@ def sha256(file: Path) -> str:
 
 def full_disk(error: BaseException | None) -> OSError | None:
     """The full disk, spent quota or limit on a file's size behind an error; None if it is none."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    found = (e for e in chain(error) if isinstance(e, OSError) and e.errno in full)
+    return next(found, None)
 
 
 def to_json(value: Any) -> str:

@@ -47,7 +47,7 @@ class Job:
         if not int(os.environ.get("SLURM_RESTART_COUNT", "0")):
             return
         folders = self.record.read_text("utf-8").splitlines() if self.record.exists() else []
-        found = (last_good(Path(folder), "*.ckpt") for folder in reversed(folders))
+        found = (last_good(Path(folder)) for folder in reversed(folders))
         self.resumed = next((path for path in found if path), None)
         where = f"goes on from {self.resumed}" if self.resumed else "begins anew: it kept nothing"
         rank_zero_info(f"This job was queued again: it {where}.")

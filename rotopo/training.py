@@ -23,6 +23,8 @@ from torch.optim.lr_scheduler import LambdaLR
 import rotopo
 from rotopo.checkpoints import Interruption
 from rotopo.errors import InputError
+from rotopo.monitors import MetricSchedules, follows_metric
+from rotopo.refusals import naming
 
 if TYPE_CHECKING:  # else rotopo --help would wait for them
     from transformers import PreTrainedModel
@@ -145,8 +147,10 @@ class PairwiseModule(LightningModule):
     Args:
         optimizer: any optimiser by class path, with its settings.
         scheduler: any learning-rate scheduler by class path, stepped once per optimiser step;
-            one that takes ``total_steps`` and has none set gets the Trainer's number. None keeps
-            the learning rate.
+            one that takes ``total_steps`` and has none set gets the Trainer's number. One that
+            follows a metric, ``lightning.pytorch.cli.ReduceLROnPlateau`` with its ``monitor``, is
+            stepped after each validation, or for a metric that is not under ``val/`` at the end
+            of each epoch. None keeps the learning rate.
     """
 
     # Whether a pair's loss depends on the other pairs of its micro-batch, as KTO's does.
@@ -216,7 +220,8 @@ class PairwiseModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         given = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
-        always = [*self.always_on(), Interruption()]  # last: it may end the run
+        # The last may end the run.
+        always = [*self.always_on(), MetricSchedules(), Interruption()]
         return [callback for callback in always if type(callback) not in given]
 
     def response_lengths(self, batch: "PairBatch") -> Tensor:
@@ -254,15 +259,37 @@ class PairwiseModule(LightningModule):
         settings = getattr(self.scheduler, "keywords", {})  # of the partial that the CLI makes
         total: dict[str, Any] = {}
         if "total_steps" in settings and settings["total_steps"] is None:
-            total["total_steps"] = int(self.trainer.estimated_stepping_batches)
+            steps = self.trainer.estimated_stepping_batches
+            if steps == math.inf:
+                raise InputError(
+                    "model.scheduler: a run without an end (trainer.max_epochs, max_steps) gives "
+                    "it no number of steps: set model.scheduler.total_steps."
+                )
+            total["total_steps"] = int(steps)
             # Asking set the training loader up, before Lightning has restored the position in
             # the epoch; let it be set up again, or a resumed run would start the epoch over.
             self.trainer.fit_loop._combined_loader = None
         scheduler = self.scheduler(optimizer, **total)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        config: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
+        if follows_metric(scheduler):
+            config["monitor"] = getattr(scheduler, "monitor", None)
+            if config["monitor"] is None:
+                raise InputError(
+                    f"model.scheduler ({type(scheduler).__name__}) follows a metric, and its class "
+                    "has no setting to name one: write class_path: "
+                    "lightning.pytorch.cli.ReduceLROnPlateau, with init_args: {monitor: val/loss}."
+                )
+            # So that Lightning leaves it to MetricSchedules.
+            config |= {"reduce_on_plateau": True, "frequency": sys.maxsize}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        with naming("model.optimizer"):
+            super().optimizer_step(*args, **kwargs)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        with naming("model.scheduler"):
+            super().lr_scheduler_step(scheduler, metric)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """Weight decay would pull rotations back to where no rotation is: they go without."""
@@ -286,7 +313,8 @@ class PairwiseModule(LightningModule):
             assert strategy.model is not None
             strategy.model.clip_grad_norm_(gradient_clip_val)  # type: ignore[operator]
         else:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            with naming("trainer.gradient_clip_val"):
+                self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = self.saved_names()

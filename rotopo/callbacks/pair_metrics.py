@@ -24,6 +24,7 @@ class PairMetricsCallback(Callback):
     def __init__(self) -> None:
         self.training: PairMeans | None = None
         self.evaluation: PairMeans | None = None
+        self.pair_metric_names: set[str] = set()  # what it has logged, without the stage
 
     @abstractmethod
     def values(self, module: Any, outputs: dict[str, Any]) -> Values | None:
@@ -48,6 +49,7 @@ class PairMetricsCallback(Callback):
             return None
         values = means.compute()
         means.reset()
+        self.pair_metric_names |= values.keys()
         for name, value in values.items():
             module.log(f"{stage}/{name}", value, prog_bar=name in self.on_progress_bar)
         return values

@@ -43,6 +43,14 @@ class Speed(Callback):
     The last token of a response is predicted and never an input, so no count of passes has it.
     """
 
+    metric_names = tuple(
+        f"speed/{name}"
+        for name in (
+            *("pairs_per_second", "tokens_per_second", "tokens_computed", "tokens_avoided"),
+            *("floor_share", "mfu", "memory_gib"),
+        )
+    )
+
     def __init__(self) -> None:
         self.decoder: Decoder | None = None
         self.peak: float | None = None

@@ -28,6 +28,8 @@ class NoiseDetection(Callback):
         InputError: the data has no noise of which the flips are known, or rows are unpaired.
     """
 
+    metric_names = tuple(f"noise/{name}" for name in ("auroc", "recall", "precision", "fitted"))
+
     def __init__(self, every_n_epochs: int = 1, rho: float = 0.2) -> None:
         if every_n_epochs < 1 or not 0 <= rho <= 1:
             raise InputError(
