@@ -112,6 +112,13 @@ class RotopoCLI(LightningCLI):
                 super().instantiate_classes()
             except Exception as error:
                 raise self._building.failure or error from error.__cause__
+            self._take_clock()
+
+    def _take_clock(self) -> None:
+        """Have a chat template that writes the time go on with the checkpoint's."""
+        path = self._settings().get("ckpt_path")
+        if path and Path(path).exists() and self.datamodule.encoder.template.reads_clock:
+            self.datamodule.take_clock(check(Path(path)))
 
     def _settings(self) -> Namespace:
         return self.config[self.config.subcommand]

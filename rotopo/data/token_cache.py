@@ -298,7 +298,13 @@ def _tokenize_batch(
                 preference = read(row)
                 written = encoder.write(preference)
                 unwritten = encoder.unwritten(preference, written)
-                pair, outcome = encoder.truncate(encoder.tokenize(written))
+                pair = encoder.tokenize(written)
+                if pair.chosen == pair.rejected and unwritten:
+                    raise InputError(
+                        f"{unwritten[0]}, and without it chosen and rejected are the same: give a "
+                        "template that does (data.chat_template)."
+                    )
+                pair, outcome = encoder.truncate(pair)
         except InputError:
             if not drop["bad"]:
                 raise
