@@ -112,6 +112,7 @@ class PairScores(Callback):
                     "chosen_tokens": int(pairs.chosen_tokens[i]),
                     "rejected_tokens": int(pairs.rejected_tokens[i]),
                     "prompt": preference.prompt,
+                    **preference.inputs.columns,
                     "chosen": _text(preference.chosen),
                     "rejected": _text(preference.rejected),
                 }

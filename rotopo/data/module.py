@@ -568,13 +568,7 @@ class PairwiseDataModule(LightningDataModule):
         if self.score is not None:
             return self.responses.lines[row]
         preference = self.preference(self._prompt_split(), row)
-        tools, kwargs = preference.inputs.tools, preference.inputs.kwargs
-        return {
-            "row": row,
-            "prompt": preference.prompt,
-            **({"tools": tools} if tools else {}),
-            **({"chat_template_kwargs": kwargs} if kwargs else {}),
-        }
+        return {"row": row, "prompt": preference.prompt, **preference.inputs.columns}
 
     def has(self, name: str) -> bool:
         """Whether there are rows of ``train``, ``validation`` or ``test``."""
@@ -670,6 +664,12 @@ class PairwiseDataModule(LightningDataModule):
         if self.trainer.state.fn != TrainerFn.FITTING:
             return
         here = self.state_dict()
+        before, now = state_dict.get("template_time"), here["template_time"]
+        if before != now:
+            raise InputError(
+                f"data.template_time: the chat template writes the time, which was {before} for "
+                f"this checkpoint and is {now} here: leave the setting out."
+            )
         if state_dict["data_fingerprint"] != here["data_fingerprint"]:
             raise InputError(
                 "ckpt_path: this checkpoint was trained on other pairs (fingerprint "
@@ -691,10 +691,11 @@ class PairwiseDataModule(LightningDataModule):
         return template.time.isoformat() if template.reads_clock else None
 
     def take_clock(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take a checkpoint's time for the present, unless a setting says which."""
-        state = checkpoint.get(type(self).__qualname__) or {}
-        if self.template_time is None:
-            self.template_time = state.get("template_time")
+        """Have the chat template take a checkpoint's time for the present, unless a setting says
+        which."""
+        time = (checkpoint.get(type(self).__qualname__) or {}).get("template_time")
+        if self.template_time is None and time is not None:
+            self._set_clock(time)
 
     def _stop_clock(self, data: str) -> None:
         """Let a template that asks for the time get the same one for the same data, whenever.
@@ -720,13 +721,14 @@ class PairwiseDataModule(LightningDataModule):
         """Take the first rank's time."""
         if self.trainer is None or not self.encoder.template.reads_clock:
             return
-        before, self.template_time = (
-            self.template_time,
-            self.trainer.strategy.broadcast(self.template_time),
-        )
-        if self.template_time not in (None, before):
+        time = self.trainer.strategy.broadcast(self.template_time)
+        if time not in (None, self.template_time):
             self._loaded = {}
-            self.encoder.template.time = datetime.fromisoformat(self.template_time)
+            self._set_clock(time)
+
+    def _set_clock(self, time: str) -> None:
+        self.template_time = time
+        self.encoder.template.time = datetime.fromisoformat(time)
 
     def _source_splits(self) -> list[str]:
         return [self.train_split, *(s for s in self.held_out.values() if isinstance(s, str))]

@@ -21,6 +21,12 @@ class TemplateInputs:
     tools: list[dict[str, Any]] | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def columns(self) -> dict[str, Any]:
+        """As the columns of a row that has them."""
+        columns = {"tools": self.tools, "chat_template_kwargs": self.kwargs}
+        return {name: value for name, value in columns.items() if value}
+
 
 @dataclass(frozen=True)
 class Preference:

@@ -164,11 +164,13 @@ def write(decisions: list[Decision], data: Any, rho: float, folder: Path) -> Non
         for place, pair in decision.accepted.items():
             texts = (decode(i, skip_special_tokens=True) for i in (pair.chosen, pair.rejected))
             chosen, rejected = texts
+            preference = data.preference("train", numbers[place])
             accepted.append(
                 {
                     "round": t,
                     "row": numbers[place],
-                    "prompt": data.preference("train", numbers[place]).prompt,
+                    "prompt": preference.prompt,
+                    **preference.inputs.columns,
                     "chosen": chosen,
                     "rejected": rejected,
                     "chosen_from": pair.origin[0],
