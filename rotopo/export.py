@@ -495,7 +495,7 @@ def _check_tokens(job: _Job, folder: Path) -> Iterator[str]:
                 continue
             whole = _template_ids(encoder, tokenizer, preference, turns)
             expected = pair.prompt + ids
-            found, meant = tokenizer.decode(whole), tokenizer.decode(expected)
+            found, meant = (str(tokenizer.decode(ids)) for ids in (whole, expected))
             # A policy's template goes on after the end of turn, or leaves that to the eos.
             alike = found.startswith(meant) or meant.startswith(found)
             if not (found == meant if job.kind == "reward" else alike):
