@@ -147,6 +147,8 @@ def load_as_set(
         config.trust_remote_code,
         **quantized(config, divided),
     )
+    if (dtype or trained) == torch.float64:
+        model.set_experts_implementation("eager")  # torch has no grouped products in float64
     return model, trained
 
 
