@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from rotopo.data.batch import Layout, PairBatch
 from rotopo.errors import InputError
 from rotopo.models.attention import attention_inputs
+from rotopo.models.router import RouterLoss
 from rotopo.models.segment_attention import segment_attention
 from rotopo.models.settings import BackboneConfig, DtypeName, Quantization
 from rotopo.models.sharding import Sharding, decoder_layers
@@ -277,9 +278,8 @@ def hidden_states(
     model: PreTrainedModel, batch: PairBatch, inputs: dict[str, Any], index: Tensor
 ) -> Tensor:
     """The decoder's last hidden states of the tokens at a flat index [N] -> [N, D]."""
-    decoder = model.base_model
-    hidden = decoder(input_ids=batch.input_ids, use_cache=False, **inputs).last_hidden_state
-    return hidden.flatten(0, 1)[index]
+    outputs = model.base_model(input_ids=batch.input_ids, use_cache=False, **inputs)
+    return outputs.last_hidden_state.flatten(0, 1)[index]
 
 
 def layer_states(model: PreTrainedModel, batch: PairBatch) -> list[Tensor]:
@@ -317,6 +317,8 @@ class Backbone(nn.Module):
 
     Attributes:
         sharding: how the model is divided among ranks, if it is.
+        router: the router loss that the model is trained with, if it is.
+        router_loss: its value for the last batch [], with its gradient.
     """
 
     def __init__(
@@ -331,6 +333,8 @@ class Backbone(nn.Module):
         self.reference = reference
         self.compiled = False
         self.sharding: Sharding | None = None
+        self.router: RouterLoss | None = None
+        self.router_loss: Tensor | None = None
         self._checked: set[Layout] = set()
 
     @property
@@ -347,6 +351,17 @@ class Backbone(nn.Module):
         if self.sharding is not None and self.sharding.mesh.device_type == "cuda":
             return torch.device("cuda", torch.cuda.current_device())
         return embeddings(self.language_model).device
+
+    def trained_states(self, batch: PairBatch, inputs: dict[str, Any], index: Tensor) -> Tensor:
+        """As :func:`hidden_states`, of what trains; keeps the router loss of the same pass."""
+        if self.router is None:
+            return hidden_states(self.language_model, batch, inputs, index)
+        decoder = self.language_model.base_model
+        outputs = decoder(
+            input_ids=batch.input_ids, use_cache=False, output_router_logits=True, **inputs
+        )
+        self.router_loss = self.router(batch, outputs)
+        return outputs.last_hidden_state.flatten(0, 1)[index]
 
     @torch.no_grad()
     def hidden_states(self, batch: PairBatch, reference: bool = False) -> list[Tensor] | None:
