@@ -71,8 +71,9 @@ def load_config(
 ) -> PretrainedConfig:
     """The configuration of the model at ``path``, with every dropout of the base set to zero.
 
-    Dropout in the base would make policy and reference differ before training; an adapter's own
-    dropout is left alone.
+    Dropout in the base would make policy and reference differ before training, and so would the
+    noise that some routers of experts add to their input; an adapter's own dropout is left alone.
+    Warns of a family that is random in training in a way that cannot be switched off.
     """
     folder = pretrained_folder(path)
     try:
@@ -82,8 +83,16 @@ def load_config(
             f"No model at {path!r}: give {setting}.path a model's name on the Hub, a folder, a "
             f"GGUF file, or package:PACKAGE/FILE. ({first_line(error)}){conversion_advice(path)}"
         ) from error
+    sampled = config.model_type == "phimoe"  # whose router_jitter_noise says what near ties are
+    if sampled:
+        warnings.warn(
+            "phimoe chooses at random between experts that are nearly tied while it trains: "
+            "policy and reference differ by that, before training too.",
+            stacklevel=2,
+        )
     for name, value in config.to_dict().items():
-        if "drop" in name and isinstance(value, float):
+        noise = "jitter" in name and not (sampled and name == "router_jitter_noise")
+        if ("drop" in name or noise) and isinstance(value, float):
             setattr(config, name, 0.0)
     return config
 

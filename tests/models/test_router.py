@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rotopo.data.batch import Role, TokenizedRow, collate
 from rotopo.errors import InputError
+from rotopo.models.backbone import load_config
 from rotopo.models.policy import Policy, PolicyConfig
 from rotopo.models.router import RouterLoss, sharers
 from rotopo.models.scorer import Scorer
@@ -200,6 +201,22 @@ def test_what_cannot_be_computed_is_refused_and_trains_without():
 def test_an_auxiliary_loss_that_transformers_lacks_is_named():
     with pytest.warns(UserWarning, match=r"deepseek_v3.*aux_loss_alpha 0\.001.*left out"):
         assert of(make("deepseek_v3", aux_loss_alpha=0.001)) is None
+
+
+def test_a_routers_noise_is_switched_off_like_dropout(tmp_path):
+    make("mixtral", torch.float32, router_jitter_noise=0.3).save_pretrained(tmp_path)
+    config = PolicyConfig(str(tmp_path), lora(""), "float32")
+    policy = Policy.load(config, needs_reference=True).train()
+    batch = collate(some_rows(), 0, "packed", 1.0)
+    assert torch.equal(policy(batch).chosen, policy(batch).chosen)
+
+
+def test_a_family_that_draws_its_experts_is_named(tmp_path):
+    settings = {**FAMILIES["mixtral"], "input_jitter_noise": 0.1}
+    AutoConfig.for_model("phimoe", **settings).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="phimoe chooses at random"):
+        config = load_config(str(tmp_path))
+    assert (config.router_jitter_noise, config.input_jitter_noise) == (0.01, 0)
 
 
 def test_routers_that_tell_nothing_are_refused():
