@@ -250,6 +250,25 @@ class PairwiseModule(LightningModule):
     def _step(self, batch: "PairBatch") -> dict[str, Any]:
         """The loss of a batch, and what callbacks log from."""
 
+    def _outputs(self, batch: "PairBatch", losses: Tensor, **others: Any) -> dict[str, Any]:
+        """What a step returns.
+
+        Args:
+            batch: that has just gone through the backbone.
+            losses: of its rows [B].
+            others: what callbacks log from beside the losses.
+        """
+        outputs = {"loss": losses.sum() * batch.loss_scale, "losses": losses.detach(), **others}
+        router = self.backbone.router
+        if router is not None:
+            # Not scaled by pairs: over micro-batches and ranks it is a mean, which Lightning's
+            # division by the accumulation and DDP's by the ranks make of it.
+            loss, self.backbone.router_loss = self.backbone.router_loss, None
+            assert loss is not None
+            outputs["loss"] = outputs["loss"] + router.coefficient * loss
+            outputs["router_loss"] = loss.detach()
+        return outputs
+
     def configure_optimizers(self) -> Any:
         if self.optimizer is None:
             raise InputError("model.optimizer is not set: name one, e.g. torch.optim.AdamW.")

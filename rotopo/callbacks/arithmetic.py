@@ -62,7 +62,7 @@ class Decoder:
     Attributes:
         linear: weights of the decoder's linear layers; an adapter's own are left out.
         head: weights of the output head; 0 for a model without one.
-        width: numbers in a token's query, of all heads.
+        width: numbers in a token's query and in its value, of all heads.
         windows: how many layers attend to the last so many positions (None: to all of them).
         trained: whether these weights train, rather than an adapter on them.
         recomputed: whether the backward pass computes the activations again.
@@ -88,7 +88,7 @@ class Decoder:
         return cls(
             linear=sum(map(_size, layers)),
             head=0 if head is None else _size(head),
-            width=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
+            width=heads * _head_width(config),
             windows=dict(Counter(window if k == "sliding_attention" else None for k in kinds)),
             trained=any(layer.weight.requires_grad for layer in layers),
             recomputed=any(getattr(m, "gradient_checkpointing", False) for m in model.modules()),
@@ -112,9 +112,10 @@ class Decoder:
             reference: whether the reference is computed beside the policy.
         """
         products = 2 * (self.linear * tokens + self.head * targets)
-        # A score and its part in the output; both factors of both have a gradient.
+        # Of a query a score, of a value its part in the output; both factors of both have a
+        # gradient.
         visible = sum(n * layers for n, layers in zip(scores, self.windows.values(), strict=True))
-        attention = 4 * self.width * visible
+        attention = 2 * self.width * visible
         return products * (2 + self.trained + reference) + attention * (3 + reference)
 
 
@@ -125,6 +126,14 @@ def is_known(model: "PreTrainedModel") -> bool:
     kinds = set(getattr(config, "layer_types", None) or ())
     experts = any("experts" in setting for setting in config.to_dict())
     return not experts and kinds <= {"full_attention", "sliding_attention"}
+
+
+def _head_width(config: Any) -> int:
+    """Numbers in a head's query and value; in multi-head latent attention neither is head_dim."""
+    latent = getattr(config, "qk_nope_head_dim", 0) + getattr(config, "qk_rope_head_dim", 0)
+    plain = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    query = latent or plain
+    return query + (getattr(config, "v_head_dim", None) or query)
 
 
 def _linear_layers(module: nn.Module) -> Iterator[Any]:

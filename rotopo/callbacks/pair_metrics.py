@@ -5,6 +5,7 @@ from abc import abstractmethod
 from collections import deque
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -91,7 +92,8 @@ class ImplicitRewards(PairMetricsCallback):
     the share of pairs with a margin above zero, ``rewards/sum`` the chosen's plus the rejected's
     (what align-anything calls reward), ``logps/chosen`` and ``logps/rejected`` the log-prob per
     token in nats, which a reward model does not have. Of unpaired rows only the response that is
-    there counts, and what compares two is not logged.
+    there counts, and what compares two is not logged. ``router_loss`` of a mixture of experts,
+    before its coefficient, is the mean over micro-batches, and no part of ``loss``.
     """
 
     on_progress_bar = ("loss", "rewards/margin", "rewards/accuracy")
@@ -113,6 +115,9 @@ class ImplicitRewards(PairMetricsCallback):
                 "logps/chosen": (log_probs.chosen_mean, has_chosen),
                 "logps/rejected": (log_probs.rejected_mean, has_rejected),
             }
+        if "router_loss" in outputs:
+            value = outputs["router_loss"].reshape(1)
+            values["router_loss"] = (value, value.new_ones(1, dtype=torch.bool))
         return values
 
 

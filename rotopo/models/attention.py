@@ -59,7 +59,7 @@ def attention_inputs(batch: PairBatch, config: PretrainedConfig, dtype: torch.dt
     return {"position_ids": batch.position_ids, "attention_mask": mask}
 
 
-def _rows(batch: PairBatch) -> Tensor:
+def row_numbers(batch: PairBatch) -> Tensor:
     """The row (0..B-1) of each token [R, T]: a row begins with the first token of its prompt."""
     begins = (batch.segment_ids == 0) & (batch.position_ids == 0)
     return begins.flatten().cumsum(0).view_as(begins) - 1
@@ -71,7 +71,7 @@ def _rule(batch: PairBatch, window: int | None) -> Callable[..., Tensor]:
     It sees what comes before it of its prompt and of its own response. Padding sees itself, so
     that no row of the softmax is empty.
     """
-    rows, segments, positions = _rows(batch), batch.segment_ids, batch.position_ids
+    rows, segments, positions = row_numbers(batch), batch.segment_ids, batch.position_ids
 
     def seen(line: Tensor, head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
         own = segments[line, query] == segments[line, key]

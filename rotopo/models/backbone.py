@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from rotopo.data.batch import Layout, PairBatch
 from rotopo.errors import InputError
 from rotopo.models.attention import attention_inputs
+from rotopo.models.router import RouterLoss
 from rotopo.models.segment_attention import segment_attention
 from rotopo.models.settings import BackboneConfig, DtypeName, Quantization
 from rotopo.models.sharding import Sharding, decoder_layers
@@ -70,8 +71,9 @@ def load_config(
 ) -> PretrainedConfig:
     """The configuration of the model at ``path``, with every dropout of the base set to zero.
 
-    Dropout in the base would make policy and reference differ before training; an adapter's own
-    dropout is left alone.
+    Dropout in the base would make policy and reference differ before training, and so would the
+    noise that some routers of experts add to their input; an adapter's own dropout is left alone.
+    Warns of a family that is random in training in a way that cannot be switched off.
     """
     folder = pretrained_folder(path)
     try:
@@ -81,8 +83,16 @@ def load_config(
             f"No model at {path!r}: give {setting}.path a model's name on the Hub, a folder, a "
             f"GGUF file, or package:PACKAGE/FILE. ({first_line(error)}){conversion_advice(path)}"
         ) from error
+    sampled = config.model_type == "phimoe"  # whose router_jitter_noise says what near ties are
+    if sampled:
+        warnings.warn(
+            "phimoe chooses at random between experts that are nearly tied while it trains: "
+            "policy and reference differ by that, before training too.",
+            stacklevel=2,
+        )
     for name, value in config.to_dict().items():
-        if "drop" in name and isinstance(value, float):
+        noise = "jitter" in name and not (sampled and name == "router_jitter_noise")
+        if ("drop" in name or noise) and isinstance(value, float):
             setattr(config, name, 0.0)
     return config
 
@@ -147,6 +157,8 @@ def load_as_set(
         config.trust_remote_code,
         **quantized(config, divided),
     )
+    if (dtype or trained) == torch.float64:
+        model.set_experts_implementation("eager")  # torch has no grouped products in float64
     return model, trained
 
 
@@ -275,9 +287,8 @@ def hidden_states(
     model: PreTrainedModel, batch: PairBatch, inputs: dict[str, Any], index: Tensor
 ) -> Tensor:
     """The decoder's last hidden states of the tokens at a flat index [N] -> [N, D]."""
-    decoder = model.base_model
-    hidden = decoder(input_ids=batch.input_ids, use_cache=False, **inputs).last_hidden_state
-    return hidden.flatten(0, 1)[index]
+    outputs = model.base_model(input_ids=batch.input_ids, use_cache=False, **inputs)
+    return outputs.last_hidden_state.flatten(0, 1)[index]
 
 
 def layer_states(model: PreTrainedModel, batch: PairBatch) -> list[Tensor]:
@@ -315,6 +326,8 @@ class Backbone(nn.Module):
 
     Attributes:
         sharding: how the model is divided among ranks, if it is.
+        router: the router loss that the model is trained with, if it is.
+        router_loss: its value for the last batch [], with its gradient.
     """
 
     def __init__(
@@ -329,6 +342,8 @@ class Backbone(nn.Module):
         self.reference = reference
         self.compiled = False
         self.sharding: Sharding | None = None
+        self.router: RouterLoss | None = None
+        self.router_loss: Tensor | None = None
         self._checked: set[Layout] = set()
 
     @property
@@ -345,6 +360,17 @@ class Backbone(nn.Module):
         if self.sharding is not None and self.sharding.mesh.device_type == "cuda":
             return torch.device("cuda", torch.cuda.current_device())
         return embeddings(self.language_model).device
+
+    def trained_states(self, batch: PairBatch, inputs: dict[str, Any], index: Tensor) -> Tensor:
+        """As :func:`hidden_states`, of what trains; keeps the router loss of the same pass."""
+        if self.router is None:
+            return hidden_states(self.language_model, batch, inputs, index)
+        decoder = self.language_model.base_model
+        outputs = decoder(
+            input_ids=batch.input_ids, use_cache=False, output_router_logits=True, **inputs
+        )
+        self.router_loss = self.router(batch, outputs)
+        return outputs.last_hidden_state.flatten(0, 1)[index]
 
     @torch.no_grad()
     def hidden_states(self, batch: PairBatch, reference: bool = False) -> list[Tensor] | None:

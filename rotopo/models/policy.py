@@ -36,6 +36,7 @@ from rotopo.models.log_probs import (
     token_log_probs,
 )
 from rotopo.models.reference_cache import ReferenceCache
+from rotopo.models.router import RouterLoss
 from rotopo.models.settings import PolicyConfig, ReferenceMode, Sampling
 from rotopo.models.sharding import Sharding, divide
 from rotopo.pretrained import cache_dir, positions_of
@@ -133,6 +134,7 @@ class Policy(Backbone):
             reference.requires_grad_(False).eval()
             own |= {id(p) for p in reference.parameters()}
         policy = cls(adapted.train(), reference, base)
+        policy.router = RouterLoss.of(model, config)
         if config.compile:
             policy.compile_layers()
         if sharding is not None:
@@ -165,7 +167,7 @@ class Policy(Backbone):
             with torch.no_grad(), self.reference_model() as model:
                 reference = hidden_states(model, batch, inputs, batch.predictors), _head(model)
                 reference_log_probs = token_log_probs(*reference, batch.targets).log_prob
-        states = hidden_states(self.language_model, batch, inputs, batch.predictors)
+        states = self.trained_states(batch, inputs, batch.predictors)
         head = _head(self.language_model)
         if Role.REFERENCE_SAMPLE in needs.roles:
             assert reference is not None, "a KL needs the reference itself, not a cache"

@@ -22,11 +22,11 @@ from rotopo.models.backbone import (
     decoder_inputs,
     embeddings,
     fingerprint,
-    hidden_states,
     load_as_set,
     load_config,
     rounding,
 )
+from rotopo.models.router import RouterLoss
 from rotopo.models.settings import BackboneConfig
 from rotopo.models.sharding import Sharding, divide
 from rotopo.pretrained import conversion_advice, first_line, pretrained_folder
@@ -107,6 +107,7 @@ class Scorer(Backbone):
             )
         head.requires_grad_(True)
         scorer = cls(adapted.train(), base)
+        scorer.router = RouterLoss.of(model, config)
         if config.compile:
             compile_layers(model, config.setting)
             scorer.compiled = True
@@ -123,7 +124,8 @@ class Scorer(Backbone):
         """
         self._check_once(batch.layout)
         model: Any = self.language_model
-        states = hidden_states(model, batch, decoder_inputs(model, batch), _last_tokens(batch))
+        inputs = decoder_inputs(model, batch)
+        states = self.trained_states(batch, inputs, _last_tokens(batch))
         with torch.autocast(states.device.type, enabled=False):  # a half type would round rewards
             return model.score(states).squeeze(1)
 

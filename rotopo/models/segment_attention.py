@@ -89,10 +89,11 @@ def segment_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [R, H, T, d], key and value [R, H_kv, T, d].
+    """transformers' attention interface: query [R, H, T, d], key [R, H_kv, T, d], value
+    [R, H_kv, T, d_v]; in multi-head latent attention d_v is not d.
 
     Returns:
-        the output [R, T, H, d], and no weights.
+        the output [R, T, H, d_v], and no weights.
 
     Raises:
         InputError: the family does more with its scores than scaling and masking.
@@ -112,9 +113,9 @@ def segment_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    R, H, T, d = query.shape
+    R, _, T, d = query.shape
     scaling = d**-0.5 if scaling is None else scaling
-    flat = [x.transpose(1, 2).reshape(R * T, -1, d) for x in (query, key, value)]
+    flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
     outputs = []
     for block in segments.blocks:
         q, k, v = (
@@ -131,13 +132,22 @@ def segment_attention(
                 module, q, k, v, mask, dropout=dropout, scaling=scaling, **kwargs
             )
         outputs.append(output.flatten(0, 1))
-    return torch.cat(outputs).index_select(0, segments.source).view(R, T, H, d), None
+    return torch.cat(outputs).index_select(0, segments.source).unflatten(0, (R, T)), None
 
 
 def _products(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float, scaling: float
 ) -> Tensor:
-    """softmax(scaling · q kᵀ + mask) v in plain products; q [G, Q, H, d] → [G, Q, H, d]."""
+    """softmax(scaling · q kᵀ + mask) v in plain products; [G, Q, H, d_v].
+
+    Args:
+        q: [G, Q, H, d].
+        k: [G, K, H_kv, d].
+        v: [G, K, H_kv, d_v].
+        mask: [G, 1, Q, K].
+        dropout: of the weights.
+        scaling: of the scores.
+    """
     G, Q, H, d = q.shape
     K, H_kv = k.shape[1:3]
     # The query heads that share a key head lie side by side, so that no key is repeated.
@@ -152,7 +162,7 @@ def _products(
     # its backward pass then needs to keep.
     weights = F.dropout(scores.softmax(-1), dropout)
     output = weights.view(G, H_kv, -1, K) @ v.transpose(1, 2)
-    return output.view(G, H_kv, H // H_kv, Q, d).permute(0, 3, 1, 2, 4).reshape(G, Q, H, d)
+    return output.view(G, H_kv, H // H_kv, Q, -1).permute(0, 3, 1, 2, 4).reshape(G, Q, H, -1)
 
 
 ALL_ATTENTION_FUNCTIONS.register("segments", segment_attention)

@@ -40,6 +40,11 @@ class BackboneConfig:
         quantize: keep the frozen base in 4 bits a weight (NF4, doubly quantised) or 8, by
             bitsandbytes, which has to be installed; for LoRA on a GPU that holds the whole model.
             What is computed in is ``dtype``.
+        router_loss: the coefficient of a mixture of experts' router loss, which keeps its experts
+            evenly used and is added to the training loss; None takes the model's own
+            (``router_aux_loss_coef``), 0 trains without. Unlike all else of a loss it depends on
+            how a step is cut into micro-batches and ranks, over which it is averaged, see
+            :mod:`rotopo.models.router`.
         trust_remote_code: run the Python code that the model's folder brings along. Only for a
             model whose code you have read, or whose author you trust.
     """
@@ -53,6 +58,7 @@ class BackboneConfig:
     activation_checkpointing: bool = False
     compile: bool = False
     quantize: Quantization | None = None
+    router_loss: float | None = None
     trust_remote_code: bool = False
 
 

@@ -171,11 +171,7 @@ class PreferenceModule(PairwiseModule):
         assert self.policy is not None
         log_probs = self.policy(batch, self.needs)
         losses = self.losses(log_probs)
-        return {
-            "loss": losses.sum() * batch.loss_scale,
-            "losses": losses.detach(),
-            "log_probs": log_probs.detach(),
-        }
+        return self._outputs(batch, losses, log_probs=log_probs.detach())
 
 
 class ReferenceObjective(PreferenceModule):

@@ -143,8 +143,4 @@ class RewardModule(PairwiseModule):
         rejected = rewards[batch.responses(Role.REJECTED)]
         margin = self.margin + batch.margins.to(chosen.dtype)
         losses = pairwise_loss(chosen, rejected, margin, self.centering, self.l2)
-        return {
-            "loss": losses.sum() * batch.loss_scale,
-            "losses": losses.detach(),
-            "rewards": (chosen.detach(), rejected.detach()),
-        }
+        return self._outputs(batch, losses, rewards=(chosen.detach(), rejected.detach()))

@@ -23,6 +23,18 @@ _llama = _small | {
 _gemma = _llama | {"head_dim": 8, "num_hidden_layers": 3, "sliding_window": 6}
 _gemma["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention"]
 
+# Multi-head latent attention: queries of 8 + 4 numbers a head, values of 6.
+_latent = _llama | {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+}
+_experts = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_mixture = _llama | _experts | {"router_aux_loss_coef": 0.02}
+
 FAMILIES: dict[str, dict] = {
     "llama": _llama,
     "qwen2": _llama,
@@ -53,7 +65,20 @@ FAMILIES: dict[str, dict] = {
     "olmo2": _llama,
     "gemma2": _gemma | {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
     "gemma3_text": _gemma,
+    "minicpm3": _latent,
+    "deepseek_v3": _latent
+    | _experts
+    | {"n_routed_experts": 6, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
+    "mixtral": _mixture | {"num_local_experts": 6, "sliding_window": None},
+    "qwen2_moe": _mixture | {"num_experts": 6, "shared_expert_intermediate_size": 24},
 }
+# Mixtures of experts with a router loss; transformers has no reward models of the last one.
+MIXTURES = {name: FAMILIES[name] for name in ("mixtral", "qwen2_moe")} | {
+    "qwen3_moe": _mixture | {"num_experts": 6, "head_dim": 8},
+    "olmoe": _mixture | {"num_experts": 6},
+}
+# Whose own code drops to float32: norms, or the weights of the chosen experts.
+FLOAT32_INSIDE = {"gemma2", "gemma3_text", "deepseek_v3", *MIXTURES}
 
 
 def make_scorer(family: str, dtype: torch.dtype = torch.float64, **settings) -> PreTrainedModel:
@@ -62,12 +87,16 @@ def make_scorer(family: str, dtype: torch.dtype = torch.float64, **settings) -> 
     return make(family, dtype, auto=auto, num_labels=1, **settings)
 
 
-# transformers has no sdpa for Gemma 2: its scores are soft-capped.
+# transformers has no sdpa for Gemma 2: its scores are soft-capped. What mixtures of experts have of
+# their own is no attention.
+_ONE_ATTENTION = {"gemma2": "eager"} | dict.fromkeys(
+    ("deepseek_v3", "mixtral", "qwen2_moe"), "segments"
+)
 WITH_ATTENTION = [
     (family, attention)
     for family in FAMILIES
     for attention in ("segments", "sdpa", "eager")
-    if family != "gemma2" or attention == "eager"
+    if _ONE_ATTENTION.get(family, attention) == attention
 ]
 
 
@@ -76,7 +105,7 @@ def make(
 ) -> PreTrainedModel:
     """A model with weights large enough that every part of it moves the log-probs."""
     name = family.split("-")[0]
-    config = AutoConfig.for_model(name, **(FAMILIES[family] | settings))
+    config = AutoConfig.for_model(name, **((FAMILIES | MIXTURES)[family] | settings))
     for key, value in config.to_dict().items():
         if "drop" in key and isinstance(value, float):
             setattr(config, key, 0.0)
@@ -88,6 +117,8 @@ def make(
                 parameter.mul_(6)
     if dtype == torch.float64 and not family.startswith("gemma"):
         _keep_norms_in_float64(model)
+    if dtype == torch.float64:
+        model.set_experts_implementation("eager")  # the others take no float64
     return model.to(dtype)
 
 

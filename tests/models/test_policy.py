@@ -15,10 +15,7 @@ from rotopo.models.backbone import quantized
 from rotopo.models.log_probs import PairLogProbs
 from rotopo.models.policy import Policy, PolicyConfig, Sampling
 from rotopo.rotation import RotationConfig
-from tests.models.families import VOCABULARY, WITH_ATTENTION, make
-
-# Families whose own code drops to float32 (their norms; see families.py for the others').
-FLOAT32_INSIDE = {"gemma2", "gemma3_text"}
+from tests.models.families import FLOAT32_INSIDE, VOCABULARY, WITH_ATTENTION, make
 
 
 def some_rows(n: int = 5, seed: int = 0) -> list[TokenizedRow]:
@@ -77,7 +74,7 @@ def test_layouts_orders_and_padding_give_the_models_own_numbers(family, attentio
     assert_batches_do_not_matter(policy, family, attention)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "minicpm3"])
 def test_large_blocks_go_through_the_fused_kernel(family, monkeypatch):
     monkeypatch.setattr(segment_attention, "_PLAIN_SCORES", 0)
     monkeypatch.setattr(segment_attention, "_products", None)
@@ -87,7 +84,7 @@ def test_large_blocks_go_through_the_fused_kernel(family, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral-window"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral-window", "minicpm3"])
 def test_flex_attention_follows_the_same_rule(family, monkeypatch):
     """Its values, uncompiled; torch has no backward pass of it on a processor."""
     monkeypatch.setattr(

@@ -12,9 +12,8 @@ from rotopo.errors import InputError
 from rotopo.models.scorer import Scorer
 from rotopo.models.settings import BackboneConfig
 from rotopo.rotation import RotationConfig
-from tests.models.families import VOCABULARY, WITH_ATTENTION, make, make_scorer
+from tests.models.families import FLOAT32_INSIDE, VOCABULARY, WITH_ATTENTION, make, make_scorer
 
-FLOAT32_INSIDE = {"gemma2", "gemma3_text"}
 LAYOUTS = ("padded", "shared_prompt", "packed")
 PAD, BOS, EOS = 0, 1, 2
 

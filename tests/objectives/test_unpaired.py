@@ -161,7 +161,12 @@ def test_bcos_shift_moves_with_the_optimisers_steps():
         enable_progress_bar=False,
     )
     batches = iter([some(seed=i) for i in range(4)])
-    objective.policy = lambda batch, needs: next(batches)
+
+    def policy(batch, needs):
+        return next(batches)
+
+    policy.router = None
+    objective.policy = policy
     shifts = []
     for i in range(4):
         objective.training_step(SimpleNamespace(loss_scale=1.0), i)
