@@ -162,6 +162,7 @@ class PairwiseModule(LightningModule):
         self.scheduler = scheduler
         self.strict_loading = False  # on_load_checkpoint is stricter about what matters
         self._random_state: dict[str, Any] | None = None
+        self.row_losses: Tensor | None = None  # of the micro-batch at hand [B]
         # Rows that an interrupted run has predicted: the callback that writes predictions knows.
         self.predicted: Container[int] = ()
 
@@ -215,8 +216,10 @@ class PairwiseModule(LightningModule):
         """Callbacks of every run, unless ``trainer.callbacks`` has one of the same class."""
 
     def configure_callbacks(self) -> list[Callback]:
+        from rotopo.callbacks.finite import Finite  # which imports this module
+
         given = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
-        always = [*self.always_on(), Interruption()]  # last: it may end the run
+        always = [*self.always_on(), Finite(), Interruption()]  # last: it may end the run
         return [callback for callback in always if type(callback) not in given]
 
     def response_lengths(self, batch: "PairBatch") -> Tensor:
@@ -235,6 +238,11 @@ class PairwiseModule(LightningModule):
             for name, _ in module.named_buffers(recurse=False)
         }
 
+    def training_step(self, batch: "PairBatch", batch_idx: int) -> dict[str, Any]:
+        outputs = self._step(batch)
+        self.row_losses = outputs["losses"]
+        return outputs
+
     def validation_step(self, batch: "PairBatch", batch_idx: int) -> dict[str, Any]:
         return self._step(batch)
 
@@ -243,7 +251,8 @@ class PairwiseModule(LightningModule):
 
     @abstractmethod
     def _step(self, batch: "PairBatch") -> dict[str, Any]:
-        """The loss of a batch, and what callbacks log from."""
+        """The loss of a batch, and what callbacks log from: ``loss``, the detached ``losses`` of
+        its rows [B], and more."""
 
     def configure_optimizers(self) -> Any:
         if self.optimizer is None:
