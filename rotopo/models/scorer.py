@@ -27,6 +27,7 @@ from rotopo.models.backbone import (
     load_config,
     rounding,
 )
+from rotopo.models.beside import copies
 from rotopo.models.settings import BackboneConfig
 from rotopo.models.sharding import Sharding, divide
 from rotopo.pretrained import conversion_advice, first_line, pretrained_folder
@@ -112,7 +113,7 @@ class Scorer(Backbone):
             scorer.compiled = True
         if sharding is not None:
             assert dtype is not None
-            divide(scorer, own, dtype, sharding)
+            divide(scorer, own | copies(model), dtype, sharding)
         return scorer
 
     def forward(self, batch: PairBatch) -> Tensor:
