@@ -35,6 +35,8 @@ def row(place: str) -> dict[str, str]:
 WAYS = {
     "rows": {"trainable_token_indices": [265, 266]},
     "rows of both": {"trainable_token_indices": {"embed_tokens": [265, 266], "lm_head": [265]}},
+    "rows of the head": {"trainable_token_indices": {"lm_head": [265, 266]}},
+    "a factor of the embedding": {"target_modules": ["embed_tokens", "q_proj"]},
     "the head": {"modules_to_save": ["lm_head"]},
     "the embedding": {"modules_to_save": ["embed_tokens"]},
     "both": {"modules_to_save": ["embed_tokens", "lm_head"]},
@@ -43,9 +45,22 @@ WAYS = {
 }
 
 
-@pytest.fixture(params=[False, True], ids=["untied", "tied"])
-def tied(request) -> bool:
-    return request.param
+FEW = [("rows", True), ("both", False)]
+CASES = [
+    pytest.param(
+        way,
+        tied,
+        id=f"{way}, {'tied' if tied else 'untied'}",
+        marks=[] if (way, tied) in FEW else pytest.mark.slow,
+    )
+    for way in WAYS
+    for tied in (False, True)
+]
+
+
+@pytest.fixture
+def tied() -> bool:
+    return True
 
 
 @pytest.fixture
@@ -88,7 +103,7 @@ def logged(cli) -> pd.DataFrame:
     return pd.read_csv(Path(cli.trainer.log_dir) / "metrics.csv")
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "tied"), CASES)
 def test_a_run_trains_resumes_and_is_exported(config, way, tied, tmp_path):
     cli = fit(config, way, "whole")
     assert cli.trainer.callback_metrics["speed/floor_share"] > 0
@@ -96,7 +111,7 @@ def test_a_run_trains_resumes_and_is_exported(config, way, tied, tmp_path):
     assert log["train/rewards/margin"].dropna().iloc[0] == 0
     state = read(last_checkpoint(tmp_path / "whole"))["state_dict"]
     assert_equal(state, weights(cli), rtol=0, atol=0)
-    assert any("lora" not in name for name in state)
+    assert any("q_proj" not in name for name in state)
 
     (middle,) = (tmp_path / "whole").rglob("*step=3.ckpt")
     resumed = fit(config, way, "resumed", f"--ckpt_path={middle}")
@@ -119,3 +134,43 @@ def test_a_run_trains_resumes_and_is_exported(config, way, tied, tmp_path):
         torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
         adapted = PeftModel.from_pretrained(base, tmp_path / "adapter")
         torch.testing.assert_close(adapted(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_module_that_is_not_there_is_refused(config, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(
+            arguments(config, "the head", "run", "--model.policy.adapter.modules_to_save=[head_of]")
+        )
+    assert stop.value.code == 2
+    assert "policy.adapter.modules_to_save names 'head_of'" in capsys.readouterr().err
+
+
+RANKS = [
+    ("rows", "ddp"),
+    ("rows of both", "fsdp2"),
+    ("rows", "fsdp2"),
+    ("both", "fsdp2"),
+    ("both as one", "fsdp2"),
+    ("both", "ddp"),
+    ("norms and an MLP", "fsdp2"),
+    ("norms and an MLP", "fsdp"),
+    ("the embedding", "fsdp"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "how"), RANKS)
+def test_two_ranks_train_as_one_process_does(config, way, how):
+    """By SGD, since Adam makes a step of any rounding of a gradient that is zero."""
+    options = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.3"]
+    run(arguments(config, way, "one", *options))
+    on_ranks(2, *arguments(config, way, "two", *options, *ranks(how)))
+    assert_same_run(config.parent / "one", config.parent / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["rows", "the head"])
+def test_what_fsdp1_would_divide_apart_is_refused(config, way):
+    with pytest.raises(RuntimeError, match=r"rotopo: .*FSDPStrategy.*fsdp2\.yaml") as failed:
+        on_ranks(2, *arguments(config, way, "two", *ranks("fsdp")))
+    assert "Traceback" not in str(failed.value)

@@ -10,7 +10,12 @@ from typing import Any, cast
 
 from peft import PeftConfig, TrainableTokensConfig
 from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import (
+    AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
+    TrainableTokensWrapper,
+)
 from torch import Tensor, nn
 
 from rotopo.errors import InputError
@@ -34,6 +39,35 @@ def copies(model: nn.Module) -> set[int]:
     """Ids of the parameters of copies that train, which keep the dtype of the base."""
     wrappers = (m for m in model.modules() if isinstance(m, ModulesToSaveWrapper))
     return {id(p) for wrapper in wrappers for p in in_use(wrapper).parameters()}
+
+
+def untie(model: Any) -> None:
+    """Give the output head a weight of its own, if it shares the embedding's and an adapter is to
+    be merged into one of them alone: PEFT would merge it into both."""
+    embedding: Any
+    head: Any
+    embedding, head = (
+        module.token_adapter if isinstance(module, TrainableTokensWrapper) else module
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
+    tuned = isinstance(embedding, BaseTunerLayer) or isinstance(head, BaseTunerLayer)
+    if not tuned or getattr(head, "tied_adapter", None) is not None:
+        return
+    one: Any
+    other: Any
+    one, other = (
+        m.get_base_layer() if isinstance(m, BaseTunerLayer) else original(m)
+        for m in (embedding, head)
+    )
+    if one.weight is other.weight:
+        other.weight = nn.Parameter(other.weight.detach().clone(), requires_grad=False)
+
+
+def read_outside(model: Any) -> bool:
+    """Whether something trains whose weight is read outside the forward pass of its module: rows of
+    tokens, or the output head, which is applied in tiles."""
+    head = model.get_output_embeddings()
+    return isinstance(head, AuxiliaryTrainingWrapper) or any(_token_layers(model))
 
 
 def refuse(model: nn.Module, adapter: PeftConfig, name: str) -> None:

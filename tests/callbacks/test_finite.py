@@ -177,7 +177,7 @@ class BadValidation(Callback):
 
 
 @pytest.mark.parametrize(("loss", "gradient"), [(0.5, torch.inf), (torch.nan, 0.0)])
-def test_a_scaler_of_gradients_leaves_steps_out_itself(loss, gradient, monkeypatch):
+def test_a_scaler_of_gradients_leaves_steps_out_itself(loss, gradient):
     """Half precision's scaler tries a smaller factor after gradients that overflowed; a loss that
     is no number is none with any factor."""
     parameter = torch.nn.Parameter(torch.zeros(3))
