@@ -162,7 +162,7 @@ RANKS = [
 @pytest.mark.parametrize(("way", "how"), RANKS)
 def test_two_ranks_train_as_one_process_does(config, way, how):
     """By SGD, since Adam makes a step of any rounding of a gradient that is zero."""
-    options = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.3"]
+    options = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.05"]
     run(arguments(config, way, "one", *options))
     on_ranks(2, *arguments(config, way, "two", *options, *ranks(how)))
     assert_same_run(config.parent / "one", config.parent / "two")
