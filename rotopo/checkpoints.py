@@ -209,10 +209,20 @@ def disk_is_full(file: Path | None, error: OSError, folder: Path | None) -> Inpu
         error: what the system says.
         folder: the run's checkpoints, if it keeps any.
     """
-    good = last_good(folder) if folder else None
-    advice = f"go on with --ckpt_path {good}" if good else "there is no checkpoint to go on from"
     place = file or error.filename or "a file of the run"
-    return InputError(f"{place} cannot be written ({error.strerror}): make room; {advice}.")
+    return InputError(f"{place} cannot be written ({error.strerror}): make room; {way_on(folder)}.")
+
+
+def way_on(folder: Path | None) -> str:
+    """The advice to go on from the last good checkpoint of a folder, if there is one."""
+    good = last_good(folder) if folder else None
+    return f"go on with --ckpt_path {good}" if good else "there is no checkpoint to go on from"
+
+
+def checkpoint_folder(trainer: Trainer) -> str | None:
+    """Where a run keeps its checkpoints, if it does."""
+    keeper = trainer.checkpoint_callback
+    return str(keeper.dirpath) if isinstance(keeper, ModelCheckpoint) else None
 
 
 class Interruption(Callback):
@@ -246,7 +256,7 @@ class Interruption(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         numbers: list[int] = [signal.SIGTERM]
-        folder = self._folder(trainer)
+        folder = checkpoint_folder(trainer)
         if self._job is not None and folder is not None and "://" not in folder:
             if trainer.is_global_zero:
                 self._job.remember(Path(folder))
@@ -259,12 +269,6 @@ class Interruption(Callback):
 
     def _ask(self, number: int, _: Any) -> None:
         self.asked = self.asked or number
-
-    @staticmethod
-    def _folder(trainer: Trainer) -> str | None:
-        """Where the run keeps its checkpoints, if it does."""
-        keeper = trainer.checkpoint_callback
-        return str(keeper.dirpath) if isinstance(keeper, ModelCheckpoint) else None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -299,7 +303,7 @@ class Interruption(Callback):
             return
         job = self._job
         requeue = job is not None and any_rank(self.asked == job.requeue_signal > 0, all=False)
-        folder = self._folder(trainer)
+        folder = checkpoint_folder(trainer)
         if folder is not None:
             trainer.save_checkpoint(f"{folder}/last-interrupted.ckpt")
         if not (requeue and job):

@@ -384,6 +384,8 @@ def _save(model: Any, job: _Job, folder: Path) -> None:
     """Write a model, which is not to be used afterwards, and its tokenizer."""
     from peft import PeftModel
 
+    from rotopo.models.beside import untie
+
     tokenizer = _exported_tokenizer(job)
     if job.kind != "reward":
         generation = model.generation_config
@@ -399,7 +401,10 @@ def _save(model: Any, job: _Job, folder: Path) -> None:
         model.save_pretrained(folder, save_embedding_layers=False)
         generation.save_pretrained(folder)
     else:
-        merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
+        merged = model
+        if isinstance(model, PeftModel):
+            untie(model.get_base_model())
+            merged = model.merge_and_unload()
         merged.to(job.written)
         for config in (merged.config, merged.config.get_text_config()):
             config.pad_token_id = tokenizer.pad_token_id

@@ -173,10 +173,19 @@ class FSDP1Strategy(FSDPStrategy):
     nothing else goes on from.
 
     Raises:
-        InputError: there is no GPU.
+        InputError: there is no GPU, or an adapter trains the output head or rows of tokens.
     """
 
     def setup(self, trainer: Trainer) -> None:
+        from rotopo.models.beside import read_outside  # slow to import
+
+        module: Any = self.lightning_module
+        if read_outside(module.language_model):
+            raise InputError(
+                "trainer.strategy: FSDPStrategy would divide the output head, or the rows of "
+                "tokens, that the adapter trains (modules_to_save, trainable_token_indices) from "
+                "where they are read: take configs/strategies/fsdp2.yaml or ddp.yaml."
+            )
         super().setup(trainer)
         root: Any = self.model
         self._root = root

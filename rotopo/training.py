@@ -166,6 +166,7 @@ class PairwiseModule(LightningModule):
         self.scheduler = scheduler
         self.strict_loading = False  # on_load_checkpoint is stricter about what matters
         self._random_state: dict[str, Any] | None = None
+        self.row_losses: Tensor | None = None  # of the micro-batch at hand [B]
         # Rows that an interrupted run has predicted: the callback that writes predictions knows.
         self.predicted: Container[int] = ()
 
@@ -219,9 +220,11 @@ class PairwiseModule(LightningModule):
         """Callbacks of every run, unless ``trainer.callbacks`` has one of the same class."""
 
     def configure_callbacks(self) -> list[Callback]:
+        from rotopo.callbacks.finite import Finite  # which imports this module
+
         given = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
         # The last may end the run.
-        always = [*self.always_on(), MetricSchedules(), Interruption()]
+        always = [*self.always_on(), MetricSchedules(), Finite(), Interruption()]
         return [callback for callback in always if type(callback) not in given]
 
     def response_lengths(self, batch: "PairBatch") -> Tensor:
@@ -240,6 +243,11 @@ class PairwiseModule(LightningModule):
             for name, _ in module.named_buffers(recurse=False)
         }
 
+    def training_step(self, batch: "PairBatch", batch_idx: int) -> dict[str, Any]:
+        outputs = self._step(batch)
+        self.row_losses = outputs["losses"]
+        return outputs
+
     def validation_step(self, batch: "PairBatch", batch_idx: int) -> dict[str, Any]:
         return self._step(batch)
 
@@ -248,7 +256,8 @@ class PairwiseModule(LightningModule):
 
     @abstractmethod
     def _step(self, batch: "PairBatch") -> dict[str, Any]:
-        """The loss of a batch, and what callbacks log from."""
+        """The loss of a batch, and what callbacks log from: ``loss``, the detached ``losses`` of
+        its rows [B], and more."""
 
     def _outputs(self, batch: "PairBatch", losses: Tensor, **others: Any) -> dict[str, Any]:
         """What a step returns.

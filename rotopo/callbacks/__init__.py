@@ -1,5 +1,6 @@
 """What a run does, logs and writes beside its loss."""
 
+from rotopo.callbacks.finite import Finite
 from rotopo.callbacks.geometry import Geometry
 from rotopo.callbacks.orthogonality import Orthogonality
 from rotopo.callbacks.pair_metrics import Displacement, ImplicitRewards
@@ -12,6 +13,7 @@ from rotopo.callbacks.speed import Speed
 __all__ = [
     "CacheReference",
     "Displacement",
+    "Finite",
     "Geometry",
     "ImplicitRewards",
     "Orthogonality",

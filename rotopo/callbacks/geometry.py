@@ -1,11 +1,12 @@
 """RoPO's diagnosis while it trains: do neurons and hidden states collapse?"""
 
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from torch import Tensor
 
+from rotopo.callbacks.measured import Measured
 from rotopo.data.batch import PairBatch
 from rotopo.errors import InputError
 from rotopo.training import works_in_steps_only
@@ -27,7 +28,8 @@ class Geometry(Callback):
     - ``geometry/hyperspherical_energy``: of the same weights, their sum relative to its value
       before training.
 
-    The last two are not measured where no adapted layer is a linear one. Nothing is under
+    The last two are not measured where no adapted layer is a linear one, nor of quantised weights.
+    What a model does not have is left out, which is said once. Nothing is measured under
     FSDPStrategy, which is refused. Source: the diagnosis of RoPO (arXiv 2508.17637).
 
     Args:
@@ -44,6 +46,7 @@ class Geometry(Callback):
         self.batch: PairBatch | None = None
         self.energy: float | None = None  # before training
         self.measured_at = -1
+        self.measured = Measured()
 
     def state_dict(self) -> dict[str, Any]:
         return {"energy": self.energy}
@@ -74,41 +77,53 @@ class Geometry(Callback):
 
     @torch.no_grad()
     def _log(self, trainer: Trainer, module: Any) -> None:
-        from rotopo.models.sharding import in_turn
-        from rotopo.rotation.geometry import (
-            effective_rank,
-            hyperspherical_energy,
-            merged_weights,
-            neuron_cosine,
-        )
-
-        assert self.batch is not None
         model = module.language_model
         training = model.training
         model.eval()
-        values: dict[str, Tensor | float] = {}
-        with trainer.precision_plugin.forward_context():
-            states = module.backbone.hidden_states(self.batch)
-            reference = module.backbone.hidden_states(self.batch, reference=True)
-        for layer, state in enumerate(states):
-            values[f"effective_rank/{layer:02}"] = effective_rank(state)
-            if reference is not None:
-                norm = reference[layer].norm(dim=1)
-                distance = (state - reference[layer]).norm(dim=1) / norm
-                values[f"distance/{layer:02}"] = distance.mean()
-        cosines, energy = [], 0.0
-        for group in in_turn(module.backbone):
-            for weight in merged_weights(model, group):  # together they are a whole model
-                cosines.append(float(neuron_cosine(weight)))
-                energy += float(hyperspherical_energy(weight))
-        if cosines:
-            values["neuron_cosine"] = sum(cosines) / len(cosines)
-            self.energy = energy if self.energy is None else self.energy
-            values["hyperspherical_energy"] = energy / self.energy
+        values: dict[str, float] = {}
+        for name, measure in (
+            ("geometry of hidden states", self._of_states),
+            ("geometry of weights", self._of_weights),
+        ):
+            found = self.measured(trainer, name, partial(measure, trainer, module))
+            values |= {} if found is None else found
         model.train(training)
         self.measured_at = trainer.global_step
         for logger in trainer.loggers:
             logger.log_metrics(
-                {f"geometry/{name}": float(value) for name, value in values.items()},
+                {f"geometry/{name}": value for name, value in values.items()},
                 step=trainer.global_step,
             )
+
+    def _of_states(self, trainer: Trainer, module: Any) -> dict[str, float]:
+        from rotopo.rotation.geometry import effective_rank
+
+        assert self.batch is not None
+        values = {}
+        with trainer.precision_plugin.forward_context():
+            states = module.backbone.hidden_states(self.batch)
+            reference = module.backbone.hidden_states(self.batch, reference=True)
+        for layer, state in enumerate(states):
+            values[f"effective_rank/{layer:02}"] = float(effective_rank(state))
+            if reference is not None:
+                norm = reference[layer].norm(dim=1)
+                distance = (state - reference[layer]).norm(dim=1) / norm
+                values[f"distance/{layer:02}"] = float(distance.mean())
+        return values
+
+    def _of_weights(self, trainer: Trainer, module: Any) -> dict[str, float]:
+        from rotopo.models.sharding import in_turn
+        from rotopo.rotation.geometry import hyperspherical_energy, merged_weights, neuron_cosine
+
+        cosines, energy = [], 0.0
+        for group in in_turn(module.backbone):  # together they are a whole model
+            for weight in merged_weights(module.language_model, group):
+                cosines.append(float(neuron_cosine(weight)))
+                energy += float(hyperspherical_energy(weight))
+        if not cosines:
+            return {}
+        self.energy = energy if self.energy is None else self.energy
+        return {
+            "neuron_cosine": sum(cosines) / len(cosines),
+            "hyperspherical_energy": energy / self.energy,
+        }

@@ -4,6 +4,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rotopo.callbacks.measured import Measured
 from rotopo.training import without_wrappers
 
 
@@ -21,11 +22,13 @@ class Orthogonality(Callback):
 
     def __init__(self, every_n_steps: int = 50) -> None:
         self.every_n_steps = every_n_steps
+        self.measured = Measured()
 
     def _log(self, module: LightningModule, each: bool = True) -> None:
         from rotopo.rotation.geometry import orthogonality_errors  # slow to import: PEFT
 
-        errors = orthogonality_errors(module)
+        name = "orthogonality"
+        errors = self.measured(module.trainer, name, lambda: orthogonality_errors(module)) or {}
         if each:
             for name, error in errors.items():
                 # The name of the layer in the model, without PEFT's, FSDP's and our own wrappers.

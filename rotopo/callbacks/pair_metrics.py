@@ -143,8 +143,8 @@ class Displacement(PairMetricsCallback):
         self.warned = False
 
     def values(self, module: Any, outputs: dict[str, Any]) -> Values | None:
-        log_probs = outputs["log_probs"]
-        if log_probs.reference_chosen is None:
+        log_probs = outputs.get("log_probs")  # a reward model has none
+        if log_probs is None or log_probs.reference_chosen is None:
             return None
         return {
             "displacement/chosen_up": (log_probs.chosen_log_ratio, log_probs.has_chosen),

@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rotopo.callbacks.measured import Measured
 from rotopo.errors import InputError
 from rotopo.evaluation.perplexity import perplexity
 from rotopo.files import to_json, write_whole
@@ -46,10 +47,16 @@ class Perplexity(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         module: Any = pl_module
         tokenizer = data.encoder.tokenizer
-        with trainer.precision_plugin.forward_context():
-            found = perplexity(
-                module.policy, tokenizer, self.file, self.window, self.windows_per_batch
-            )
+
+        def measure() -> dict[str, Any]:
+            with trainer.precision_plugin.forward_context():
+                return perplexity(
+                    module.policy, tokenizer, self.file, self.window, self.windows_per_batch
+                )
+
+        found = Measured()(trainer, "test/perplexity", measure)
+        if found is None:
+            return
         for name in ("perplexity", "reference_perplexity"):
             if name in found:
                 pl_module.log(f"test/{name}", found[name])

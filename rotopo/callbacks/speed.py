@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from rotopo.callbacks.arithmetic import Decoder, is_known, peak_flops
+from rotopo.callbacks.measured import Measured
 from rotopo.data.batch import PairBatch
 
 _STATUS = Path("/proc/self/status")  # Linux's
@@ -32,15 +33,16 @@ class Speed(Callback):
     - ``speed/floor_share``: the least that any way has to compute, as a share of what was: every
       prompt once and every response once, forward and backward (2 passes, or 3 where the model's
       own weights train). 1 is a step without padding, repeated prompts, reference or
-      recomputation.
+      recomputation. The last three are of models with linear layers.
     - ``speed/mfu``: floating-point operations per second as a share of the GPU's peak. Counted are
       the products of the decoder's linear layers, of the head and of the visible attention scores,
       of tokens that are no padding, and not what is computed again. Only on GPUs whose peak
-      :mod:`rotopo.callbacks.arithmetic` knows.
+      :mod:`rotopo.callbacks.arithmetic` knows, and of models all of whose products it counts.
     - ``speed/memory_gib``: on a GPU what the step allocated at its peak; on a CPU the most that
       the process has been resident with so far (Linux only). The largest of the ranks.
 
     The last token of a response is predicted and never an input, so no count of passes has it.
+    What a model does not have is left out, which is said once.
     """
 
     metric_names = tuple(
@@ -61,12 +63,10 @@ class Speed(Callback):
         self.counts: list[Tensor] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        model = pl_module.language_model
-        self.decoder = Decoder.of(model)
-        if pl_module.device.type == "cuda" and is_known(model):
-            half = str(trainer.precision).startswith(("bf16", "16"))
-            dtype = torch.bfloat16 if half else model.dtype
-            self.peak = peak_flops(torch.cuda.get_device_name(pl_module.device), dtype)
+        model, measured = pl_module.language_model, Measured()
+        passes = "speed/tokens_computed, speed/tokens_avoided and speed/floor_share"
+        self.decoder = measured(trainer, passes, lambda: Decoder.of(model))
+        self.peak = measured(trainer, "speed/mfu", lambda: _peak(trainer, pl_module))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -92,10 +92,9 @@ class Speed(Callback):
     ) -> None:
         if not self.measuring:
             return
-        assert self.decoder is not None
         self.laid_out[0] += batch.n_pairs
         self.laid_out[1] += batch.input_ids.numel()
-        self.counts.append(count(batch, self.decoder.windows))
+        self.counts.append(count(batch, self.decoder.windows if self.decoder else ()))
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         self.measuring = False
@@ -112,25 +111,43 @@ class Speed(Callback):
         seconds, largest = reduce(most, reduce_op="max").tolist()
         tokens, least, plain, targets, *scores = counts
 
-        needs = getattr(pl_module, "needs", None)
-        reference = needs is not None and needs.reference
-        online = reference and pl_module.policy.cache is None
-        computed = laid_out * self.decoder.passes(online)
-        values = {
-            "pairs_per_second": pairs / seconds,
-            "tokens_per_second": tokens / seconds,
-            "tokens_computed": computed,
-            "tokens_avoided": plain * self.decoder.passes(reference) - computed,
-            "floor_share": least * (2 + self.decoder.trained) / computed,
-        }
+        values = {"pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds}
         if memory is not None:
             values["memory_gib"] = largest / 2**30
-        if self.peak is not None:
-            flops = self.decoder.flops(tokens, targets, scores, online)
-            values["mfu"] = flops / (seconds * self.peak * trainer.world_size)
+        decoder = self.decoder
+        if decoder is not None:
+            needs = getattr(pl_module, "needs", None)
+            reference = needs is not None and needs.reference
+            online = reference and pl_module.policy.cache is None
+            computed = laid_out * decoder.passes(online)
+            values |= {
+                "tokens_computed": computed,
+                "tokens_avoided": plain * decoder.passes(reference) - computed,
+                "floor_share": least * (2 + decoder.trained) / computed,
+            }
+            if self.peak is not None:
+                flops = decoder.flops(tokens, targets, scores, online)
+                values["mfu"] = flops / (seconds * self.peak * trainer.world_size)
         for name, value in values.items():
             bar = name in ("pairs_per_second", "floor_share")
             pl_module.log(f"speed/{name}", float(value), prog_bar=bar, batch_size=1)
+
+
+def _peak(trainer: Trainer, module: Any) -> float | None:
+    """FLOP/s of the GPU at most; None where nobody knows.
+
+    Raises:
+        ValueError: it is known, but not how much the model computes.
+    """
+    model, device = module.language_model, module.device
+    if device.type != "cuda":
+        return None
+    half = str(trainer.precision).startswith(("bf16", "16"))
+    dtype = torch.bfloat16 if half else model.dtype
+    peak = peak_flops(torch.cuda.get_device_name(device), dtype)
+    if peak is not None and not is_known(model):
+        raise ValueError(f"not all that {type(model).__name__} computes is counted")
+    return peak
 
 
 def count(batch: PairBatch, windows: Iterable[int | None]) -> Tensor:

@@ -53,10 +53,9 @@ def perplexity(
     for name, value in (("window", window), ("windows_per_batch", windows_per_batch)):
         if value < 1:
             raise InputError(f"{name} is {value}: it has to be at least 1.")
-    positions = getattr(
-        policy.language_model.config.get_text_config(), "max_position_embeddings", window
-    )
-    if window > positions:
+    config = policy.language_model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)  # some have no bound
+    if positions is not None and window > positions:
         raise InputError(f"window is {window}: the model has {positions} positions only.")
     try:
         text = file.read_text("utf-8")

@@ -26,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rotopo.data.batch import Layout, PairBatch
 from rotopo.errors import InputError
+from rotopo.models import beside
 from rotopo.models.attention import attention_inputs
 from rotopo.models.router import RouterLoss
 from rotopo.models.segment_attention import segment_attention
@@ -50,7 +51,7 @@ def resolve_dtype(name: DtypeName) -> torch.dtype:
 def trained_dtype(config: BackboneConfig) -> torch.dtype:
     """The dtype to load a model in: without an adapter ``auto`` is float32.
 
-    Warns of full fine-tuning in a half type.
+    Warns of weights of the model that train in a half type.
     """
     name: DtypeName = config.dtype
     if config.adapter is None:
@@ -63,7 +64,16 @@ def trained_dtype(config: BackboneConfig) -> torch.dtype:
                 "them.",
                 stacklevel=2,
             )
-    return resolve_dtype(name)
+    dtype = resolve_dtype(name)
+    whole = getattr(config.adapter, "modules_to_save", None)
+    if whole and dtype in (torch.bfloat16, torch.float16):
+        warnings.warn(
+            f"{config.setting}.adapter trains whole modules ({', '.join(whole)}) in the model's "
+            f"dtype, and {str(dtype).removeprefix('torch.')} loses the optimiser's small steps: "
+            f"{config.setting}.dtype float32 keeps them.",
+            stacklevel=2,
+        )
+    return dtype
 
 
 def load_config(
@@ -239,15 +249,17 @@ def adapt(
                 f"{name}: {type(config.adapter).__name__} adds tokens to the prompt; take an "
                 "adapter that changes layers (LoRA, rotation, OFT, ...)."
             )
+        beside.refuse_tokens(embeddings(model), config.adapter, name)
         # By it PEFT knows what all-linear leaves out.
         model.get_output_embeddings = lambda: head  # type: ignore[method-assign]
         try:
             # A copy: PEFT writes into the configuration what it found in the model.
             adapted = cast(PeftModel, get_peft_model(model, copy.deepcopy(config.adapter)))
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise InputError(f"{name} ({type(config.adapter).__name__}): {error}") from error
         finally:
             del model.get_output_embeddings
+        beside.refuse(model, config.adapter, name)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return adapted
@@ -275,7 +287,8 @@ def compile_layers(model: PreTrainedModel, setting: str = "policy") -> None:
 
 
 def embeddings(model: PreTrainedModel) -> Tensor:
-    return cast(Tensor, model.get_input_embeddings().weight)
+    """The weight of the input embeddings [V, D], without what an adapter trains of it."""
+    return cast(Tensor, beside.original(model.get_input_embeddings()).weight)
 
 
 def decoder_inputs(model: PreTrainedModel, batch: PairBatch) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from rotopo.models.backbone import (
     load_model,
     rounding,
 )
+from rotopo.models.beside import copies
 from rotopo.models.log_probs import (
     Head,
     Needs,
@@ -139,7 +140,7 @@ class Policy(Backbone):
             policy.compile_layers()
         if sharding is not None:
             assert dtype is not None
-            divide(policy, own, dtype, sharding)
+            divide(policy, own | copies(model), dtype, sharding)
         return policy
 
     def compile_layers(self) -> None:
@@ -346,7 +347,10 @@ def _shared(model: nn.Module) -> dict[int, Any]:
 
 
 def _head(model: PreTrainedModel) -> Head:
-    """The output head, with what families do to its logits."""
+    """The output head, with what families do to its logits.
+
+    Where an adapter trains it, or rows of it: what trains, or the original while it is off.
+    """
     module = cast(nn.Linear, model.get_output_embeddings())
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0

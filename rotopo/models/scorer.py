@@ -26,6 +26,7 @@ from rotopo.models.backbone import (
     load_config,
     rounding,
 )
+from rotopo.models.beside import copies
 from rotopo.models.router import RouterLoss
 from rotopo.models.settings import BackboneConfig
 from rotopo.models.sharding import Sharding, divide
@@ -113,7 +114,7 @@ class Scorer(Backbone):
             scorer.compiled = True
         if sharding is not None:
             assert dtype is not None
-            divide(scorer, own, dtype, sharding)
+            divide(scorer, own | copies(model), dtype, sharding)
         return scorer
 
     def forward(self, batch: PairBatch) -> Tensor:

@@ -23,7 +23,9 @@ class BackboneConfig:
         path: a model's name on the Hub, a folder, a GGUF file, or ``package:PACKAGE/FILE`` for
             one of these inside an installed Python package.
         adapter: any PEFT adapter by class path, e.g. ``rotopo.rotation.RotationConfig`` or
-            ``peft.LoraConfig``; None trains every weight of the model.
+            ``peft.LoraConfig``; None trains every weight of the model. Where an adapter takes
+            ``modules_to_save`` or ``trainable_token_indices`` (for tokens that were added to the
+            tokenizer and an embedding that was enlarged), those train beside its layers.
         dtype: dtype of the base model's weights; ``auto`` is bfloat16 where the processor is
             fast in it and an adapter trains, else float32. Adapters are float32 at least. Keep
             ``trainer.precision`` at its default: it would cast the adapter too.

@@ -67,8 +67,9 @@ def divide(backbone: "Backbone", base: set[int], dtype: torch.dtype, sharding: S
         trained = {p.dtype for p in unit.parameters() if p.requires_grad}
         if len(trained) > 1:
             raise InputError(
-                "dtype: FSDP2 trains weights of one dtype, and here a float32 head trains beside "
-                f"weights in {dtype}: set the model's dtype to float32, or take an adapter."
+                "dtype: FSDP2 trains weights of one dtype, and here some in float32 (a reward "
+                f"model's head, an adapter's own) train beside weights of the model in {dtype}: "
+                "set the model's dtype to float32, or train an adapter alone."
             )
         # Gradients in a half type would be rounded once more where the ranks add them up.
         narrow = trained <= {torch.bfloat16, torch.float16} and bool(trained)

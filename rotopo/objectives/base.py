@@ -109,7 +109,7 @@ class PreferenceModule(PairwiseModule):
         return chosen, rejected, log_probs.has_chosen, log_probs.has_rejected
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
-        outputs = self._step(batch)
+        outputs = super().training_step(batch, batch_idx)
         # Here rather than in a later hook: a checkpoint may be written before that.
         accumulation = self.trainer.accumulate_grad_batches if self._trainer else 1
         self.observe(outputs["log_probs"], (batch_idx + 1) % accumulation == 0)

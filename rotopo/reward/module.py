@@ -121,9 +121,6 @@ class RewardModule(PairwiseModule):
         every = chosen.new_ones(chosen.shape, dtype=torch.bool)
         return chosen, rejected, every, every
 
-    def training_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
-        return self._step(batch)
-
     def predict(self, batch: PromptBatch | PairBatch) -> list[dict[str, Any]]:
         """The reward of each row's response; rows have one each.
 

@@ -8,7 +8,7 @@ from weights trained without that constraint.
 
 import copy
 from collections.abc import Iterable, Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft.tuners.boft.layer import Linear as BOFTLinear
@@ -101,32 +101,33 @@ def merged_weights(
 ) -> Iterator[Tensor]:
     """The weights (out, D) that a model computes with where it trains, in at least float32.
 
-    Those of linear layers with an adapter, the adapter merged in; of a model without adapters
-    those of all linear layers that train, but for the output head.
+    Those of linear layers with an adapter, the adapter merged in, and of those that train
+    themselves; but for the output head, and for quantised weights.
 
     Args:
         model: the model.
         modules: those of its modules that are asked for, their weights whole; None asks for all.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
-    adapted = {m for m in model.modules() if isinstance(m, BaseTunerLayer)}
-    modules = list(model.modules() if modules is None else modules)
-    linear = [m for m in modules if isinstance(m, nn.Linear | Conv1D) and m is not head]
-    for layer in (m for m in modules if m in adapted):
-        base = layer.get_base_layer()
-        if isinstance(base, nn.Linear | Conv1D):
+    left_out = set() if head is None else set(head.modules())
+    adapted = {m for m in model.modules() if isinstance(m, BaseTunerLayer)} - left_out
+    left_out |= {m for layer in adapted for m in layer.modules()} - adapted
+    for module in model.modules() if modules is None else modules:
+        layer = module.get_base_layer() if module in adapted else module
+        if module in left_out or not isinstance(layer, nn.Linear | Conv1D):
+            continue
+        if not layer.weight.is_floating_point():  # quantised
+            continue
+        if module in adapted:
             # A copy: in a half type, merging and its undoing would leave other weights behind.
-            copied = copy.deepcopy(layer).to(torch.promote_types(base.weight.dtype, torch.float32))
+            wide = torch.promote_types(layer.weight.dtype, torch.float32)
+            copied: Any = copy.deepcopy(module).to(wide)
             copied.merge()
-            weight = cast(nn.Linear, copied.get_base_layer()).weight
-            yield weight.T if isinstance(base, Conv1D) else weight
-    if not adapted:
-        trained = [
-            layer.weight.T if isinstance(layer, Conv1D) else layer.weight
-            for layer in linear
-            if layer.weight.requires_grad
-        ]
-        yield from (w.to(torch.promote_types(w.dtype, torch.float32)) for w in trained)
+            layer = cast(nn.Linear, copied.get_base_layer())
+        elif not layer.weight.requires_grad:
+            continue
+        weight = layer.weight.to(torch.promote_types(layer.weight.dtype, torch.float32))
+        yield weight.T if isinstance(layer, Conv1D) else weight
 
 
 def cosine_gram(weight: Tensor) -> Tensor:

@@ -98,6 +98,38 @@ def test_an_adapter_leaves_the_model_what_it_is(adapter):
     assert Decoder.of(make("llama")).passes(reference=False) == 3
 
 
+@pytest.mark.parametrize(
+    ("settings", "trained", "head_trained"),
+    [
+        ({"modules_to_save": ["lm_head"]}, 0, True),
+        ({"modules_to_save": ["layers.1.mlp"]}, 3 * 32 * 48 / (2 * (3 * 32 * 48 + 3072)), False),
+        ({"trainable_token_indices": {"lm_head": [5]}}, 0, True),
+        ({"trainable_token_indices": [5]}, 0, False),
+    ],
+    ids=["head", "mlp", "rows of the head", "rows of the embedding"],
+)
+def test_what_an_adapter_trains_whole_is_counted_once_and_as_trained(
+    settings, trained, head_trained
+):
+    """As torch counts it; the adapter's own layers, which are left out, are tiny beside it."""
+    B, T = 2, 9
+    adapter = LoraConfig(r=1, target_modules=["q_proj"], **settings)
+    base = make("llama", torch.float32, attn_implementation="eager")
+    model = get_peft_model(base, adapter).get_base_model()
+    decoder = Decoder.of(model)
+    assert (decoder.linear, decoder.head) == (2 * (3 * 32 * 48 + 3072), 32 * 96)
+    assert decoder.trained == pytest.approx(trained)
+    assert decoder.head_trained == head_trained
+    assert decoder.passes(reference=False) == 2 + decoder.trained
+    assert is_known(model)
+    embedded = torch.randn(B, T, model.config.hidden_size, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        model(inputs_embeds=embedded, use_cache=False).logits.sum().backward()
+    lora = 2 * 2 * B * T * (32 + 32) * 3
+    expected = decoder.flops(B * T, B * T, [B * T * T], reference=False) + lora
+    assert counter.get_total_flops() == pytest.approx(expected, rel=2e-3)
+
+
 def test_windows_are_counted_by_layer():
     assert Decoder.of(make("gemma3_text")).windows == {6: 2, None: 1}
     assert Decoder.of(make("mistral-window")).windows == {5: 2}
@@ -106,6 +138,22 @@ def test_windows_are_counted_by_layer():
 @pytest.mark.parametrize("family", ["deepseek_v3", *MIXTURES])
 def test_a_mixture_of_experts_is_not_known(family):
     assert not is_known(make(family))
+
+
+def test_what_is_no_plain_attention_over_linear_layers_is_not_known():
+    """Values of another size than keys; weights in no linear layer; another's quantised weights;
+    a configuration that does not name its heads."""
+    for change in (
+        lambda model: setattr(model.config, "v_head_dim", 4),
+        lambda model: setattr(model.model, "mixer", torch.nn.Conv1d(2, 2, 3)),
+        lambda model: setattr(model.config, "quantization_config", {"quant_method": "gptq"}),
+        lambda model: vars(model.config).update(num_attention_heads=[4, 2]),
+    ):
+        model = make("llama")
+        assert is_known(model)
+        change(model)
+        assert not is_known(model)
+        assert Decoder.of(model).linear  # which is all that most statistics hang on
 
 
 def test_only_peaks_from_a_data_sheet():
