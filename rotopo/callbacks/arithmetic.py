@@ -62,8 +62,8 @@ class Decoder:
     Attributes:
         linear: weights of the decoder's linear layers; an adapter's own are left out.
         head: weights of the output head; 0 for a model without one.
-        width: numbers in a token's query and in its value, of all heads; None where the configuration
-            does not say.
+        width: numbers in a token's query and in its value, of all heads; None where the
+            configuration does not say.
         windows: how many layers attend to the last so many positions (None: to all of them).
         trained: share of ``linear`` that trains itself, rather than an adapter on it.
         head_trained: whether the head, or rows of it, train.
