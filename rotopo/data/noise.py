@@ -200,7 +200,8 @@ class MarginFlips(LabelNoise):
 class AssumedPreference(LabelNoise):
     """An annotator who takes the larger model's response to be the better one, unread.
 
-    The practical noise of ROPO (arXiv 2404.04102). A pair is flipped iff the model of its rejected
+    Of ROPO's four kinds of practical noise (arXiv 2404.04102, in the version of ICML) the only one
+    whose definition we could read. A pair is flipped iff the model of its rejected
     response stands before that of its chosen one in the ranking. Pairs of one model, or with a
     model that the ranking leaves out, keep their labels [ours], and are counted. Nothing is left to
     chance.

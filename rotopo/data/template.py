@@ -147,13 +147,15 @@ class ChatTemplate:
         return self._given | {self.name or "default": text}
 
     def _wrapped(self, ending: tuple[str, str] | None, adds_bos: bool) -> str:
-        # In front, where it is seen everywhere below.
+        # In front, where they are seen everywhere below.
         defaults = "".join(
             f"{{%- if {name} is not defined -%}}{{%- set {name} = {value!r} -%}}{{%- endif -%}}"
             for name, value in self.kwargs.items()
         )
         if ending is None and not adds_bos and self.system_message is None:
-            return defaults + self.text
+            # Of all white space after a block this line feed alone is left out, and the text begins
+            # on a line of its own, as it did.
+            return (defaults.removesuffix("-%}") + "%}\n" if defaults else "") + self.text
         system = ""
         if self.system_message is not None:
             turn = {"role": "system", "content": self.system_message}

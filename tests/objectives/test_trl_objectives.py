@@ -195,11 +195,13 @@ def loss_and_gradients(trainer: Trainer, rows: list[TokenizedRow]) -> LossAndGra
     return loss.item(), gradients(trainer.model)
 
 
-def assert_same(ours: LossAndGradients, theirs: LossAndGradients) -> None:
+def assert_same(
+    ours: LossAndGradients, theirs: LossAndGradients, of_gradients: float = 1e-5
+) -> None:
     assert abs(ours[0] - theirs[0]) <= 1e-5 * max(1, abs(theirs[0]))
     size = largest(theirs[1].values())
     assert size > 1e-4
-    assert difference(ours[1], theirs[1]) <= 1e-5 * size
+    assert difference(ours[1], theirs[1]) <= of_gradients * size
 
 
 def cut(rows: list[TokenizedRow], tokens: int) -> list[TokenizedRow]:
@@ -446,7 +448,9 @@ def test_all_of_them_of_a_real_model_on_real_pairs(tmp_path):
         gc.collect()  # TRL's trainers refer to themselves, and each holds a model
         ours = loss(objective, log_probs)
         ours.backward(retain_graph=True)
-        assert_same((ours.item(), gradients(bench.policy.model)), theirs)
+        # TRL takes log-probs in float32, and how that rounds is the processor's affair: 1.3e-5 on
+        # one with AMX.
+        assert_same((ours.item(), gradients(bench.policy.model)), theirs, of_gradients=5e-5)
 
     for settings, objective in DPO_LOSSES.values():
         compare("dpo", {"beta": B} | settings, objective)
