@@ -1,8 +1,8 @@
 """ROPO's alternation (arXiv 2404.04102): train, score all pairs, keep those of small loss, repeat.
 
 It minimises Σ w_i ℓ(θ; i) over θ and w in turns, with w_i in [0, 1] and Σ w_i = N_ρ. The outline is
-the paper's, as accounts of it have it [2nd]; the order of things, the sampling, ρ and how many
-rounds are [ours], for the paper's were not found:
+the paper's, as accounts of it have it [2nd]; the order of things, the sampling, ρ and the number
+of rounds are [ours], for the paper's were not found:
 
 - Round 1 trains on all N pairs.
 - After each round but the last all N pairs are scored; the N_ρ of smallest loss are kept and the
