@@ -31,7 +31,15 @@ from rotopo.data.module import PairwiseDataModule
 from rotopo.errors import InputError, input_error
 from rotopo.files import full_disk
 from rotopo.monitors import Monitors
-from rotopo.refusals import Began, Building, fault, in_one_line
+from rotopo.refusals import (
+    Began,
+    Building,
+    fault,
+    in_one_line,
+    naming,
+    refuse_repeated_names,
+    unwrapped,
+)
 from rotopo.slurm import Job, take_over
 from rotopo.training import PairwiseModule
 
@@ -96,8 +104,10 @@ class RotopoCLI(LightningCLI):
         return {**commands, "doctor": {"model", "datamodule"}}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        with in_one_line():
+        with in_one_line(), naming("the settings", on_purpose=False):
             super().parse_arguments(parser, args)
+        for file in self._settings().get("config") or []:
+            refuse_repeated_names(Path(file.absolute))
 
     def before_instantiate_classes(self) -> None:
         for name in ("model", "data"):
@@ -108,10 +118,13 @@ class RotopoCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         with in_one_line(self._settings):
+            failure = None
             try:
                 super().instantiate_classes()
             except Exception as error:
-                raise self._building.failure or error from error.__cause__
+                failure = self._building.failure or unwrapped(error)
+            if failure is not None:  # out here, so that it does not come from what came from it
+                raise failure
             self._take_clock()
 
     def _take_clock(self) -> None:
@@ -214,10 +227,11 @@ class RotopoCLI(LightningCLI):
         self._began = Began()
         own = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
         kwargs["callbacks"] = [Monitors(), self._began, *(one for one in own if one is not None)]
-        try:
-            trainer = super().instantiate_trainer(**kwargs)
-        except OverflowError as error:
-            raise InputError(f"trainer.devices is {config.devices}: too many.") from error
+        with naming("trainer", on_purpose=False):
+            try:
+                trainer = super().instantiate_trainer(**kwargs)
+            except OverflowError as error:
+                raise InputError(f"trainer.devices is {config.devices}: too many.") from error
         take_over(trainer, self._job)
         trainer.slurm_job = self._job  # type: ignore[attr-defined]
         return trainer

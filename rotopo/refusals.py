@@ -21,10 +21,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Callback
 
 from rotopo.errors import InputError, input_error
+from rotopo.files import full_disk
 
 _OURS = str(Path(__file__).parent)
 _STANDARD = sysconfig.get_paths()["stdlib"]
@@ -72,10 +74,11 @@ class Building:
 
     def __call__(self, kind: type, *args: Any, **kwargs: Any) -> Any:
         try:
-            return kind(*args, **kwargs)
+            built, self.failure = kind(*args, **kwargs), None
+            return built
         except Exception as error:
-            place = setting_of(kind, self.settings)
-            refused = None if input_error(error) else _refused_below(error, place)
+            place = setting_of(kind, self.settings) or kind.__name__
+            refused = None if input_error(error) else _refused_below(error, place, 0)
             self.failure = refused or error
             if refused is None:
                 raise
@@ -83,13 +86,21 @@ class Building:
 
 
 @contextmanager
-def naming(place: str) -> Iterator[None]:
-    """Where a library works with what the settings gave it: what it raises on purpose, with
-    nothing of ours or of the user's called in between, is bad input that names ``place``."""
+def naming(place: str, on_purpose: bool = True) -> Iterator[None]:
+    """Where a library works with what the settings gave it, and calls nothing of ours or of the
+    user's.
+
+    Args:
+        place: names the settings.
+        on_purpose: whether the library has to say ``raise``; else it may stumble, too.
+
+    Raises:
+        InputError: in place of the library's exception.
+    """
     try:
         yield
     except Exception as error:
-        refused = None if input_error(error) else _refused_below(error, place, on_purpose=True)
+        refused = None if input_error(error) else _refused_below(error, place, 1, on_purpose)
         if refused is None:
             raise
         raise refused from error
@@ -112,7 +123,7 @@ def in_one_line(
     try:
         yield
     except Exception as error:
-        refused = input_error(error) or refusal(_unwrapped(error), settings(), began())
+        refused = input_error(error) or refusal(unwrapped(error), settings(), began())
         if refused is None or refused is error:
             raise
         raise refused from error
@@ -126,6 +137,8 @@ def refusal(error: Exception, settings: Namespace | None, began: bool) -> InputE
         settings: of the command, if they are known.
         began: whether a batch has been computed.
     """
+    if full_disk(error):  # which has a message of its own
+        return None
     if isinstance(error, OSError) and error.errno in _NOT_ALLOWED:
         return InputError(f"{error.filename or 'a file'} cannot be used: {error.strerror}.")
     if type(error).__module__.startswith(("torch._inductor.exc", "torch._dynamo.exc")):
@@ -134,22 +147,60 @@ def refusal(error: Exception, settings: Namespace | None, began: bool) -> InputE
             f"take a compiler that works, and torch's did not: {line(error)}"
         )
     *callers, last = _frames(error)
+    speaker = type(last.tb_frame.f_locals.get("self"))
+    place = setting_of(speaker, settings) or _named(_package(last))
     if isinstance(error, ImportError):
-        return None if began or _whose(last) == "ours" else InputError(_imported(error, last))
+        if began or _whose(last) == "ours":
+            return None
+        where = f"{_file(last)}, line {last.tb_lineno}" if _whose(last) == "user" else place
+        return InputError(f"{where}: {line(error)}")
     if _whose(last) != "library" or not (_raises(last) or isinstance(error, OSError)):
         return None
     between = {_whose(frame) for frame in callers if _file(frame) not in _ENTRY}
-    speaker = last.tb_frame.f_locals.get("self")
     if "user" in between:
         return None
     if "ours" in between and _package(last) not in _ON_SETTINGS:
         return None
     # A callback of Lightning's looks for the metric that it monitors when it is due.
-    due = isinstance(speaker, Callback) and "ours" not in between
+    due = issubclass(speaker, Callback) and "ours" not in between
     if began and not due:
         return None
-    place = setting_of(type(speaker), settings) if settings and speaker is not None else ""
-    return InputError(f"{place or _named(_package(last))}: {line(error)}")
+    said = f"{place}: {line(error)}"
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        said = f"{error.filename} cannot be used: {error.strerror}."
+    return InputError(said)
+
+
+def unwrapped(error: Exception) -> Exception:
+    """What a class of the settings raised when it was built, instead of what jsonargparse makes of
+    it."""
+    while isinstance(error.__cause__, Exception) and _package(_frames(error)[-1]) == "jsonargparse":
+        error = error.__cause__
+    return error
+
+
+def refuse_repeated_names(file: Path) -> None:
+    """Refuse a YAML file that gives a setting twice, of which only the last would count.
+
+    Raises:
+        InputError: names the setting and its line.
+    """
+    nodes = [yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        elif isinstance(node, yaml.MappingNode):
+            names = set()
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in names:
+                    raise InputError(
+                        f"{file}, line {key.start_mark.line + 1}: {key.value!r} is there already, "
+                        "and only the last would count: leave one of them out."
+                    )
+                if isinstance(key, yaml.ScalarNode):
+                    names.add(key.value)
+                nodes.append(value)
 
 
 def fault(error: BaseException) -> str | None:
@@ -171,14 +222,14 @@ def fault(error: BaseException) -> str | None:
     )
 
 
-def setting_of(kind: type, settings: Namespace | None) -> str:
-    """Which setting names a class, and the class: ``trainer.logger (WandbLogger)``."""
-    name = kind.__name__
+def setting_of(kind: type, settings: Namespace | None) -> str | None:
+    """Which setting names a class, and the class: ``trainer.logger (WandbLogger)``; None if none
+    does."""
     for path, value in vars(settings or Namespace()).items():
         found = _place_of(kind, path, value)
         if found:
-            return f"{found} ({name})"
-    return name
+            return f"{found} ({kind.__name__})"
+    return None
 
 
 def _place_of(kind: type, path: str, value: Any) -> str | None:
@@ -207,27 +258,23 @@ def line(error: BaseException) -> str:
     return f"{kind}: {text}" if isinstance(error, _BARE) else text
 
 
-def _refused_below(error: Exception, place: str, on_purpose: bool = False) -> InputError | None:
-    """An error of a library's that we have called, and that has called nothing but libraries."""
-    _, *below = _frames(error)  # the first is the call itself
+def _refused_below(
+    error: Exception, place: str, caller: int, on_purpose: bool = False
+) -> InputError | None:
+    """An error of a library's that has called nothing but libraries, as bad input; else None.
+
+    Args:
+        error: the error.
+        place: what to name.
+        caller: how many frames of ours called the library.
+        on_purpose: whether the library has to have raised it on purpose.
+    """
+    below = [frame for frame in _frames(error) if _file(frame) != __file__][caller:]
     if any(_whose(frame) != "library" for frame in below):
         return None
     if on_purpose and not (below and _raises(below[-1])):
         return None
     return InputError(f"{place}: {line(error)}")
-
-
-def _imported(error: ImportError, last: TracebackType) -> str:
-    where = "" if _whose(last) == "library" else f" ({_file(last)}, line {last.tb_lineno})"
-    return f"{line(error)}{where}"
-
-
-def _unwrapped(error: Exception) -> Exception:
-    """What a class of the settings raised when it was built, instead of what jsonargparse makes of
-    it."""
-    while isinstance(error.__cause__, Exception) and _package(_frames(error)[-1]) == "jsonargparse":
-        error = error.__cause__
-    return error
 
 
 def _frames(error: BaseException) -> list[TracebackType]:

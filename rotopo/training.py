@@ -316,7 +316,7 @@ class PairwiseModule(LightningModule):
             super().optimizer_step(*args, **kwargs)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        with naming("model.scheduler"):
+        with naming("model.scheduler", on_purpose=False):
             super().lr_scheduler_step(scheduler, metric)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
