@@ -22,7 +22,7 @@ def follows_metric(scheduler: Any) -> bool:
 class Monitors(Callback):
     """Refuses a ``monitor`` that no metric has, of callbacks and of the scheduler, before step 1.
 
-    Names are not kept in a list: those under ``val/`` are what the sanity validation has logged,
+    Names are not kept in a list: those under ``val/`` are what the sanity validation has seen,
     and the same callbacks log them under ``train/`` too; other callbacks of ours say theirs in
     ``metric_names``. Without a sanity validation the first step's names stand for it. A module or
     a callback of the user's own may log what it likes when it likes: with one in the run a name

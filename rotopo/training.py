@@ -53,6 +53,10 @@ class Warmup(LambdaLR):
     ) -> None:
         if total_steps is None:
             raise InputError("Warmup: total_steps is not set and there is no Trainer to ask.")
+        if not 0 <= warmup <= 1:
+            raise InputError(
+                f"model.scheduler.warmup is {warmup}: it is a share of all steps, from 0 to 1."
+            )
         warm_steps = math.ceil(warmup * total_steps)
         rest = max(1, total_steps - warm_steps)
 
@@ -297,7 +301,14 @@ class PairwiseModule(LightningModule):
             # Asking set the training loader up, before Lightning has restored the position in
             # the epoch; let it be set up again, or a resumed run would start the epoch over.
             self.trainer.fit_loop._combined_loader = None
+        if any(group.get("lr") is None for group in optimizer.param_groups):
+            raise InputError(
+                f"model.optimizer ({type(optimizer).__name__}) has no lr for model.scheduler to "
+                "change: set model.optimizer.lr, or model.scheduler to null."
+            )
         scheduler = self.scheduler(optimizer, **total)
+        with naming("model.scheduler, which checkpoints hold", on_purpose=False):
+            scheduler.state_dict()
         config: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
         if follows_metric(scheduler):
             config["monitor"] = getattr(scheduler, "monitor", None)

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rotopo.cli import RotopoCLI, run
+from rotopo.data.messages import texts_in
 from rotopo.data.schemas import FORMATS, naming_row, read_row, resolve_format
 from rotopo.data.sources import load_rows
 from rotopo.data.token_cache import fingerprint_rows, tokenize_rows
@@ -126,14 +127,48 @@ def need(condition) -> None:
         raise Refused
 
 
-def messages(value, keys=("role", "content"), roles=None) -> list:
-    need(isinstance(value, list))
+def messages(value) -> list:
+    need(isinstance(value, list) and value)
+    read = []
     for turn in value:
-        need(isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in keys))
-        need(roles is None or turn[keys[0]] in roles)
-    return [
-        {"role": roles[t[keys[0]]] if roles else t[keys[0]], "content": t[keys[1]]} for t in value
-    ]
+        need(isinstance(turn, dict) and isinstance(turn.get("role"), str))
+        need(isinstance(turn.get("content"), str | list | None))
+    for turn in value:
+        rest = {k: v for k, v in turn.items() if v is not None and v not in ("", [], {})}
+        rest = {"role": turn["role"]} | {k: v for k, v in rest.items() if k != "content"}
+        content = turn.get("content")
+        if isinstance(content, list):
+            content = "".join(map(text_part, content))
+        if content is not None:
+            rest["content"] = content
+        elif not (turn["role"] == "assistant" and len(rest) > 1):
+            if turn["role"] == "system":
+                continue
+            need(turn["role"] in ("assistant", "tool"))
+            rest["content"] = ""
+        read.append(rest)
+    return read
+
+
+def text_part(part) -> str:
+    if isinstance(part, str):
+        return part
+    need(isinstance(part, dict) and part.get("type", "text") == "text")
+    need(isinstance(part.get("text"), str))
+    return part["text"]
+
+
+def speakers_turns(value) -> list:
+    need(isinstance(value, list))
+    turns = []
+    for turn in value:
+        need(isinstance(turn, dict))
+        if turn.get("from") in SPEAKERS and isinstance(turn.get("value"), str):
+            rest = {k: v for k, v in turn.items() if k not in ("from", "value")}
+            turns.append({**rest, "role": SPEAKERS[turn["from"]], "content": turn["value"]})
+        else:
+            turns.append(turn)
+    return messages(turns) if turns else []
 
 
 def text_or_messages(value, role) -> list:
@@ -176,6 +211,10 @@ def plain_reading(name: str, row: dict) -> tuple:
         prompt = text_or_messages(get("prompt"), "user")
         if name == "kto":
             label, completion = get("label"), text_or_messages(get("completion"), "assistant")
+            if isinstance(label, str):
+                label = {"true": 1, "1": 1, "1.0": 1, "false": 0, "0": 0, "0.0": 0}.get(
+                    label.strip().lower()
+                )
             need(label in (0, 1))
             return (prompt, completion, None) if label else (prompt, None, completion)
         return prompt, *(text_or_messages(get(n), "assistant") for n in ("chosen", "rejected"))
@@ -189,19 +228,16 @@ def plain_reading(name: str, row: dict) -> tuple:
         return conversations(dialogue(get("chosen")), dialogue(get("rejected")))
     if name == "align_anything":
         label = get("overall_response")
-        need(not isinstance(label, bool) and label in (1, 2, "1", "2"))
+        need(not isinstance(label, bool) and label in (1, 2, "1", "2", "1.0", "2.0"))
         first = text_or_messages(get("response_1"), "assistant")
         second = text_or_messages(get("response_2"), "assistant")
-        pair = (first, second) if label in (1, "1") else (second, first)
+        pair = (first, second) if label in (1, "1", "1.0") else (second, first)
         return text_or_messages(get("question"), "user"), *pair
-    need(not get("tools"))
-    prompt = messages(get("conversations"), ("from", "value"), SPEAKERS)
+    prompt = speakers_turns(get("conversations"))
     if get("system") and not (prompt and prompt[0]["role"] == "system"):
         need(isinstance(get("system"), str))
         prompt = [{"role": "system", "content": get("system")}, *prompt]
-    chosen, rejected = (
-        messages([get(n)], ("from", "value"), SPEAKERS) for n in ("chosen", "rejected")
-    )
+    chosen, rejected = (speakers_turns([get(n)]) for n in ("chosen", "rejected"))
     return prompt, chosen, rejected
 
 
@@ -209,11 +245,19 @@ def usable(prompt, chosen, rejected) -> tuple:
     need(prompt and prompt[-1]["role"] != "assistant")
     for response in (chosen, rejected):
         if response is not None:
-            need(any(turn["content"].strip() for turn in response))
+            need(any(turn.get("content", "").strip() or len(turn) > 2 for turn in response))
             need(all(turn["role"] == "assistant" for turn in response))
-    both = [r and [turn["content"].strip() for turn in r] for r in (chosen, rejected)]
+    both = [
+        r and [turn | {"content": turn.get("content", "").strip()} for turn in r]
+        for r in (chosen, rejected)
+    ]
     need(both[0] != both[1])
     return prompt, chosen, rejected
+
+
+def usable_tools(row: dict) -> None:
+    tools = row.get("tools")
+    need(not tools or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)))
 
 
 @fuzzed(40, 1500)
@@ -230,13 +274,13 @@ def test_rows(tiny_tokenizer, name, examples):
     @given(changed_rows(name))
     def check(row):
         expected, refused = plainly(lambda: usable(*plain_reading(name, row)))
+        refused = refused or plainly(usable_tools, row)[1]
         found, error = attempt(read_numbered, row)
         if refused:
             assert re.match(r"row 7 \(from 0\): .*field", error)
             return
         assert (found.prompt, found.chosen, found.rejected) == expected
-        turns = [turn for part in expected for turn in part or []]
-        spelled = [turn["role"] + turn["content"] for turn in turns]
+        spelled = list(texts_in([*(part or [] for part in expected), found.inputs.tools]))
         if any(token in text for token in control for text in spelled) or not all(
             map(is_text, spelled)
         ):
@@ -248,7 +292,8 @@ def test_rows(tiny_tokenizer, name, examples):
             if response is None:
                 assert ids == []
                 continue
-            written = tiny_tokenizer.apply_chat_template(found.prompt + response, tokenize=False)
+            turns = [{"content": "", **turn} for turn in found.prompt + response]
+            written = tiny_tokenizer.apply_chat_template(turns, tokenize=False)
             assert tiny_tokenizer.decode(pair.prompt + ids) + "\n" == written
             assert ids.count(encoder.end_of_turn_id) == len(response)
 

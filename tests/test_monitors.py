@@ -236,6 +236,22 @@ def test_schedulers_with_total_steps_get_the_runs(config, rates):
             expected.step()
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["scheduler.warmup=100"], "model.scheduler.warmup is 100.0: it is a share"),
+        (["optimizer=transformers.Adafactor"], "model.optimizer (Adafactor) has no lr"),
+        (
+            ["scheduler=torch.optim.lr_scheduler.LambdaLR", "scheduler.lr_lambda=math.sqrt"],
+            "model.scheduler, which checkpoints hold",
+        ),
+    ],
+)
+def test_schedules_that_would_fail_later_are_refused(message, options, expected):
+    error = message(*(f"--model.{option}" for option in options))
+    assert expected in error.splitlines()[-1]
+
+
 def test_a_run_without_an_end_gives_no_number_of_steps(message):
     assert "set model.scheduler.total_steps" in message("--trainer.max_epochs=-1")
 

@@ -25,7 +25,7 @@ class PairMetricsCallback(Callback):
     def __init__(self) -> None:
         self.training: PairMeans | None = None
         self.evaluation: PairMeans | None = None
-        self.pair_metric_names: set[str] = set()  # what it has logged, without the stage
+        self.pair_metric_names: set[str] = set()  # of what it has seen, without the stage
 
     @abstractmethod
     def values(self, module: Any, outputs: dict[str, Any]) -> Values | None:
@@ -39,6 +39,7 @@ class PairMetricsCallback(Callback):
     ) -> PairMeans | None:
         values = self.values(module, outputs)
         if values is not None:
+            self.pair_metric_names |= values.keys()
             means = means or PairMeans(tuple(values))
             means.to(module.device).update(values)
         return means
@@ -50,7 +51,6 @@ class PairMetricsCallback(Callback):
             return None
         values = means.compute()
         means.reset()
-        self.pair_metric_names |= values.keys()
         for name, value in values.items():
             module.log(f"{stage}/{name}", value, prog_bar=name in self.on_progress_bar)
         return values

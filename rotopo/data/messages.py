@@ -86,7 +86,8 @@ def read_messages(value: list[dict[str, Any]], field: str) -> list[Message]:
     messages = []
     for turn in value:
         # Columns of structs give every message every key, null where it has none.
-        fields = {name: v for name, v in turn.items() if name != "content" and not _is_nothing(v)}
+        fields = {"role": turn["role"]}
+        fields |= {name: v for name, v in turn.items() if name != "content" and not _is_nothing(v)}
         if isinstance(fields.get("tool_calls"), str):
             fields["tool_calls"] = parsed(fields["tool_calls"])
         content = _joined(turn.get("content"), field)
@@ -114,7 +115,7 @@ def read_speakers_turns(value: list[dict[str, Any]], field: str) -> list[Message
     for turn in value:
         if is_speakers_turn(turn) and turn["from"] in _SPEAKERS:
             rest = {name: v for name, v in turn.items() if name not in ("from", "value")}
-            message = {"role": _SPEAKERS[turn["from"]], "content": turn["value"], **rest}
+            message = {**rest, "role": _SPEAKERS[turn["from"]], "content": turn["value"]}
             if turn["from"] == "function_call" and (calls := _calls(turn["value"])):
                 message |= {"content": None, "tool_calls": calls}
             messages.append(message)

@@ -141,10 +141,9 @@ def test_a_mixture_of_experts_is_not_known(family):
 
 
 def test_what_is_no_plain_attention_over_linear_layers_is_not_known():
-    """Values of another size than keys; weights in no linear layer; another's quantised weights;
-    a configuration that does not name its heads."""
+    """Weights in no linear layer; another's quantised weights; a configuration that does not name
+    its heads."""
     for change in (
-        lambda model: setattr(model.config, "v_head_dim", 4),
         lambda model: setattr(model.model, "mixer", torch.nn.Conv1d(2, 2, 3)),
         lambda model: setattr(model.config, "quantization_config", {"quant_method": "gptq"}),
         lambda model: vars(model.config).update(num_attention_heads=[4, 2]),
