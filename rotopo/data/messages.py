@@ -95,7 +95,7 @@ def read_messages(value: list[dict[str, Any]], field: str) -> list[Message]:
             if turn["role"] == "system":
                 continue
             if turn["role"] not in ("assistant", "tool"):
-                raise InputError(f"field {field!r}: a turn of the {turn['role']} has no content.")
+                raise InputError(f"field {field!r}: a turn of {turn['role']!r} has no content.")
             content = ""
         messages.append(fields if content is None else {**fields, "content": content})
     return messages

@@ -231,7 +231,7 @@ def _check(preference: Preference) -> None:
         if others:
             raise InputError(
                 f"field {name!r}: the response holds turns that are not the assistant's "
-                f"({', '.join(others)}); only its last turns may differ between chosen and "
+                f"({', '.join(map(repr, others))}); only its last turns may differ between chosen and "
                 "rejected."
             )
     if preference.chosen is None or preference.rejected is None:

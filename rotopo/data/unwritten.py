@@ -36,14 +36,19 @@ class Unwritten:
     def label(self) -> str:
         """What it is, the same for all rows."""
         where = "the prompt" if self.field == "prompt" else "a response"
-        return f"{self.name} of the {self.role} in {where}" if self.role else self.name
+        return one_line(f"{self.name} of the {self.role} in {where}" if self.role else self.name)
 
     def __str__(self) -> str:
         if not self.role:
             return f"field {self.field!r}: the chat template reads no {self.name!r}"
-        return (
+        return one_line(
             f"field {self.field!r}: the chat template does not write the {self.role}'s {self.name}"
         )
+
+
+def one_line(text: str) -> str:
+    """A text whose roles and names may hold anything."""
+    return " ".join(text.split())
 
 
 class Observer:
