@@ -231,8 +231,8 @@ def _check(preference: Preference) -> None:
         if others:
             raise InputError(
                 f"field {name!r}: the response holds turns that are not the assistant's "
-                f"({', '.join(map(repr, others))}); only its last turns may differ between chosen and "
-                "rejected."
+                f"({', '.join(map(repr, others))}); only its last turns may differ between chosen "
+                "and rejected."
             )
     if preference.chosen is None or preference.rejected is None:
         return
