@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 
 from rotopo.errors import InputError
 
@@ -105,14 +106,14 @@ class MetricSchedules(Callback):
     """
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._step(trainer, after_validation=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step(trainer, after_validation=False)
 
     def _step(self, trainer: Trainer, after_validation: bool) -> None:
-        for config in trainer.lr_scheduler_configs if trainer.training or after_validation else ():
+        for config in trainer.lr_scheduler_configs:
             name = config.monitor
             if name is None or name.startswith("val/") != after_validation:
                 continue
