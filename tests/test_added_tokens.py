@@ -1,6 +1,5 @@
 """Tokens that a user has added, and modules that train whole: from a fit to what is exported."""
 
-import json
 from pathlib import Path
 
 import pandas as pd
@@ -18,19 +17,9 @@ from tests.small_run import save_config
 from tests.test_distributed import assert_same_run, ranks
 from tests.test_training import CHECKPOINTS, assert_equal, last_checkpoint, weights
 
-# Restated from what people bring: two tokens for a search and its result, in every response.
+# Two tokens for a search and its result, in every response of the rows that people bring.
 NEW = ["<|search|>", "<|result|>"]
-PLACES = ["Oslo", "Lima", "Rome", "Cairo", "Quito", "Delhi", "Tunis", "Paris"]
-
-
-def row(place: str) -> dict[str, str]:
-    search, result = NEW
-    return {
-        "prompt": f"Where is {place}?",
-        "chosen": f"{search}{place}{result}{place} is far.",
-        "rejected": f"{search}town{result}I do not know {place}.",
-    }
-
+ROWS = Path(__file__).parent / "cases" / "added_tokens.jsonl"
 
 WAYS = {
     "rows": {"trainable_token_indices": [265, 266]},
@@ -75,8 +64,7 @@ def config(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, tied: bool) 
     model.resize_token_embeddings(len(tiny_tokenizer), mean_resizing=False)
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
-    rows = [row(place) for place in PLACES] * 4
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "pairs.jsonl").write_text(ROWS.read_text() * 4)
     return file
 
 
