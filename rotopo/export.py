@@ -528,7 +528,7 @@ def _template_ids(
 ) -> list[int]:
     """Tokens of a prompt, or of it with a response, by the written template."""
     template, inputs = encoder.template, preference.inputs
-    messages = preference.prompt + response
+    messages = template.prepared(preference.prompt + response)
 
     def ids(messages: list[Any]) -> list[int]:
         return tokenizer.apply_chat_template(

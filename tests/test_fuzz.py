@@ -172,7 +172,15 @@ def speakers_turns(value) -> list:
 
 
 def text_or_messages(value, role) -> list:
-    return [{"role": role, "content": value}] if isinstance(value, str) else messages(value)
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return conversation(value)
+
+
+def conversation(value) -> list:
+    turns = [value] if isinstance(value, dict) else value
+    need(turns)
+    return speakers_turns(turns)
 
 
 def conversations(chosen, rejected) -> tuple:
@@ -219,10 +227,10 @@ def plain_reading(name: str, row: dict) -> tuple:
             return (prompt, completion, None) if label else (prompt, None, completion)
         return prompt, *(text_or_messages(get(n), "assistant") for n in ("chosen", "rejected"))
     if name in ("implicit", "ultrafeedback"):
-        found = conversations(messages(get("chosen")), messages(get("rejected")))
+        found = conversations(conversation(get("chosen")), conversation(get("rejected")))
         if name == "ultrafeedback":
             need(isinstance(get("prompt"), str))
-            need(get("prompt").strip() in [turn["content"].strip() for turn in found[0]])
+            need(get("prompt").strip() in [turn.get("content", "").strip() for turn in found[0]])
         return found
     if name == "hh":
         return conversations(dialogue(get("chosen")), dialogue(get("rejected")))

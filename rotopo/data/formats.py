@@ -12,22 +12,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from rotopo.data.messages import (
+    MEDIA,
     Message,
     are_messages,
+    is_assistants,
     is_empty,
-    is_response,
     is_speakers_turn,
     parsed,
-    read_messages,
     read_speakers_turns,
+    turns_in,
 )
 from rotopo.data.preference import Preference, Row
 from rotopo.data.values import number, truth
 from rotopo.errors import InputError
 
-# Columns that every format reads beside its own, and those whose content none can.
+# Columns that every format reads beside its own.
 COMMON_COLUMNS = ("tools", "chat_template_kwargs")
-MEDIA_COLUMNS = ("image", "images", "audio", "audios", "video", "videos")
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,13 @@ class Format:
         of which nobody knows what it reads."""
         if self.name not in FORMATS:
             return []
-        read = {*self.columns, *self.optional, *COMMON_COLUMNS, *MEDIA_COLUMNS}
+        read = {*self.columns, *self.optional, *COMMON_COLUMNS, *MEDIA}
         return [column for column in columns if column not in read]
 
 
 def explicit(row: Row) -> Preference:
     """``prompt``, ``chosen``, ``rejected``, each a text or a list of messages."""
-    chosen, rejected = read_responses(row, "chosen", "rejected")
+    chosen, rejected = read_responses(row, "chosen", "rejected", beside="prompt")
     return Preference(read_prompt(row, "prompt"), chosen, rejected)
 
 
@@ -161,28 +161,36 @@ def kto(row: Row) -> Preference:
     label = truth(row.get("label"))
     if label is None:
         raise InputError(f"field 'label': {row.get('label')!r} is neither true nor false.")
-    (completion,) = read_responses(row, "completion")
+    (completion,) = read_responses(row, "completion", beside="prompt")
     if all(map(is_empty, completion)):
         raise InputError("field 'completion': the response is empty.")
     prompt = read_prompt(row, "prompt")
     return Preference(prompt, completion, None) if label else Preference(prompt, None, completion)
 
 
-def read_responses(row: Row, *fields: str) -> list[list[Message]]:
-    """Responses to one prompt. All of them are messages kept as JSON text, or none: an answer may
-    be JSON too.
+def read_responses(row: Row, *fields: str, beside: str | None = None) -> list[list[Message]]:
+    """Responses to one prompt. All of them are messages kept as text, or none: an answer may be
+    JSON too.
 
     Args:
         row: the row.
         fields: their columns.
+        beside: the prompt's column.
 
     Raises:
-        InputError: one is missing, empty, or neither a text nor messages.
+        InputError: one is missing, empty, or neither a text nor the assistant's messages.
     """
     values = [required(row, field) for field in fields]
-    messages = [parsed(value) for value in values]
-    if all(map(is_response, messages)):
-        values = messages
+    turns = [turns_in(value) for value in values]
+    if all(found and all(map(is_assistants, found)) for found in turns):
+        values = turns
+    elif beside is not None and turns_in(row.get(beside)) is not None:
+        for field, found in zip(fields, turns, strict=True):
+            if found is not None and isinstance(row[field], str):
+                raise InputError(
+                    f"field {field!r}: messages as text, which are not the assistant's alone in "
+                    "all responses: write them as the prompt's are written."
+                )
     return [_turns(value, field, "assistant") for value, field in zip(values, fields, strict=True)]
 
 
@@ -192,8 +200,8 @@ def read_prompt(row: Row, field: str) -> list[Message]:
     Raises:
         InputError: it is missing, or neither.
     """
-    value = parsed(required(row, field))
-    return _turns(value if are_messages(value) else row[field], field, "user")
+    value = required(row, field)
+    return _turns(turns_in(value) or value, field, "user")
 
 
 def required(row: Row, field: str) -> Any:
@@ -237,10 +245,10 @@ def _text(row: Row, field: str) -> str:
 
 
 def _conversation(row: Row, field: str) -> list[Message]:
-    value = parsed(required(row, field))
-    if not are_messages(value):
+    turns = turns_in(required(row, field))
+    if turns is None:
         raise _no_messages(field)
-    return read_messages(value, field)
+    return read_speakers_turns(turns, field)
 
 
 def _turns(value: Any, field: str, role: str) -> list[Message]:
@@ -253,9 +261,9 @@ def _turns(value: Any, field: str, role: str) -> list[Message]:
         raise InputError(
             f"field {field!r}: expected a text or a list of messages, found {value!r:.40}."
         )
-    if not are_messages(value):
+    if turns_in(value) is None:
         raise _no_messages(field)
-    return read_messages(value, field)
+    return read_speakers_turns(value, field)
 
 
 def _no_messages(field: str) -> InputError:
@@ -270,8 +278,13 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_conversation(value: Any) -> bool:
-    value = parsed(value)
-    return are_messages(value) and not is_response(value)
+    turns = turns_in(value)
+    return turns is not None and not all(map(is_assistants, turns))
+
+
+def _is_response(value: Any) -> bool:
+    turns = turns_in(value)
+    return turns is not None and all(map(is_assistants, turns))
 
 
 def _are_speakers_turns(value: Any) -> bool:
@@ -285,9 +298,9 @@ def _is_speakers_turn(value: Any) -> bool:
 
 
 _TEXT = Kind("a text", _is_text)
-_PROMPT = Kind("a text or a list of messages", lambda v: _is_text(v) or are_messages(v))
+_PROMPT = Kind("a text or a list of messages", lambda v: _is_text(v) or turns_in(v) is not None)
 _RESPONSE = Kind(
-    "a text or a list of the assistant's messages", lambda v: _is_text(v) or is_response(v)
+    "a text or a list of the assistant's messages", lambda v: _is_text(v) or _is_response(v)
 )
 _CONVERSATION = Kind("a whole conversation as a list of messages", _is_conversation)
 _DIALOGUE = Kind(

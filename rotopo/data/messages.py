@@ -6,6 +6,7 @@ What a template may want of a message stays in it (``tool_calls``, ``name``, ``r
 anything); what rotopo cannot obey is refused by name.
 """
 
+import ast
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -21,8 +22,13 @@ Message = dict[str, Any]
 _TEXT_PARTS = ("text", "input_text", "output_text")
 # By these other trainers leave turns out of the loss, or weigh them.
 _LOSS_FIELDS = frozenset(
-    ("train", "training", "trainable", "train_detail", "weight", "loss_weight")
+    (
+        *("train", "training", "trainable", "train_detail"),
+        *("weight", "loss", "loss_weight", "loss_scale"),
+    )
 )
+# Names of what is no text, of columns and of fields of messages.
+MEDIA = ("image", "images", "image_url", "audio", "audios", "input_audio", "video", "videos")
 _SPEAKERS = {
     "human": "user",
     "gpt": "assistant",
@@ -70,6 +76,33 @@ def parsed(value: Any) -> Any:
     return value
 
 
+def turns_in(value: Any) -> list[dict[str, Any]] | None:
+    """The turns that a value is: messages or turns as sharegpt has them, one of them or a list, as
+    they are or as a text of JSON or (pandas' csv files) of Python; None of anything else."""
+    text = value if isinstance(value, str) else ""
+    value = parsed(value)
+    if isinstance(value, str) and any(name in text for name in ("'role'", "'from'")):
+        try:
+            value = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return None
+    turns = [value] if isinstance(value, dict) else value
+    if not isinstance(turns, list) or not turns:
+        return None
+    known = all(
+        (is_speakers_turn(turn) and turn["from"] in _SPEAKERS) or are_messages([turn])
+        for turn in turns
+    )
+    # A text that names a role and no more may be anything.
+    return turns if known and (not text or all(len(turn) > 1 for turn in turns)) else None
+
+
+def is_assistants(turn: dict[str, Any]) -> bool:
+    """Whether a turn, in either form, is the assistant's."""
+    role = _SPEAKERS.get(turn["from"]) if is_speakers_turn(turn) else turn["role"]
+    return role == "assistant"
+
+
 def read_messages(value: list[dict[str, Any]], field: str) -> list[Message]:
     """Messages without what is null or empty, with parts joined to one text.
 
@@ -87,7 +120,13 @@ def read_messages(value: list[dict[str, Any]], field: str) -> list[Message]:
     for turn in value:
         # Columns of structs give every message every key, null where it has none.
         fields = {"role": turn["role"]}
-        fields |= {name: v for name, v in turn.items() if name != "content" and not _is_nothing(v)}
+        fields |= {name: v for name, v in turn.items() if name != "content" and not is_nothing(v)}
+        for name in MEDIA:
+            if name in fields:
+                raise InputError(
+                    f"field {field!r}: a message has {name!r}, and text is all that is trained on: "
+                    "remove the row, or set data.on_bad_row to 'drop'."
+                )
         if isinstance(fields.get("tool_calls"), str):
             fields["tool_calls"] = parsed(fields["tool_calls"])
         content = _joined(turn.get("content"), field)
@@ -173,6 +212,23 @@ def is_empty(turn: Message) -> bool:
     return not turn.get("content", "").strip() and turn.keys() <= {"role", "content"}
 
 
+def with_parsed_arguments(messages: list[Message]) -> list[Message]:
+    """Messages whose calls have their arguments as objects, where they are texts of them."""
+    return [
+        turn | {"tool_calls": [_with_parsed_arguments(call) for call in turn["tool_calls"]]}
+        if isinstance(turn.get("tool_calls"), list)
+        else turn
+        for turn in messages
+    ]
+
+
+def _with_parsed_arguments(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    return call | {"function": function | {"arguments": parsed(function["arguments"])}}
+
+
 def text_of(message: Message) -> str:
     """A message as people read it: its content, and its calls as JSON."""
     calls = message.get("tool_calls")
@@ -180,8 +236,11 @@ def text_of(message: Message) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _is_nothing(value: Any) -> bool:
-    return value is None or (isinstance(value, str | list | dict) and not value)
+def is_nothing(value: Any) -> bool:
+    """Whether a value is null or empty, or a list of such."""
+    if isinstance(value, list):
+        return all(map(is_nothing, value))
+    return value is None or (isinstance(value, str | dict) and not value)
 
 
 def _joined(content: str | list[Any] | None, field: str) -> str | None:

@@ -11,7 +11,6 @@ from rotopo.data.dialogue import split_dialogue
 from rotopo.data.formats import (
     COMMON_COLUMNS,
     FORMATS,
-    MEDIA_COLUMNS,
     Format,
     align_anything,
     explicit,
@@ -24,7 +23,14 @@ from rotopo.data.formats import (
     sharegpt,
     ultrafeedback,
 )
-from rotopo.data.messages import Message, is_empty, parsed, without_loss_fields
+from rotopo.data.messages import (
+    MEDIA,
+    Message,
+    is_empty,
+    is_nothing,
+    parsed,
+    without_loss_fields,
+)
 from rotopo.data.preference import Preference, Row, TemplateInputs
 from rotopo.errors import InputError
 
@@ -175,8 +181,8 @@ def _detect(rows: "Dataset") -> Format:
 
 
 def _refuse_media(row: Row) -> None:
-    for column in MEDIA_COLUMNS:
-        if row.get(column):
+    for column in MEDIA:
+        if not is_nothing(row.get(column)):
             raise InputError(
                 f"field {column!r}: text is all that is trained on, and this row has more: remove "
                 "the row or, if its text stands by itself, the column."
@@ -184,11 +190,13 @@ def _refuse_media(row: Row) -> None:
 
 
 def _template_inputs(row: Row) -> TemplateInputs:
-    tools, kwargs = (parsed(row.get(column)) or None for column in COMMON_COLUMNS)
-    if tools is not None and not (
-        isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
-    ):
-        raise InputError(f"field 'tools': expected a list of JSON schemas, found {tools!r:.40}.")
+    tools, kwargs = (_given(row.get(column)) for column in COMMON_COLUMNS)
+    if tools is not None:
+        tools = [parsed(tool) for tool in tools] if isinstance(tools, list) else tools
+        if not isinstance(tools, list) or not all(map(_is_tool, tools)):
+            raise InputError(
+                f"field 'tools': expected a list of JSON schemas, found {tools!r:.40}."
+            )
     if kwargs is not None and not isinstance(kwargs, dict):
         raise InputError(
             f"field 'chat_template_kwargs': expected names and values, found {kwargs!r:.40}."
@@ -196,6 +204,17 @@ def _template_inputs(row: Row) -> TemplateInputs:
     # A column of structs gives every row all names.
     given = {name: value for name, value in (kwargs or {}).items() if value is not None}
     return TemplateInputs(tools, given)
+
+
+def _given(value: Any) -> Any:
+    """A column's value, perhaps as JSON text; None for none."""
+    if isinstance(value, str) and value.strip().lower() in ("", "null", "none"):
+        return None
+    return parsed(value) or None
+
+
+def _is_tool(tool: Any) -> bool:
+    return isinstance(tool, dict) and isinstance(tool.get("function", tool), dict)
 
 
 def _with_dialogue_split(preference: Preference) -> Preference:

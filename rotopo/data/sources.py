@@ -126,8 +126,8 @@ def _call(source: str, split: str) -> Dataset:
             "datasets.Dataset."
         )
     try:
-        return Dataset.from_list(rows)
-    except Exception as error:  # pyarrow's, for values of mixed types
+        return _from_rows(rows)
+    except Exception as error:  # ours, pyarrow's and json's, for values that neither can keep
         raise InputError(f"{source}: {_cause(error)}") from error
 
 
@@ -268,7 +268,7 @@ def _column(name: str, values: list[Any]) -> Dataset:
 def _keeps_values(column: Dataset, values: list[Any]) -> bool:
     """Whether a typed column says just what was written: pyarrow takes true for 1.0; inside of
     objects 1 for 1.0, which a call's arguments are not the same with; and gives all objects the
-    same names in the same order."""
+    same names in the same order, null where one has none, as it has where one says null."""
     schema = str(column.features.arrow_schema)
     if "double" not in schema and "struct" not in schema:
         return True
@@ -276,7 +276,7 @@ def _keeps_values(column: Dataset, values: list[Any]) -> bool:
     names: dict[tuple[str | None, ...], set[tuple[str, ...]]] = defaultdict(set)
     _collect(values, (), kinds, names)
     return all(len(orders) == 1 for orders in names.values()) and not any(
-        {bool, float} <= kind or (len(path) > 1 and {int, float} <= kind)
+        {bool, float} <= kind or (len(path) > 1 and ({int, float} <= kind or type(None) in kind))
         for path, kind in kinds.items()
     )
 

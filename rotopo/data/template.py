@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -12,7 +13,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
-from rotopo.data.messages import Message
+from rotopo.data.messages import Message, with_parsed_arguments
 from rotopo.data.preference import TemplateInputs
 from rotopo.errors import InputError
 
@@ -87,6 +88,32 @@ class ChatTemplate:
             if name in _TAKEN or re.search(rf"\b{re.escape(name)}\b", self.text) is None
         ]
 
+    @cached_property
+    def _takes_objects(self) -> bool:
+        """Whether a call's arguments have to be an object, which APIs give as a text of one: most
+        templates would write that as a text within the call, or stumble over it."""
+        text = '{"rotopo": 1}'
+        call = {"name": "rotopo", "arguments": text}
+        turns: list[Message] = [
+            {"role": "user", "content": "a"},
+            # An id as Mistral's have to be.
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"type": "function", "id": "rotopo000", "function": call}],
+            },
+        ]
+        try:
+            return text not in self._write(turns, TemplateInputs(), False)
+        except (jinja2.TemplateError, TypeError):
+            return True
+
+    def prepared(self, messages: list[Message]) -> list[Message]:
+        """Messages as the template has to be given them: a call's arguments as an object, unless it
+        writes a text as it is."""
+        calls = any("tool_calls" in message for message in messages)
+        return with_parsed_arguments(messages) if calls and self._takes_objects else messages
+
     def with_system(self, messages: list[Message]) -> list[Message]:
         """Messages behind the run's system message, unless they have their own."""
         if self.system_message is None or messages[0]["role"] == "system":
@@ -101,7 +128,7 @@ class ChatTemplate:
         Raises:
             InputError: it refuses them.
         """
-        messages = self.with_system(messages)
+        messages = self.prepared(self.with_system(messages))
         try:
             try:
                 return self._write(messages, inputs, add_generation_prompt)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Features, Json, List, Value
+from datasets import Dataset, Features, LargeList, List, Value
 
 from rotopo.data import dialogue, formats, messages, schemas
 from rotopo.data import values as values_of_texts
@@ -167,10 +167,7 @@ def without_filling(row: dict[str, Any], features: Features) -> dict[str, Any]:
         row: its columns.
         features: their types.
     """
-    return {
-        name: value if isinstance(features[name], Json) else _without_nulls(value)
-        for name, value in row.items()
-    }
+    return {name: _without_nulls(value, features[name]) for name, value in row.items()}
 
 
 def kept_time(cache_dir: Path, key: str, now: datetime) -> datetime:
@@ -198,10 +195,12 @@ def kept_time(cache_dir: Path, key: str, now: datetime) -> datetime:
         ) from error
 
 
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_nulls(v) for name, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+def _without_nulls(value: Any, feature: Any) -> Any:
+    if isinstance(value, dict) and isinstance(feature, dict):
+        return {n: _without_nulls(v, feature[n]) for n, v in value.items() if v is not None}
+    if isinstance(value, list) and isinstance(feature, List | LargeList):
+        return [_without_nulls(v, feature.feature) for v in value]
+    return value
 
 
 def _tokenize(

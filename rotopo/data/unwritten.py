@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rotopo.data.messages import Message, texts_in
+from rotopo.data.messages import Message, parsed, texts_in
 from rotopo.data.preference import Preference, TemplateInputs
 from rotopo.data.template import ChatTemplate
 from rotopo.errors import InputError
@@ -55,8 +55,9 @@ class Observer:
     """Looks for what a template leaves out of rows.
 
     A part is unwritten if the template writes the same with another value in its place. That mostly
-    follows from which turns and fields there are, and is found out once for all rows with the same
-    ones. Of each row it is only looked for, and tried again where it is not found as it stands.
+    follows from what kind of turn it stands in, between which, and whether a user speaks after it:
+    so it is found out once for all that are alike in this. Of each row a part is only looked for,
+    and tried again where it is not found as it stands.
 
     Args:
         template: the template.
@@ -83,8 +84,8 @@ class Observer:
         ]
         if inputs.tools:
             other = TemplateInputs(_changed(inputs.tools), inputs.kwargs)
-            names = [tool.get("function", tool).get("name", "") for tool in inputs.tools]
-            if not self._written("tools", messages, names, prompt, True, messages, other):
+            names = [n for t in inputs.tools for n in texts_in(t.get("function", t).get("name"))]
+            if not self._written(("tools",), names, prompt, True, messages, other):
                 found.append(Unwritten("tools", "", "tools", True))
         found += self._of_turns("prompt", messages, 0, prompt, inputs)
         for name, turns in preference.responses.items():
@@ -99,20 +100,22 @@ class Observer:
         in_response = field != "prompt"
         for place in range(first, len(messages)):
             turn = messages[place]
+            surroundings = _surroundings(messages, place)
             reasoning, answer = _reasoning(turn)
             if reasoning and reasoning not in text:
                 yield Unwritten(field, turn["role"], "reasoning in the content", in_response)
             for name, parts, changed in _variants(turn, answer):
                 refused = in_response or name.partition(":")[0] in _ALWAYS_NEEDED
                 others = [*messages[:place], changed, *messages[place + 1 :]]
-                asked = (place, name)
-                if not self._written(asked, messages, parts, text, refused, others, inputs):
+                if others == messages:  # there is no other value
+                    continue
+                asked = (in_response, surroundings, name)
+                if not self._written(asked, parts, text, refused, others, inputs):
                     yield Unwritten(field, turn["role"], name, refused)
 
     def _written(
         self,
-        asked: Any,
-        messages: list[Message],
+        asked: tuple[Any, ...],
         parts: list[str],
         text: str,
         refused: bool,
@@ -122,30 +125,36 @@ class Observer:
         """Whether the template writes a part, whose texts these are.
 
         Args:
-            asked: which part of the messages.
-            messages: the messages.
+            asked: what it is a part of, and which.
             parts: texts that the part holds.
             text: what is written.
             refused: whether it counts if it is not.
             others: the messages with another value there.
             inputs: what the template is given beside them.
         """
-        shape = tuple((turn["role"], *sorted(turn)) for turn in messages)
         kwargs = json.dumps(inputs.kwargs, sort_keys=True, default=str)
-        key = (asked, shape, kwargs, inputs.tools is None)
+        key = (*asked, kwargs, inputs.tools is None)
         known = self._known.get(key)
         if known is not None:
             seen = all(part in text or _in_json(part) in text for part in parts)
             if seen if known else not refused:
                 return known
         # A prompt ends in the generation prompt.
-        prompted = messages[-1]["role"] != "assistant"
+        prompted = others[-1]["role"] != "assistant"
         try:
             written = not self.template.render(others, inputs, prompted).startswith(text)
         except InputError:  # it reads what it refuses
             written = True
         self._known.setdefault(key, written)
         return written
+
+
+def _surroundings(messages: list[Message], place: int) -> tuple[Any, ...]:
+    """What a template may go by when it writes a turn."""
+    kinds = [(m["role"], *sorted(m)) for m in messages[max(0, place - 1) : place + 2]]
+    later_user = any(m["role"] == "user" for m in messages[place + 1 :])
+    last = place == len(messages) - 1
+    return (*kinds, place == 0, last, later_user, messages[0]["role"])
 
 
 def _variants(turn: Message, answer: str) -> Iterator[tuple[str, list[str], Message]]:
@@ -157,8 +166,10 @@ def _variants(turn: Message, answer: str) -> Iterator[tuple[str, list[str], Mess
             yield name, [answer.strip()], turn | {name: _changed(value)}
         elif name == "tool_calls" and isinstance(value, list):
             for part in ("name", "arguments"):
-                functions = [call.get("function", call) for call in value if isinstance(call, dict)]
-                texts = [text for f in functions for text in texts_in(f.get(part))]
+                calls = [call for call in value if isinstance(call, dict)]
+                functions = [call.get("function", call) for call in calls]
+                functions = [f for f in functions if isinstance(f, dict)]
+                texts = [text for f in functions for text in texts_in(parsed(f.get(part)))]
                 if texts:
                     yield f"{name}: {part}", texts, turn | {name: _with_other_calls(value, part)}
         else:
@@ -168,37 +179,40 @@ def _variants(turn: Message, answer: str) -> Iterator[tuple[str, list[str], Mess
 def _with_other_calls(calls: list[Any], part: str) -> list[Any]:
     changed = []
     for call in calls:
-        if "function" in call:
+        if isinstance(call, dict) and isinstance(call.get("function"), dict):
             function = call["function"]
-            call = call | {"function": function | {part: _changed(function.get(part))}}
+            other = _changed(parsed(function.get(part)))
+            changed.append(call | {"function": function | {part: other}})
+        elif isinstance(call, dict):
+            changed.append(call | {part: _changed(parsed(call.get(part)))})
         else:
-            call = call | {part: _changed(call.get(part))}
-        changed.append(call)
+            changed.append(call)
     return changed
 
 
 def _changed(value: Any) -> Any:
     """Another value of the same form: as long, of the same characters, with the same names."""
-    if isinstance(value, str):
+    if isinstance(value, str) and value.strip():
         kept = value.rstrip()
-        other = "b" if kept[-1:] != "b" else "c"
-        return kept[:-1] + other + value[len(kept) :] if kept else value
+        other = "b" if kept[-1] != "b" else "c"
+        return kept[:-1] + other + value[len(kept) :]
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):
-        return value + 1
-    if isinstance(value, list):
+        return 0 if value else 1
+    if isinstance(value, list) and value:
         return [_changed(inner) for inner in value]
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value:
         # What kind of thing it is, templates tell by.
         return {name: v if name == "type" else _changed(v) for name, v in value.items()}
-    return value
+    return "b"  # for nothing, something
 
 
 def _reasoning(turn: Message) -> tuple[str, str]:
     """The reasoning in an assistant's content, if there is some, and the rest."""
     content = turn.get("content", "")
-    if turn["role"] != "assistant" or "</think>" not in content:
+    marked = content.lstrip().startswith("<think>") or "\n</think>" in content
+    if turn["role"] != "assistant" or "</think>" not in content or not marked:
         return "", content
     before, _, answer = content.rpartition("</think>")
     return before.rpartition("<think>")[2].strip(), answer

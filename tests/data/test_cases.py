@@ -19,6 +19,7 @@ from rotopo.data.sources import load_rows
 from rotopo.errors import InputError
 
 CASES = Path(__file__).parents[1] / "cases"
+PLAIN = (CASES / "three_roles.jinja").read_text()
 CALL = {"function": {"name": "add", "arguments": {"a": 1}}, "type": "function"}
 
 
@@ -149,6 +150,55 @@ def test_arguments_stay_as_they_are_written(load, tmp_path):
     assert spelled(data, 1)[1] == '<call>f {"c": true}</call><|im_end|>'
 
 
+@pytest.mark.parametrize("value", ["", None, [], {}, " ", 0, 1e17])
+def test_an_argument_may_be_nothing(load, value):
+    """A part that has no other value of its form is changed to something else."""
+    call = {"function": {"name": "f", "arguments": {"a": value}}}
+    rows = [pair([user(f"{n}?")], [assistant(tool_calls=[call])], "no") for n in range(4)]
+    data = load(rows, "tools.jinja")
+    assert data.left_out() == {}
+    assert json.dumps({"a": value}) in spelled(data)[1]
+
+
+def test_a_null_that_is_written_stays(load, tmp_path):
+    calls = [{"function": {"name": "f", "arguments": {"a": 1, "b": None}}}]
+    other = [{"function": {"name": "f", "arguments": {"a": 1, "b": 2}}}]
+    rows = [
+        pair([user(f"{n}?")], [assistant(tool_calls=calls)], [assistant(tool_calls=other)])
+        for n in range(4)
+    ]
+    assert '{"a": 1, "b": null}' in spelled(load(rows, "tools.jinja"))[1]
+
+
+def test_arguments_that_are_texts_are_not_written_twice_over(load):
+    """As APIs give them; a template that writes objects would write the text's quotes, too."""
+    text = '{"town":"Oslo"}'
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": text}}
+    rows = [pair([user(f"{n}?")], [assistant(tool_calls=[call])], "no") for n in range(4)]
+    assert spelled(load(rows, "tools.jinja"))[1] == '<call>f {"town": "Oslo"}</call><|im_end|>'
+    as_it_is = (
+        (CASES / "tools.jinja")
+        .read_text()
+        .replace("| tojson }}</call>", "if c.function.arguments is string else '' }}</call>")
+    )
+    assert spelled(load(rows, as_it_is))[1] == f"<call>f {text}</call><|im_end|>"
+    items = as_it_is.replace(
+        "{{ c.function.arguments if c.function.arguments is string else '' }}",
+        "{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }}{% endfor %}",
+    )
+    assert spelled(load(rows, items))[1] == "<call>f town=Oslo</call><|im_end|>"
+
+
+def test_tools_that_are_none(load):
+    for tools in ("null", "[]", "", None, []):
+        assert load([pair(tools=tools)] * 4).left_out() == {}
+    texts = [json.dumps({"type": "function", "function": {"name": "f", "parameters": {}}})]
+    rows = [pair([user(f"{n}?")], tools=texts) for n in range(4)]
+    assert '"name": "f"' in spelled(load(rows, "tools.jinja"))[0]
+    with pytest.raises(InputError, match=r"row 0 .*'tools'.*JSON schemas"):
+        load([pair(tools=[{"function": "f"}])] * 4)
+
+
 def test_sharegpt_calls_and_observations(load):
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
     turns = [
@@ -220,6 +270,14 @@ def test_reasoning_of_earlier_turns_is_counted(load):
         "reasoning_content of the assistant in the prompt": 1,
         "reasoning in the content of the assistant in the prompt": 1,
     }
+
+
+def test_an_answer_may_speak_of_the_marks_of_reasoning(load):
+    text = "Use s.split('</think>') for that."
+    history = [user("1?"), assistant(text), user("2?")]
+    data = load([pair(history), pair("a"), pair("b"), pair("c")], "{{ bos_token }}" + PLAIN)
+    assert data.left_out() == {}
+    assert text in spelled(data)[0]
 
 
 def test_reasoning_that_a_template_cuts_off_a_response_is_refused(load):
@@ -404,6 +462,13 @@ def test_media_are_refused_by_name(load, column):
     assert len(load([pair(**{column: None})] * 4, "three_roles.jinja").rows("train")) > 0
 
 
+@pytest.mark.parametrize("name", ["images", "audio", "video"])
+def test_media_of_a_message_are_refused_by_name(load, name):
+    with pytest.raises(InputError, match=rf"row 0 .*'prompt'.*a message has '{name}'"):
+        load([pair([user("<image>q") | {name: ["a"]}])] * 4)
+    assert load([pair([user("q") | {name: [None]}])] * 4).left_out() == {}
+
+
 def test_parts_of_a_content(load):
     prompt, chosen, _ = spelled(load("content_parts.jsonl"))
     assert "Where is Oslo?" in prompt
@@ -423,7 +488,7 @@ def test_parts_of_a_content(load):
         load([pair([user(image)])] * 4)
 
 
-@pytest.mark.parametrize("name", ["weight", "train"])
+@pytest.mark.parametrize("name", ["weight", "train", "loss"])
 def test_weights_of_turns_are_obeyed_or_refused(load, name):
     prompt = [user("a?"), assistant("b", **{name: 0}), user("c?")]
     obeyed = pair(prompt, [assistant("d", **{name: 1})], [assistant("e", **{name: True})])
@@ -459,6 +524,20 @@ def test_messages_kept_as_json_text(load):
         assert spelled(load([row] * 4))[1:] == ("good<|im_end|>", "bad<|im_end|>")
     mixed = load([pair(json.dumps([user("q?")]))] * 4)
     assert "[" not in spelled(mixed)[0]
+
+
+def test_other_messages_kept_as_text(load):
+    one = {name: json.dumps(assistant(name)) for name in ("chosen", "rejected")}
+    python = {name: str([assistant(name)]) for name in ("chosen", "rejected")}
+    sharegpt = {
+        "prompt": json.dumps([{"from": "human", "value": "q?"}]),
+        **{n: json.dumps([{"from": "gpt", "value": n}]) for n in ("chosen", "rejected")},
+    }
+    for row in (pair(**one), pair(**python), sharegpt):
+        assert spelled(load([row] * 4))[1:] == ("chosen<|im_end|>", "rejected<|im_end|>")
+    whole = json.dumps([user("q?"), assistant("a")])
+    with pytest.raises(InputError, match=r"row 0 .*'chosen'.*messages as text"):
+        load([pair([user("q?")], whole, "no")] * 4)
 
 
 def test_a_response_may_be_json(load):

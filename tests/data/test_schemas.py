@@ -179,7 +179,7 @@ BAD_ROWS = {
     "kto without a label": ("kto", {"label": None}, "'label'.*None"),
     "kto label of words": ("kto", {"label": "yes"}, "'label'.*'yes'"),
     "kto empty": ("kto", {"completion": " "}, "'completion'.*empty"),
-    "tools that are none": ("sharegpt", {"tools": "none"}, "'tools'.*JSON schemas.*'none'"),
+    "tools that are none": ("sharegpt", {"tools": "sheds"}, "'tools'.*JSON schemas.*sheds"),
     "turns that are none": ("sharegpt", {"conversations": 5}, "'conversations'.*found 5"),
     "system message of a number": ("sharegpt", {"system": 5}, "'system'.*found a int"),
 }

@@ -221,7 +221,8 @@ def package(tmp_path, monkeypatch):
         "def listed():\n    return ROWS\n"
         "def dataset():\n    return Dataset.from_list(ROWS)\n"
         "def wrong():\n    return 'rows'\n"
-        "def mixed():\n    return [{'a': 1}, {'a': 'x'}]\n",
+        "def mixed():\n    return [{'a': 1}, {'a': 'x', 'b': [{'c': 1}, {'c': 2.5}]}]\n"
+        "def unkept():\n    return [{'a': object()}]\n",
     )
     write(tmp_path / "needs_more.py", "import no_such_thing_anywhere\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -252,9 +253,12 @@ def test_missing_resource(package):
 def test_python_functions(package):
     assert load_rows("python:row_makers.listed").to_list() == ROWS
     assert load_rows("python:row_makers.dataset").to_list() == ROWS
+    mixed = load_rows("python:row_makers.mixed").to_list()
+    assert [row["a"] for row in mixed] == [1, "x"]
+    assert str(mixed[1]["b"]) == "[{'c': 1}, {'c': 2.5}]"  # and not 1.0
     for function, message in [
         ("wrong", "returned a str"),
-        ("mixed", "row_makers.mixed"),
+        ("unkept", "row_makers.unkept"),
         ("absent", "no function 'absent'"),
     ]:
         with pytest.raises(InputError, match=message):
