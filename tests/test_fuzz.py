@@ -134,7 +134,7 @@ def messages(value) -> list:
         need(isinstance(turn, dict) and isinstance(turn.get("role"), str))
         need(isinstance(turn.get("content"), str | list | None))
     for turn in value:
-        rest = {k: v for k, v in turn.items() if v is not None and v not in ("", [], {})}
+        rest = {k: v for k, v in turn.items() if not says_nothing(v)}
         rest = {"role": turn["role"]} | {k: v for k, v in rest.items() if k != "content"}
         content = turn.get("content")
         if isinstance(content, list):
@@ -150,6 +150,10 @@ def messages(value) -> list:
     return read
 
 
+def says_nothing(value) -> bool:
+    return value in (None, "", {}) or (isinstance(value, list) and all(map(says_nothing, value)))
+
+
 def text_part(part) -> str:
     if isinstance(part, str):
         return part
@@ -163,7 +167,8 @@ def speakers_turns(value) -> list:
     turns = []
     for turn in value:
         need(isinstance(turn, dict))
-        if turn.get("from") in SPEAKERS and isinstance(turn.get("value"), str):
+        spoken = all(isinstance(turn.get(key), str) for key in ("from", "value"))
+        if spoken and turn["from"] in SPEAKERS:
             rest = {k: v for k, v in turn.items() if k not in ("from", "value")}
             turns.append({**rest, "role": SPEAKERS[turn["from"]], "content": turn["value"]})
         else:
@@ -265,7 +270,11 @@ def usable(prompt, chosen, rejected) -> tuple:
 
 def usable_tools(row: dict) -> None:
     tools = row.get("tools")
-    need(not tools or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)))
+    if isinstance(tools, str):
+        need(tools.strip().lower() in ("", "null", "none"))
+    elif tools:
+        need(isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools))
+        need(all(isinstance(tool.get("function", tool), dict) for tool in tools))
 
 
 @fuzzed(40, 1500)

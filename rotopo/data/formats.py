@@ -183,14 +183,15 @@ def read_responses(row: Row, *fields: str, beside: str | None = None) -> list[li
     values = [required(row, field) for field in fields]
     turns = [turns_in(value) for value in values]
     if all(found and all(map(is_assistants, found)) for found in turns):
-        values = turns
-    elif beside is not None and turns_in(row.get(beside)) is not None:
+        return [read_speakers_turns(f or [], n) for f, n in zip(turns, fields, strict=True)]
+    if beside is not None and turns_in(row.get(beside)) is not None:
         for field, found in zip(fields, turns, strict=True):
             if found is not None and isinstance(row[field], str):
                 raise InputError(
                     f"field {field!r}: messages as text, which are not the assistant's alone in "
                     "all responses: write them as the prompt's are written."
                 )
+    values = [v if isinstance(v, str) else f or v for v, f in zip(values, turns, strict=True)]
     return [_turns(value, field, "assistant") for value, field in zip(values, fields, strict=True)]
 
 
