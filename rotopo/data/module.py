@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Subset
 
 from rotopo.data.balance import balanced
@@ -119,7 +119,7 @@ class PairwiseDataModule(LightningDataModule):
         template_time: what a chat template takes for the present that asks for it, as
             2026-01-31T12:00:00; None takes the checkpoint's or, of data that was tokenised before,
             the time of then, else the present.
-        split_dialogues: take a user's turn that holds a whole dialogue, marked Human: and
+        split_dialogues: take a prompt's turn that holds a whole dialogue, marked Human: and
             Assistant: or the like, apart into its turns.
         system_message: put before prompts that have no system turn of their own.
         pad_token: the token of the vocabulary to pad with; None takes the tokenizer's.
@@ -395,9 +395,8 @@ class PairwiseDataModule(LightningDataModule):
                     "(data.chat_template), change the rows, or set data.on_unwritten to 'warn'."
                 )
         for label, part in left_out.items():
-            rank_zero_info(
-                f"{self.source}: not written by the chat template: {label}, in {part.rows} rows."
-            )
+            say = rank_zero_warn if part.refused else rank_zero_info
+            say(f"{self.source}: not written by the chat template: {label}, in {part.rows} rows.")
 
     def findings(self, module: Any = None) -> list[Finding]:
         """What the data doctor finds, once the data is set up.
