@@ -61,11 +61,6 @@ def is_speakers_turn(value: Any) -> bool:
     )
 
 
-def is_response(value: Any) -> bool:
-    """Whether a value is a list of messages, the assistant's all of them."""
-    return are_messages(value) and all(turn["role"] == "assistant" for turn in value)
-
-
 def parsed(value: Any) -> Any:
     """The list or object that a text is as JSON; any other value, and any other text, as it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
