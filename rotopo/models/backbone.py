@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -321,8 +321,8 @@ class Backbone(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where batches have to be: an offloaded model's weights are elsewhere."""
-        if self.sharding is not None and self.sharding.mesh.device_type == "cuda":
-            return torch.device("cuda", torch.cuda.current_device())
+        if self.sharding is not None:
+            return self.sharding.device
         return embeddings(self.language_model).device
 
     def trained_states(self, batch: PairBatch, inputs: dict[str, Any], index: Tensor) -> Tensor:

@@ -40,8 +40,9 @@ class Sharding:
     @property
     def device(self) -> torch.device:
         """Where this rank computes."""
-        kind = self.mesh.device_type
-        return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+        if self.mesh.device_type == "cuda":
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device(self.mesh.device_type)
 
 
 def divide(backbone: "Backbone", base: set[int], dtype: torch.dtype, sharding: Sharding) -> None:
@@ -67,7 +68,7 @@ def divide(backbone: "Backbone", base: set[int], dtype: torch.dtype, sharding: S
     models = [m for m in (backbone.language_model, backbone.reference) if m is not None]
     for unit in (*(layer for model in models for layer in decoder_layers(model)), backbone):
         for parameter in unit.parameters():
-            if not isinstance(parameter, DTensor) and type(parameter).__name__ != "Params4bit":
+            if not isinstance(parameter, DTensor):
                 wide = torch.promote_types(parameter.dtype, dtype)
                 parameter.data = parameter.data.to(dtype if id(parameter) in base else wide)
         trained = {p.dtype for p in unit.parameters() if p.requires_grad}

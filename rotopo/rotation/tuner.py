@@ -370,8 +370,9 @@ class RotationModel(BaseTuner):
         if isinstance(target, RotationLayer):
             target.update_layer(adapter_name, peft_config)
             return
-        fits = isinstance(target, nn.Linear | Conv1D)
-        if not fits or not (target.weight.is_floating_point() or is_quantised(target)):
+        if not isinstance(target, nn.Linear | Conv1D) or not (
+            target.weight.is_floating_point() or is_quantised(target)
+        ):
             raise InputError(
                 f"target_modules matches {current_key!r}, a {type(target).__name__}; a rotation "
                 "needs nn.Linear or Conv1D with a floating-point weight, or bitsandbytes' linear "
