@@ -122,17 +122,25 @@ def load_as_set(
         dtype: of the weights instead of the settings'.
 
     Raises:
-        InputError: settings that do not work.
+        InputError: settings that do not work, or a model to quantise that is quantised already.
     """
     trained = trained_dtype(config)
     settings = quantized(config, dtype or trained, sharding)
     arguments = (config.attention, config.trust_remote_code)
-    in_file = None if sharding is not None and not settings else dtype or trained
-    model = load(config.path, in_file, *arguments, **settings)
+    divided = sharding is not None and not settings
+    model = load(config.path, None if divided else dtype or trained, *arguments, **settings)
     if (dtype or trained) == torch.float64:
         model.set_experts_implementation("eager")  # torch has no grouped products in float64
     compute_as_in_training(model)
-    return model, trained, load(config.path, None, *arguments) if settings else model
+    if not settings:
+        return model, trained, model
+    quantizer: Any = model.hf_quantizer
+    if quantizer.pre_quantized:
+        raise InputError(
+            f"{config.setting}.quantize: {config.path!r} is quantised already: leave it out."
+        )
+    with torch.device("cpu"):  # mapped to memory, wherever the quantised one is
+        return model, trained, load(config.path, None, *arguments)
 
 
 def load_model(

@@ -275,6 +275,12 @@ def test_bases_are_known_by_their_own_weights_and_their_bits(folder, tmp_path):
     assert again.base_fingerprint != f"{plain}-4bit"
 
 
+def test_what_is_quantised_already_is_not_quantised_again(folder, tmp_path):
+    load_as_set(load_model, settings_of(folder, "4bit"), None)[0].save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"policy\.quantize.*already"):
+        load_as_set(load_model, settings_of(tmp_path, "4bit"), None)
+
+
 @pytest.mark.slow
 def test_a_run_on_a_quantised_base_goes_on_predicts_and_is_exported(
     bnb, tmp_path, tiny_tokenizer, capsys
