@@ -115,7 +115,8 @@ def _quantization(kind: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        # FSDP1 puts all parameters of a layer into one tensor, and FSDP2 leaves this dtype alone.
+        # As the rest of the layer, of which FSDP1 makes one tensor; what has the dtype already, a
+        # conversion to it leaves alone.
         bnb_4bit_quant_storage=dtype,
     )
 

@@ -275,6 +275,12 @@ def test_bases_are_known_by_their_own_weights_and_their_bits(folder, tmp_path):
     assert again.base_fingerprint != f"{plain}-4bit"
 
 
+def test_a_quantised_layer_is_not_trained_whole(folder):
+    whole = LoraConfig(target_modules=["q_proj"], modules_to_save=["up_proj"])
+    with pytest.raises(InputError, match=r"modules_to_save: .*up_proj is quantised"):
+        Policy.load(settings_of(folder, "4bit", whole), needs_reference=False)
+
+
 def test_what_is_quantised_already_is_not_quantised_again(folder, tmp_path):
     load_as_set(load_model, settings_of(folder, "4bit"), None)[0].save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"policy\.quantize.*already"):
