@@ -173,7 +173,8 @@ class FSDP1Strategy(FSDPStrategy):
     nothing else goes on from.
 
     Raises:
-        InputError: there is no GPU, or an adapter trains the output head or rows of tokens.
+        InputError: there is no GPU, an adapter trains the output head or rows of tokens, or the
+            base is quantised to 8 bits.
     """
 
     def setup(self, trainer: Trainer) -> None:
@@ -185,6 +186,11 @@ class FSDP1Strategy(FSDPStrategy):
                 "trainer.strategy: FSDPStrategy would divide the output head, or the rows of "
                 "tokens, that the adapter trains (modules_to_save, trainable_token_indices) from "
                 "where they are read: take configs/strategies/fsdp2.yaml or ddp.yaml."
+            )
+        if getattr(module.language_model, "is_loaded_in_8bit", False):
+            raise InputError(
+                "trainer.strategy: FSDPStrategy cannot divide weights of 8 bits, only of 4: set "
+                "quantize to 4bit, or take configs/strategies/ddp.yaml."
             )
         super().setup(trainer)
         root: Any = self.model

@@ -381,7 +381,7 @@ class PairwiseModule(LightningModule):
             raise InputError(
                 "ckpt_path: this checkpoint was trained on another base model (fingerprint "
                 f"{ours['base_fingerprint']}, here {self.base_fingerprint}): check the "
-                "model's path."
+                "model's path, and how it is quantised."
             )
         shapes, state = ours["shapes"], self.state_dict()
         here = self.saved_names()

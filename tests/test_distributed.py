@@ -36,6 +36,8 @@ OBJECTIVES = {
     "cached reference": [*LORA, "--model.policy.reference=cached"],
     "geometry": [*LORA, "--trainer.callbacks+=rotopo.callbacks.Geometry"],
     "geometry of all weights": [*FULL, "--trainer.callbacks+=rotopo.callbacks.Geometry"],
+    "4-bit base": [*ROTATION, "--model.policy.quantize=4bit"],
+    "8-bit base": [*LORA, "--model.policy.quantize=8bit"],
 }
 # Nine of the 40 pairs are held out for validation and eleven for the test: uneven on two ranks.
 SPLITS = ["--data.validation=0.225", "--data.test=0.275", "--data.eval_pairs_per_batch=2"]
@@ -98,12 +100,15 @@ CASES = [
     )
     for what in OBJECTIVES
     for how in ("ddp", "fsdp2", "fsdp")
-    if how != "fsdp" or what in ("DPO with rotation", "reward model", "KTO")
+    if how != "fsdp" or what in ("DPO with rotation", "reward model", "KTO", "4-bit base")
+    if how == "ddp" or what != "8-bit base"
 ]
 
 
 @pytest.mark.parametrize(("how", "options"), CASES)
 def test_two_ranks_train_as_one_process_does(config, how, options):
+    if any("quantize" in option for option in options):
+        pytest.importorskip("bitsandbytes")
     run(arguments(config, "one", [*COMMON, *options]))
     on_ranks(2, *arguments(config, "two", [*COMMON, *options, *ranks(how)]))
     assert_same_run(config.parent / "one", config.parent / "two")
@@ -126,6 +131,14 @@ def test_fsdp1_without_a_gpu_is_refused(config):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_fsdp1_and_8_bits_are_refused(config):
+    pytest.importorskip("bitsandbytes")
+    options = ["--model.policy.quantize=8bit", *strategy("fsdp")]
+    with pytest.raises(RuntimeError, match="cannot divide weights of 8 bits"):
+        on_ranks(1, *arguments(config, "run", options))
+
+
 def test_a_head_of_another_dtype_than_all_that_trains_beside_it_is_refused(config):
     half = ["--model=rotopo.reward.RewardModule", "--model.backbone={dtype: bfloat16}", *COMMON]
     with pytest.raises(RuntimeError, match="FSDP2 trains weights of one dtype"):

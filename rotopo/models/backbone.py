@@ -2,23 +2,21 @@
 
 import copy
 import hashlib
-import importlib.util
 import os
 import shutil
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -28,6 +26,7 @@ from rotopo.data.batch import Layout, PairBatch
 from rotopo.errors import InputError
 from rotopo.models import beside
 from rotopo.models.attention import attention_inputs
+from rotopo.models.quantized import compute_as_in_training, quantized
 from rotopo.models.router import RouterLoss
 from rotopo.models.segment_attention import segment_attention
 from rotopo.models.settings import BackboneConfig, DtypeName, Quantization
@@ -107,81 +106,41 @@ def load_config(
     return config
 
 
-def quantized(config: BackboneConfig, divided: bool) -> dict[str, Any]:
-    """What ``from_pretrained`` takes beside for a quantised base; nothing for one that is not.
-
-    Args:
-        config: the model's settings.
-        divided: whether the model is to be divided among ranks.
-
-    Raises:
-        InputError: quantising does not go with the adapter, the strategy or the machine.
-    """
-    if config.quantize is None:
-        return {}
-    name = f"{config.setting}.quantize"
-    known = get_args(Quantization)
-    if config.quantize not in known:
-        raise InputError(f"{name} is {config.quantize!r}: it has to be {' or '.join(known)}.")
-    if not isinstance(config.adapter, LoraConfig):
-        raise InputError(
-            f"{name}: quantised weights are for LoRA: set {config.setting}.adapter to "
-            "peft.LoraConfig, or leave quantize out."
-        )
-    if divided:
-        raise InputError(f"{name}: quantised weights cannot be divided among ranks: take ddp.")
-    if not torch.cuda.is_available():
-        raise InputError(
-            f"{name}: quantised weights need a GPU, and none is here: leave quantize out."
-        )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError(f"{name} takes the bitsandbytes package: pip install bitsandbytes.")
-    return {
-        "quantization_config": quantization(config.quantize, resolve_dtype(config.dtype)),
-        "device_map": {"": torch.cuda.current_device()},
-    }
-
-
 def load_as_set(
     load: Callable[..., PreTrainedModel],
     config: BackboneConfig,
-    divided: bool,
+    sharding: Sharding | None,
     dtype: torch.dtype | None = None,
-) -> tuple[PreTrainedModel, torch.dtype]:
-    """A model as its settings say, and the dtype that they give its weights.
+) -> tuple[PreTrainedModel, torch.dtype, PreTrainedModel]:
+    """A model as its settings say, the dtype that they give its weights, and the model that it is
+    known by (see :func:`fingerprint`): itself, or what it was before it was quantised.
 
     Args:
         load: takes the arguments of :func:`load_model`.
         config: the settings.
-        divided: whether the model is to be divided among ranks: its weights stay in their file.
+        sharding: how the model is to be divided among ranks: its weights stay in their file.
         dtype: of the weights instead of the settings'.
 
     Raises:
-        InputError: settings that do not work.
+        InputError: settings that do not work, or a model to quantise that is quantised already.
     """
     trained = trained_dtype(config)
-    model = load(
-        config.path,
-        None if divided else dtype or trained,
-        config.attention,
-        config.trust_remote_code,
-        **quantized(config, divided),
-    )
+    settings = quantized(config, dtype or trained, sharding)
+    arguments = (config.attention, config.trust_remote_code)
+    divided = sharding is not None and not settings
+    model = load(config.path, None if divided else dtype or trained, *arguments, **settings)
     if (dtype or trained) == torch.float64:
         model.set_experts_implementation("eager")  # torch has no grouped products in float64
-    return model, trained
-
-
-def quantization(kind: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """How bitsandbytes keeps a base whose products are computed in a dtype."""
-    if kind == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
+    compute_as_in_training(model)
+    if not settings:
+        return model, trained, model
+    quantizer: Any = model.hf_quantizer
+    if quantizer.pre_quantized:
+        raise InputError(
+            f"{config.setting}.quantize: {config.path!r} is quantised already: leave it out."
+        )
+    with torch.device("cpu"):  # mapped to memory, wherever the quantised one is
+        return model, trained, load(config.path, None, *arguments)
 
 
 def load_model(
@@ -198,7 +157,7 @@ def load_model(
         dtype: dtype of the weights; None leaves them in their file, mapped to memory.
         attention: the attention implementation, as transformers names it.
         trust_remote_code: see :class:`.BackboneConfig`.
-        settings: of :func:`quantized`.
+        settings: of :func:`rotopo.models.quantized.quantized`.
 
     Raises:
         InputError: no such model, or it has no such attention.
@@ -370,8 +329,8 @@ class Backbone(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where batches have to be: an offloaded model's weights are elsewhere."""
-        if self.sharding is not None and self.sharding.mesh.device_type == "cuda":
-            return torch.device("cuda", torch.cuda.current_device())
+        if self.sharding is not None:
+            return self.sharding.device
         return embeddings(self.language_model).device
 
     def trained_states(self, batch: PairBatch, inputs: dict[str, Any], index: Tensor) -> Tensor:
@@ -448,15 +407,19 @@ class Backbone(nn.Module):
             ) from error
 
 
-def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
+def fingerprint(
+    model: nn.Module, dtype: torch.dtype | None = None, quantize: Quantization | None = None
+) -> str:
     """A short hash that tells base models apart: names, shapes and a sample of every weight.
 
     The sample is rounded to bfloat16 first, so that the dtype a model is loaded in does not
-    count.
+    count. Quantised bases have the name of the bits behind it, and are known by the weights before
+    that, since processors and GPUs round a few of them to different sides.
 
     Args:
-        model: as loaded.
+        model: as loaded, but not quantised.
         dtype: the dtype that its weights will be converted to, if they still are in another.
+        quantize: how they are quantised, if they are.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
@@ -464,4 +427,4 @@ def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, len(flat) // 64)].to("cpu", dtype).to(torch.bfloat16)
         digest.update(sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:16] + (f"-{quantize}" if quantize else "")

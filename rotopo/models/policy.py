@@ -94,8 +94,8 @@ class Policy(Backbone):
         Raises:
             InputError: a path, dtype, attention or adapter that does not work, by its setting.
         """
-        model, trained = load_as_set(load_model, config, sharding is not None, dtype)
-        return cls.build(model, config, needs_reference, trained, sharding)
+        model, trained, known_by = load_as_set(load_model, config, sharding, dtype)
+        return cls.build(model, config, needs_reference, trained, sharding, known_by)
 
     @classmethod
     def build(
@@ -105,8 +105,10 @@ class Policy(Backbone):
         needs_reference: bool,
         dtype: torch.dtype | None = None,
         sharding: Sharding | None = None,
+        known_by: PreTrainedModel | None = None,
     ) -> Self:
-        """As :meth:`load`, from a model in memory, to be converted to a dtype as it is divided."""
+        """As :meth:`load`, from a model in memory, to be converted to a dtype as it is divided;
+        known by another one if it is quantised."""
         if config.reference not in get_args(ReferenceMode):
             raise InputError(
                 f"policy.reference is {config.reference!r}: it has to be one of "
@@ -117,7 +119,7 @@ class Policy(Backbone):
                 "policy.reference_cache is set, but policy.reference is 'online' and uses none: "
                 "set it to 'cached' or 'auto'."
             )
-        base = fingerprint(model, dtype)
+        base = fingerprint(known_by or model, dtype, config.quantize)
         # By their ids: who held the parameters would keep whole what is divided.
         own = {id(p) for p in model.parameters()}
         adapted = adapt(model, config, model.get_output_embeddings())

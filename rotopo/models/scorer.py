@@ -68,8 +68,8 @@ class Scorer(Backbone):
             InputError: a path, dtype, attention or adapter that does not work, by its setting; a
                 model that has no such head, or one with several outputs.
         """
-        model, trained = load_as_set(_load_model, config, sharding is not None, dtype)
-        return cls.build(model, config, trained, sharding)
+        model, trained, known_by = load_as_set(_load_model, config, sharding, dtype)
+        return cls.build(model, config, trained, sharding, known_by)
 
     @classmethod
     def build(
@@ -78,8 +78,10 @@ class Scorer(Backbone):
         config: BackboneConfig,
         dtype: torch.dtype | None = None,
         sharding: Sharding | None = None,
+        known_by: PreTrainedModel | None = None,
     ) -> Self:
-        """As :meth:`load`, from a model in memory, to be converted to a dtype as it is divided."""
+        """As :meth:`load`, from a model in memory, to be converted to a dtype as it is divided;
+        known by another one if it is quantised."""
         head = getattr(model, "score", None)
         if not isinstance(head, nn.Linear) or model.base_model is model:
             raise InputError(
@@ -91,7 +93,7 @@ class Scorer(Backbone):
                 f"backbone.path: the model's head has {head.out_features} outputs, and a reward "
                 "is one: take another model."
             )
-        base = fingerprint(model.base_model, dtype)
+        base = fingerprint((known_by or model).base_model, dtype, config.quantize)
         own = {id(p) for p in model.base_model.parameters()}
         head.to(torch.promote_types(head.weight.dtype, torch.float32))
         head.register_forward_pre_hook(_cast_to_head)

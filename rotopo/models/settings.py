@@ -40,8 +40,11 @@ class BackboneConfig:
             for later runs) and the others less; losses move by rounding. Not together with
             activation_checkpointing.
         quantize: keep the frozen base in 4 bits a weight (NF4, doubly quantised) or 8, by
-            bitsandbytes, which has to be installed; for LoRA on a GPU that holds the whole model.
-            What is computed in is ``dtype``.
+            bitsandbytes, which has to be installed, under an adapter that can work on it:
+            the rotation, LoRA and others, see :mod:`rotopo.models.quantized`. What is computed in
+            is ``dtype``. 8 bits are LLM.int8: on a GPU it rounds activations too, and which of
+            them depends on what else is in the batch, so that results vary with micro-batches;
+            and it is not for FSDP.
         router_loss: the coefficient of a mixture of experts' router loss, which keeps its experts
             evenly used and is added to the training loss; None takes the model's own
             (``router_aux_loss_coef``), 0 trains without. Unlike all else of a loss it depends on

@@ -37,6 +37,13 @@ class Sharding:
     mesh: DeviceMesh
     offload: bool = False
 
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        if self.mesh.device_type == "cuda":
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device(self.mesh.device_type)
+
 
 def divide(backbone: "Backbone", base: set[int], dtype: torch.dtype, sharding: Sharding) -> None:
     """Leave every rank its share of each weight, layer by layer, and the rest as one last unit.

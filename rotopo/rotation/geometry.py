@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from rotopo.errors import InputError
 from rotopo.models.sharding import in_turn
 from rotopo.rotation.givens import Delta
-from rotopo.rotation.tuner import RotationLayer
+from rotopo.rotation.tuner import RotationLayer, is_quantised
 
 ROTATING_LAYERS = (RotationLayer, OFTLinear, BOFTLinear, HRALinear)
 
@@ -116,7 +116,7 @@ def merged_weights(
         layer = module.get_base_layer() if module in adapted else module
         if module in left_out or not isinstance(layer, nn.Linear | Conv1D):
             continue
-        if not layer.weight.is_floating_point():  # quantised
+        if is_quantised(layer) or not layer.weight.is_floating_point():
             continue
         if module in adapted:
             # A copy: in a half type, merging and its undoing would leave other weights behind.

@@ -11,7 +11,6 @@ from rotopo.data import batch as batch_module
 from rotopo.data.batch import Role, TokenizedRow, collate, collate_prompts
 from rotopo.errors import InputError
 from rotopo.models import segment_attention
-from rotopo.models.backbone import quantized
 from rotopo.models.log_probs import PairLogProbs
 from rotopo.models.policy import Policy, PolicyConfig, Sampling
 from rotopo.rotation import RotationConfig
@@ -349,29 +348,3 @@ def test_generation_stops_where_it_should_and_ignores_padding():
         collate_prompts(prompts, 0, [0, 1]), Sampling(max_new_tokens=8), [stop], 0
     )
     assert shorter[0] == together[0][: together[0].index(stop)]
-
-
-LORA = LoraConfig(target_modules=["q_proj"])
-
-
-@pytest.mark.parametrize(
-    ("adapter", "kind", "divided", "message"),
-    [
-        (LORA, "2bit", False, "4bit or 8bit"),
-        (None, "4bit", False, "for LoRA"),
-        (RotationConfig(), "4bit", False, "for LoRA"),
-        (LORA, "4bit", True, "take ddp"),
-        (LORA, "8bit", False, "need a GPU"),
-    ],
-)
-def test_quantising_that_cannot_be_done_is_refused(adapter, kind, divided, message, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(InputError, match=rf"policy\.quantize.*{message}"):
-        quantized(PolicyConfig(adapter=adapter, quantize=kind), divided)
-
-
-def test_quantising_without_its_package_says_which(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="pip install bitsandbytes"):
-        quantized(PolicyConfig(adapter=LORA, quantize="8bit"), False)
