@@ -306,6 +306,7 @@ def _write(job: _Job, state: dict[str, Any], folder: Path) -> _Trained:
         else job.config.attention,
         activation_checkpointing=False,
         compile=False,
+        compute_dtype=None,
     )
     backbone: Policy | Scorer
     before: list[Tensor] | None = None
