@@ -30,7 +30,7 @@ from rotopo.models.beside import copies
 from rotopo.models.mixed_precision import compute_dtype, in_compute_dtype, kept_wide
 from rotopo.models.router import RouterLoss
 from rotopo.models.settings import BackboneConfig
-from rotopo.models.sharding import Sharding, divide, whole
+from rotopo.models.sharding import Sharding, divide, gathered
 from rotopo.pretrained import conversion_advice, first_line, pretrained_folder
 
 
@@ -164,7 +164,7 @@ class Scorer(Backbone):
         model.train(training)
         # A reward may be near zero: rounding is a share of what it is the sum of, for directions
         # that have nothing to do with one another.
-        weight = whole(model.score.weight).float()  # which may be a unit of its own
+        weight = gathered(model.score.weight).float()  # which may be a unit of its own
         size = states.float().norm(dim=1) * weight.norm() / len(states[0]) ** 0.5
         tolerance = max(1e-4, 16 * rounding(model, states)) * size.mean()
         difference = (found - expected).abs().mean()

@@ -107,13 +107,18 @@ def decoder_layers(model: "PreTrainedModel") -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
-def whole(value: Any) -> Any:
-    """A tensor as it would be on one rank, on the processor; all ranks have to ask together."""
+def gathered(value: Tensor) -> Tensor:
+    """A tensor as it would be on one rank; all ranks have to ask together."""
     if not isinstance(value, DTensor):
-        return value.detach().cpu() if isinstance(value, Tensor) else value
+        return value.detach()
     # Offloaded shares travel by way of the device.
     here: Any = value.detach().to(value.device_mesh.device_type)
-    return here.full_tensor().cpu()
+    return here.full_tensor()
+
+
+def whole(value: Any) -> Any:
+    """As :func:`gathered`, on the processor; what is no tensor as it is."""
+    return gathered(value).cpu() if isinstance(value, Tensor) else value
 
 
 def share_of(value: Tensor, like: Tensor) -> Tensor:
