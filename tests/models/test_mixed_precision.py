@@ -23,7 +23,6 @@ from tests.models.families import FAMILIES, VOCABULARY, make, make_scorer
 from tests.models.test_policy import dpo_loss, some_rows
 from tests.models.test_scorer import some_rows as rows_to_score
 
-HALF = PolicyConfig(compute_dtype="bfloat16")
 # Whose routers stay in float32 in a model that is loaded in bfloat16.
 WIDE_ROUTERS = {
     "vocab_size": VOCABULARY,
@@ -123,6 +122,16 @@ def test_what_it_says_and_shows_elsewhere_is_the_half_models_too(tmp_path):
     assert policy.reference_fingerprint == half.reference_fingerprint
     whole = Policy.build(wide("llama"), PolicyConfig(), True)
     assert policy.reference_fingerprint != whole.reference_fingerprint
+
+
+def test_a_cached_reference_is_computed_in_it_too(tmp_path):
+    policy, _ = pair("llama", tmp_path / "model")
+    batch = collate(some_rows(), 0, "packed", 1.0)
+    policy.open_cache(str(tmp_path / "cache"))
+    policy.cache_reference([batch])
+    cached = policy(batch)
+    assert torch.equal(cached.chosen, cached.reference_chosen)
+    assert torch.equal(cached.rejected, cached.reference_rejected)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
