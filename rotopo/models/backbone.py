@@ -66,8 +66,8 @@ def trained_dtype(config: BackboneConfig) -> torch.dtype:
             warnings.warn(
                 f"Full fine-tuning in {name}: a weight of it loses the optimiser's small steps, so "
                 f"that most weights may stay as they are; {config.setting}.dtype float32 keeps "
-                f"them, and with {config.setting}.compute_dtype bfloat16 beside it costs no more "
-                "time.",
+                f"them, and {config.setting}.compute_dtype bfloat16 computes in bfloat16 all the "
+                "same.",
                 stacklevel=2,
             )
     dtype = resolve_dtype(name)

@@ -148,6 +148,7 @@ class Policy(Backbone):
             apart = kept_wide(model)
             policy.compute_in(narrow, apart, sharding is not None)
             apart = apart + ([] if reference is None else kept_wide(reference))
+            own |= {id(p): dtype for module in apart for p in module.parameters(recurse=False)}
         if config.compile:
             policy.compile_layers()
         if sharding is not None:

@@ -70,8 +70,10 @@ def divide(
         settings["offload_policy"] = CPUOffloadPolicy(pin_memory=pinned)
     models = [m for m in (backbone.language_model, backbone.reference) if m is not None]
     layers = [layer for model in models for layer in decoder_layers(model)]
-    for unit in (*apart, *layers, backbone):
-        if unit in apart and any(unit.children()):
+    kept = {id(p) for module in apart for p in module.parameters(recurse=False)}
+    for unit in (*reversed(apart), *layers, backbone):  # what is inside another unit first
+        others = (p for p in unit.parameters() if id(p) not in kept and not isinstance(p, DTensor))
+        if unit in apart and any(True for _ in others):
             raise InputError(
                 f"compute_dtype: {type(unit).__name__} keeps some weights in float32, beside "
                 "others, which FSDP2 cannot: take configs/strategies/ddp.yaml, or leave it out."
@@ -89,10 +91,9 @@ def divide(
             )
         # Gradients in a half type would be rounded once more where the ranks add them up.
         narrow = trained <= {torch.bfloat16, torch.float16} and bool(trained)
-        narrow = narrow or compute_dtype is not None
         policy = MixedPrecisionPolicy(
             param_dtype=None if unit in apart else compute_dtype,
-            reduce_dtype=torch.float32 if narrow else None,
+            reduce_dtype=torch.float32 if narrow or compute_dtype is not None else None,
             cast_forward_inputs=False,  # angles of positions, say, which stay in float32
         )
         fully_shard(unit, mp_policy=policy, **settings)

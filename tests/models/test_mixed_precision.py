@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,6 +21,7 @@ from rotopo.models.mixed_precision import kept_wide
 from rotopo.models.policy import Policy
 from rotopo.models.scorer import Scorer
 from rotopo.models.settings import BackboneConfig, PolicyConfig, Sampling
+from rotopo.models.sharding import Sharding
 from tests.models.families import FAMILIES, VOCABULARY, make, make_scorer
 from tests.models.test_policy import dpo_loss, some_rows
 from tests.models.test_scorer import some_rows as rows_to_score
@@ -95,6 +98,34 @@ def test_it_is_the_model_in_bfloat16_bit_for_bit(family, tmp_path):
         assert parameter.dtype == held[name].dtype
         assert torch.equal(parameter, held[name])
     assert bool(kept_wide(policy.language_model)) == (family in ("ernie4_5_moe", "deepseek_v3"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama, tied", "ernie4_5_moe"])
+def test_fsdp2_computes_the_same(family, tmp_path):
+    policy, _ = pair(family, tmp_path)
+    half = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="segments"
+    )
+    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        sharding = Sharding(init_device_mesh("cpu", (1,)))
+        config = PolicyConfig(compute_dtype="bfloat16")
+        divided = Policy.build(half, config, True, torch.float32, sharding)
+        batch = collate(some_rows(), 0, "packed", 1.0)
+        for one in (policy, divided):
+            dpo_loss(one(batch)).backward()
+        for (name, one), other in zip(
+            policy.model.named_parameters(), divided.model.parameters(), strict=True
+        ):
+            if one.grad is not None:
+                assert torch.equal(one.grad, other.grad.full_tensor()), name
+        for one, other in zip(
+            policy.reference.parameters(), divided.reference.parameters(), strict=True
+        ):
+            assert torch.equal(one, other.full_tensor())
+    finally:
+        dist.destroy_process_group()
 
 
 def test_logits_are_those_of_the_plain_model(tmp_path):
