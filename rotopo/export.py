@@ -308,6 +308,7 @@ def _write(job: _Job, state: dict[str, Any], folder: Path) -> _Trained:
         activation_checkpointing=False,
         compile=False,
         quantize=None,
+        compute_dtype=None,
     )
     backbone: Policy | Scorer
     before: list[Tensor] | None = None

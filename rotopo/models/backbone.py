@@ -6,7 +6,7 @@ import os
 import shutil
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -27,6 +27,7 @@ from rotopo.errors import InputError
 from rotopo.models import beside
 from rotopo.models.attention import attention_inputs
 from rotopo.models.quantized import compute_as_in_training, quantized
+from rotopo.models.mixed_precision import Masters, compute_dtype, in_compute_dtype
 from rotopo.models.router import RouterLoss
 from rotopo.models.segment_attention import segment_attention
 from rotopo.models.settings import BackboneConfig, DtypeName, Quantization
@@ -51,7 +52,11 @@ def trained_dtype(config: BackboneConfig) -> torch.dtype:
     """The dtype to load a model in: without an adapter ``auto`` is float32.
 
     Warns of weights of the model that train in a half type.
+
+    Raises:
+        InputError: see :func:`rotopo.models.mixed_precision.compute_dtype`.
     """
+    compute_dtype(config)
     name: DtypeName = config.dtype
     if config.adapter is None:
         if name == "auto":
@@ -60,7 +65,8 @@ def trained_dtype(config: BackboneConfig) -> torch.dtype:
             warnings.warn(
                 f"Full fine-tuning in {name}: a weight of it loses the optimiser's small steps, so "
                 f"that most weights may stay as they are; {config.setting}.dtype float32 keeps "
-                "them.",
+                f"them, and {config.setting}.compute_dtype bfloat16 computes in bfloat16 all the "
+                "same.",
                 stacklevel=2,
             )
     dtype = resolve_dtype(name)
@@ -298,6 +304,7 @@ class Backbone(nn.Module):
 
     Attributes:
         sharding: how the model is divided among ranks, if it is.
+        masters: what puts copies in the places of weights to compute with, if something does.
         router: the router loss that the model is trained with, if it is.
         router_loss: its value for the last batch [], with its gradient.
     """
@@ -314,6 +321,8 @@ class Backbone(nn.Module):
         self.reference = reference
         self.compiled = False
         self.sharding: Sharding | None = None
+        self.masters: Masters | None = None
+        self._compute_dtype: torch.dtype | None = None
         self.router: RouterLoss | None = None
         self.router_loss: Tensor | None = None
         self._checked: set[Layout] = set()
@@ -325,6 +334,11 @@ class Backbone(nn.Module):
         if isinstance(model, PeftModel):
             return cast(PreTrainedModel, model.get_base_model())
         return model
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the model computes in, autocast aside."""
+        return self._compute_dtype or embeddings(self.language_model).dtype
 
     @property
     def device(self) -> torch.device:
@@ -344,7 +358,20 @@ class Backbone(nn.Module):
         self.router_loss = self.router(batch, outputs)
         return outputs.last_hidden_state.flatten(0, 1)[index]
 
+    def compute_in(self, dtype: torch.dtype, apart: Sequence[nn.Module], divided: bool) -> None:
+        """Keep the weights as they are, and compute in another dtype.
+
+        Args:
+            dtype: of the copies that are computed with.
+            apart: modules whose own weights are computed with as they are.
+            divided: whether the strategy makes the copies.
+        """
+        self._compute_dtype = dtype
+        if not divided:
+            self.masters = Masters(self.language_model, dtype, apart)
+
     @torch.no_grad()
+    @in_compute_dtype
     def hidden_states(self, batch: PairBatch, reference: bool = False) -> list[Tensor] | None:
         """Hidden states of all tokens but padding, behind the embeddings and behind each layer.
 

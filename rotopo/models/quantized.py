@@ -53,7 +53,7 @@ def quantized(
     if config.quantize not in known:
         raise InputError(f"{name} is {config.quantize!r}: it has to be {' or '.join(known)}.")
     _refuse_adapter(config, name)
-    if config.compile:
+    if config.compile is True:
         raise InputError(
             f"{name} and {config.setting}.compile do not go together: the compiler cannot look "
             "into bitsandbytes' products. Set compile to false."

@@ -27,9 +27,10 @@ from rotopo.models.backbone import (
     rounding,
 )
 from rotopo.models.beside import copies
+from rotopo.models.mixed_precision import compute_dtype, in_compute_dtype, kept_wide
 from rotopo.models.router import RouterLoss
 from rotopo.models.settings import BackboneConfig
-from rotopo.models.sharding import Sharding, divide
+from rotopo.models.sharding import Sharding, divide, gathered
 from rotopo.pretrained import conversion_advice, first_line, pretrained_folder
 
 
@@ -94,7 +95,7 @@ class Scorer(Backbone):
                 "is one: take another model."
             )
         base = fingerprint((known_by or model).base_model, dtype, config.quantize)
-        own = {id(p) for p in model.base_model.parameters()}
+        own = {id(p): dtype for p in model.base_model.parameters()}
         head.to(torch.promote_types(head.weight.dtype, torch.float32))
         head.register_forward_pre_hook(_cast_to_head)
         if config.adapter is not None:
@@ -111,14 +112,21 @@ class Scorer(Backbone):
         head.requires_grad_(True)
         scorer = cls(adapted.train(), base)
         scorer.router = RouterLoss.of(model, config)
+        narrow = compute_dtype(config)
+        apart: list[nn.Module] = []
+        if narrow is not None:
+            apart = [head, *kept_wide(model)]
+            scorer.compute_in(narrow, apart, sharding is not None)
         if config.compile:
             compile_layers(model, config.setting)
             scorer.compiled = True
         if sharding is not None:
             assert dtype is not None
-            divide(scorer, own | copies(model), dtype, sharding)
+            own |= dict.fromkeys(copies(model), dtype)
+            divide(scorer, own, dtype, sharding, narrow, apart)
         return scorer
 
+    @in_compute_dtype
     def forward(self, batch: PairBatch) -> Tensor:
         """The reward of every response [S], in float32 at least.
 
@@ -158,9 +166,8 @@ class Scorer(Backbone):
         model.train(training)
         # A reward may be near zero: rounding is a share of what it is the sum of, for directions
         # that have nothing to do with one another.
-        size = (
-            states.float().norm(dim=1) * model.score.weight.float().norm() / len(states[0]) ** 0.5
-        )
+        weight = gathered(model.score.weight).float()  # which may be a unit of its own
+        size = states.float().norm(dim=1) * weight.norm() / len(states[0]) ** 0.5
         tolerance = max(1e-4, 16 * rounding(model, states)) * size.mean()
         difference = (found - expected).abs().mean()
         if not expected.isfinite().all():

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import rotopo.rotation  # noqa: F401
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+ComputeDtype = Literal["bfloat16"]
 Quantization = Literal["4bit", "8bit"]
 ReferenceMode = Literal["online", "cached", "auto"]
 
@@ -29,6 +30,10 @@ class BackboneConfig:
         dtype: dtype of the base model's weights; ``auto`` is bfloat16 where the processor is
             fast in it and an adapter trains, else float32. Adapters are float32 at least. Keep
             ``trainer.precision`` at its default: it would cast the adapter too.
+        compute_dtype: for full fine-tuning: compute in bfloat16 with copies of the weights, which
+            stay in float32 themselves, as do their gradients where these are added up, the
+            optimiser's state and checkpoints. A frozen reference is held in bfloat16. None
+            computes in ``dtype``.
         attention: ``segments`` computes only the scores that a shared-prompt batch needs, see
             :mod:`rotopo.models.segment_attention`; ``flex_attention`` does so in one compiled
             kernel on a GPU; or another implementation as transformers names it, of which ``sdpa``
@@ -59,6 +64,7 @@ class BackboneConfig:
     path: str = ""
     adapter: "PeftConfig | None" = None
     dtype: DtypeName = "auto"
+    compute_dtype: ComputeDtype | None = None
     attention: str = "segments"
     activation_checkpointing: bool = False
     compile: bool = False

@@ -82,6 +82,10 @@ class PreferenceModule(PairwiseModule):
         """
 
     @property
+    def model_config(self) -> PolicyConfig:
+        return self.policy_config
+
+    @property
     def backbone(self) -> "Policy":
         assert self.policy is not None
         return self.policy

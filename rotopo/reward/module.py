@@ -89,6 +89,10 @@ class RewardModule(PairwiseModule):
         self.scorer: Scorer | None = None
 
     @property
+    def model_config(self) -> BackboneConfig:
+        return self.backbone_config
+
+    @property
     def backbone(self) -> "Scorer":
         assert self.scorer is not None
         return self.scorer

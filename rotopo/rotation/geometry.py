@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from rotopo.errors import InputError
-from rotopo.models.sharding import in_turn
+from rotopo.models.sharding import gathered, in_turn
 from rotopo.rotation.givens import Delta
 from rotopo.rotation.tuner import RotationLayer, is_quantised
 
@@ -126,7 +126,8 @@ def merged_weights(
             layer = cast(nn.Linear, copied.get_base_layer())
         elif not layer.weight.requires_grad:
             continue
-        weight = layer.weight.to(torch.promote_types(layer.weight.dtype, torch.float32))
+        weight = gathered(layer.weight)
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         yield weight.T if isinstance(layer, Conv1D) else weight
 
 
