@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from on_gpu.journal import Case, Ended, Failed, Skipped
+from on_gpu.journal import Case, Ended, NotHereError, WrongResultError
 from on_gpu.part import Place
 from rotopo.data.batch import Layout, Role, TokenizedRow, collate
 from rotopo.models.log_probs import Needs
@@ -92,16 +92,18 @@ def line(ended: list[Ended]) -> str:
 
 
 def compare(cell: Cell, place: Place) -> dict[str, Any]:
-    family, adapter, layout, attention, dtype, long = cell
+    family, adapter, _, attention, dtype, long = cell
     if attention == "flex_attention" and not place.on_gpu:
-        raise Skipped("FlexAttention trains on a GPU only")
+        raise NotHereError("FlexAttention trains on a GPU only")
     expected = _expected(family, adapter, dtype, long)
     found = _errors(compute(cell, place.device), expected)
     rounding = _rounding(family, adapter, dtype, long)
     values = found | {f"{name}_rounding": error for name, error in rounding.items()}
     for name, error in found.items():
         if not error <= _ALLOWED * rounding[name]:
-            raise Failed(f"{name} are off by {error:.1e}, rounding is {rounding[name]:.1e}", values)
+            raise WrongResultError(
+                f"{name} are off by {error:.1e}, rounding is {rounding[name]:.1e}", values
+            )
     return values
 
 

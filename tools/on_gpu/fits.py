@@ -1,11 +1,12 @@
 """Whole fits through the command line: objectives, resumption, strategies, options, what follows.
 
 Models and data are those of the tests' small runs: two layers, six optimiser steps. The losses of a
-fit on the device are those of the same fit on the processor, and under a strategy those without.
-A fit goes on from a checkpoint bit for bit under ``trainer.deterministic``; where torch refuses that
+fit on the device are those of the same fit on the processor, and under a strategy those without. A
+fit goes on from a checkpoint bit for bit under ``trainer.deterministic``; where torch refuses that
 for an operation, which it names, to rounding.
 """
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -19,7 +20,7 @@ import pandas as pd
 import torch
 from lightning.pytorch import Callback
 
-from on_gpu.journal import Case, Ended, Failed, Skipped
+from on_gpu.journal import Case, Ended, NotHereError, WrongResultError
 from on_gpu.part import Place
 from rotopo.cli import main, run
 from tests.byte_tokenizer import save_tiny_tokenizer
@@ -227,12 +228,10 @@ def resumed(runs: Runs, options: tuple[str, ...]) -> dict[str, Any]:
                 raise
             continue
         before = set(runs.folder.rglob("last.ckpt"))
-        try:
+        with contextlib.suppress(Killed):
             runs.fit(
                 (*every, "--trainer.callbacks+=on_gpu.fits.Kill", "--trainer.callbacks.batch=4")
             )
-        except Killed:
-            pass
         (last,) = set(runs.folder.rglob("last.ckpt")) - before
         again = runs.fit((*every, f"--ckpt_path={last}"))
         largest = max(
@@ -240,8 +239,10 @@ def resumed(runs: Runs, options: tuple[str, ...]) -> dict[str, Any]:
             for a, b in zip(_trained(whole), _trained(again), strict=True)
         )
         values = {"bit_for_bit": largest == 0, "weights": largest, "operation": operation}
-        if deterministic == "true" and largest > 0 or largest > _NEAR:
-            raise Failed(f"weights differ by {largest:.1e} from those never killed", values)
+        if (deterministic == "true" and largest > 0) or largest > _NEAR:
+            raise WrongResultError(
+                f"weights differ by {largest:.1e} from those never killed", values
+            )
         return values
     raise AssertionError  # the second round returns or raises
 
@@ -278,7 +279,7 @@ def then(runs: Runs, name: str) -> dict[str, Any]:
     """A command on the first checkpoint of a run that has one."""
     trained = sorted(runs.folder.rglob("last.ckpt"), key=lambda file: file.stat().st_mtime)
     if not trained:
-        raise Skipped("no run has left a checkpoint")
+        raise NotHereError("no run has left a checkpoint")
     return THEN[name](runs, trained[0].parents[1], trained[0])
 
 
@@ -294,7 +295,7 @@ def _near(found: pd.DataFrame, expected: pd.DataFrame) -> dict[str, float]:
     difference = float((found.loc[steps] - expected.loc[steps]).abs().max().max())
     values = {"loss_difference": difference, "steps": len(steps)}
     if not difference <= _NEAR or not len(steps):
-        raise Failed(f"losses differ by {difference:.1e}", values)
+        raise WrongResultError(f"losses differ by {difference:.1e}", values)
     return values
 
 
@@ -321,8 +322,8 @@ def _not_deterministic(error: BaseException | None) -> str:
 
 def _require(needs: tuple[str, ...], place: Place) -> None:
     if "GPU" in needs and not place.on_gpu:
-        raise Skipped("needs a GPU")
+        raise NotHereError("needs a GPU")
     if "bitsandbytes" in needs and importlib.util.find_spec("bitsandbytes") is None:
-        raise Skipped("bitsandbytes is not installed")
+        raise NotHereError("bitsandbytes is not installed")
     if "compiler" in needs and not (shutil.which("g++") or shutil.which("clang++")):
-        raise Skipped("no C++ compiler")
+        raise NotHereError("no C++ compiler")

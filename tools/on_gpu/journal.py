@@ -15,11 +15,11 @@ _LAST_LINES = 12
 Case = Callable[[], dict[str, Any]]
 
 
-class Skipped(Exception):
+class NotHereError(Exception):
     """This machine cannot run the case; the message says why."""
 
 
-class Failed(Exception):
+class WrongResultError(Exception):
     """The case ran and what it found is wrong.
 
     Args:
@@ -113,13 +113,17 @@ class Journal:
             outcome, why, values = "passed", "", {}
             try:
                 values = case()
-            except Skipped as reason:
+            except NotHereError as reason:
                 outcome, why = "skipped", str(reason)
             # A refusal of rotopo's command line is a SystemExit.
             except (Exception, SystemExit) as error:
                 outcome, values = "failed", getattr(error, "values", {})
                 lines = traceback.format_exc().splitlines()
-                why = str(error) if isinstance(error, Failed) else "\n".join(lines[-_LAST_LINES:])
+                why = (
+                    str(error)
+                    if isinstance(error, WrongResultError)
+                    else "\n".join(lines[-_LAST_LINES:])
+                )
                 traceback.print_exc()
             self.ended.append(Ended(name, outcome, time.monotonic() - began, values, why))
             self.write(ended=vars(self.ended[-1]))

@@ -18,10 +18,12 @@ class Place:
     Attributes:
         device: ``cuda`` or ``cpu``.
         tiny: a few seconds' worth of it, on models of a few thousand weights.
+        journal: the part's; those of the parts before it lie beside it.
     """
 
     device: str
     tiny: bool
+    journal: Path
 
     @property
     def on_gpu(self) -> bool:
@@ -30,7 +32,7 @@ class Place:
 
 def main() -> None:
     name, device, *tiny, file = sys.argv[1:]
-    place = Place(device, bool(tiny))
+    place = Place(device, bool(tiny), Path(file))
     module = import_module(f"on_gpu.{name}")
 
     def broken() -> bool:
@@ -45,7 +47,7 @@ def main() -> None:
             return True
         return False
 
-    if Journal(Path(file)).run(module.cases(place), module.line, broken):
+    if Journal(place.journal).run(module.cases(place), module.line, broken):
         sys.exit(GO_ON_IN_ANOTHER)
 
 

@@ -1,12 +1,12 @@
 """Runs parts one after the other, each in a process that is killed at its time limit."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -169,10 +169,8 @@ def _process(
         return None
     finally:
         _progress("", until, journal)
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
 
 

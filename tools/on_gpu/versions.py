@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from on_gpu.journal import Case, Ended, Failed
+from on_gpu.journal import Case, Ended, WrongResultError
 from on_gpu.part import Place
 
 NEEDED = ("torch", "transformers", "peft", "lightning", "datasets", "jsonargparse")
@@ -37,7 +37,7 @@ def packages() -> dict[str, Any]:
     found |= {"python": platform.python_version(), "cores": os.cpu_count()}
     lacking = [name for name in NEEDED if found[name] is None]
     if lacking:
-        raise Failed(f"without {', '.join(lacking)} nothing else runs", found)
+        raise WrongResultError(f"without {', '.join(lacking)} nothing else runs", found)
     return found
 
 
