@@ -3,9 +3,9 @@
 Parts, in the order of their value, each in a process of its own that is killed at its limit:
 {parts}
 Each prints one line. In --output: results.json, all cases with what they found and, of those that
-failed, the traceback's end; summary.txt, the lines; failures.txt, all that failed parts said. A part
-that fails stops no other, nor a case that kills its process the part's other cases. The exit status
-is 0 if all that ran passed, 1 if something did not, 2 after wrong settings.
+failed, the traceback's end; summary.txt, the lines; failures.txt, all that failed parts said. A
+part that fails stops no other, nor a case that kills its process the part's other cases. The exit
+status is 0 if all that ran passed, 1 if something did not, 2 after wrong settings.
 
 On one GPU:                        tools/gpu --output gpu
 the same in small on a processor:  tools/gpu --device cpu --tiny --output gpu

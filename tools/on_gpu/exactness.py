@@ -26,7 +26,7 @@ FAMILIES = ("llama", "qwen2", "mistral-window", "gemma2", "gemma3_text", "gpt2")
 LAYOUTS: tuple[Layout, ...] = ("packed", "shared_prompt", "padded")
 ADAPTERS = ("LoRA", "rotation")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# All cells that a processor can run are 0.5 to 1.6 times as far from float64 there as the plain way.
+# On a processor all cells are 0.5 to 1.6 times as far from float64 as the plain way.
 _ALLOWED = 5
 # Heads of at least 16 numbers, since FlexAttention's kernels take no smaller ones, and positions
 # for a prompt that is cut into several blocks.

@@ -9,6 +9,7 @@ for an operation, which it names, to rounding.
 import contextlib
 import functools
 import importlib.util
+import json
 import os
 import shutil
 import tempfile
@@ -152,6 +153,13 @@ class Runs:
                 os.environ.pop(name, None)
 
     @functools.cache  # noqa: B019 (they live as long as the process)
+    def trained(self) -> tuple[str, ...]:
+        """Options that name a fit of LoRA on the device; the last is its checkpoint."""
+        cli = self.fit((*LORA, *CHECKPOINTS))
+        last = Path(cli.trainer.log_dir) / "checkpoints" / "last.ckpt"
+        return (*LORA, f"--ckpt_path={last}")
+
+    @functools.cache  # noqa: B019
     def losses(self, options: tuple[str, ...], device: str) -> pd.DataFrame:
         return losses(self.fit(options, device))
 
@@ -247,28 +255,29 @@ def resumed(runs: Runs, options: tuple[str, ...]) -> dict[str, Any]:
     raise AssertionError  # the second round returns or raises
 
 
-def _test(runs: Runs, folder: Path, last: Path) -> dict[str, Any]:
-    runs.fit((*LORA, f"--ckpt_path={last}"), command="test")
+def _test(runs: Runs, trained: tuple[str, ...]) -> dict[str, Any]:
+    runs.fit(trained, command="test")
     return {}
 
 
-def _predict(runs: Runs, folder: Path, last: Path) -> dict[str, Any]:
-    runs.fit((*LORA, f"--ckpt_path={last}"), command="predict")
-    (responses,) = runs.folder.rglob("responses.jsonl")
-    shutil.copy(responses, runs.folder / "to_score.jsonl")
-    return {"responses": len(responses.read_text("utf-8").splitlines())}
+def _predict(runs: Runs, trained: tuple[str, ...]) -> dict[str, Any]:
+    cli = runs.fit(trained, command="predict")
+    return {"responses": _lines(Path(cli.trainer.log_dir).parent, "responses.jsonl")}
 
 
-def _score(runs: Runs, folder: Path, last: Path) -> dict[str, Any]:
-    data = f"--data.score={runs.folder / 'to_score.jsonl'}"
-    runs.fit((*LORA, f"--ckpt_path={last}", data), command="predict")
-    (scores,) = runs.folder.rglob("scores.jsonl")
-    return {"scores": len(scores.read_text("utf-8").splitlines())}
+def _score(runs: Runs, trained: tuple[str, ...]) -> dict[str, Any]:
+    pair = json.loads((runs.folder / "pairs.jsonl").read_text("utf-8").splitlines()[0])
+    responses = runs.folder / "responses.jsonl"
+    row = {"prompt": pair["prompt"], "response": pair["chosen"]}
+    responses.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    cli = runs.fit((*trained, f"--data.score={responses}"), command="predict")
+    return {"scores": _lines(Path(cli.trainer.log_dir).parent, "scores.jsonl")}
 
 
-def _export(runs: Runs, folder: Path, last: Path) -> dict[str, Any]:
+def _export(runs: Runs, trained: tuple[str, ...]) -> dict[str, Any]:
+    run_folder = Path(trained[-1].partition("=")[2]).parents[1]
     output = runs.folder / "exported"
-    main(["export", f"--run={folder}", f"--output={output}"])
+    main(["export", f"--run={run_folder}", f"--output={output}"])
     return {"files": sorted(file.name for file in output.iterdir())}
 
 
@@ -276,11 +285,13 @@ THEN = {"test": _test, "predict": _predict, "score": _score, "export": _export}
 
 
 def then(runs: Runs, name: str) -> dict[str, Any]:
-    """A command on the first checkpoint of a run that has one."""
-    trained = sorted(runs.folder.rglob("last.ckpt"), key=lambda file: file.stat().st_mtime)
-    if not trained:
-        raise NotHereError("no run has left a checkpoint")
-    return THEN[name](runs, trained[0].parents[1], trained[0])
+    """A command on what a fit on the device has left."""
+    return THEN[name](runs, runs.trained())
+
+
+def _lines(folder: Path, name: str) -> int:
+    (file,) = folder.rglob(name)
+    return len(file.read_text("utf-8").splitlines())
 
 
 def losses(cli: Any) -> pd.DataFrame:

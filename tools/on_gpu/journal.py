@@ -115,7 +115,7 @@ class Journal:
                 values = case()
             except NotHereError as reason:
                 outcome, why = "skipped", str(reason)
-            # A refusal of rotopo's command line is a SystemExit.
+            # A refusal of rotopo's command line is a SystemExit, in whose context stands why.
             except (Exception, SystemExit) as error:
                 outcome, values = "failed", getattr(error, "values", {})
                 lines = traceback.format_exc().splitlines()
@@ -131,3 +131,10 @@ class Journal:
             if outcome == "failed" and broken():
                 return True
         return False
+
+
+def _told(error: BaseException) -> str:
+    """The end of the traceback of what went wrong first."""
+    cause = error.__context__ if isinstance(error, SystemExit) and error.__context__ else error
+    lines = "".join(traceback.format_exception(cause, chain=False)).splitlines()
+    return "\n".join(lines[-_LAST_LINES:])
