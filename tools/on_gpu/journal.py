@@ -118,12 +118,7 @@ class Journal:
             # A refusal of rotopo's command line is a SystemExit, in whose context stands why.
             except (Exception, SystemExit) as error:
                 outcome, values = "failed", getattr(error, "values", {})
-                lines = traceback.format_exc().splitlines()
-                why = (
-                    str(error)
-                    if isinstance(error, WrongResultError)
-                    else "\n".join(lines[-_LAST_LINES:])
-                )
+                why = str(error) if isinstance(error, WrongResultError) else _told(error)
                 traceback.print_exc()
             self.ended.append(Ended(name, outcome, time.monotonic() - began, values, why))
             self.write(ended=vars(self.ended[-1]))

@@ -8,7 +8,6 @@ compiled layer would break at, so it is only of steps that are not compiled.
 """
 
 import functools
-import re
 from collections import Counter
 from typing import Any
 
@@ -20,23 +19,10 @@ from torch.profiler import ProfilerActivity, record_function
 
 from on_gpu import speed, steps
 from on_gpu.journal import Case, Ended, Journal
+from on_gpu.kinds import KINDS, kind, union
 from on_gpu.part import Place
 from on_gpu.steps import Row
 
-# The first that a kernel's name fits.
-KINDS = {
-    "attention": r"flash|fmha|attention|flex",
-    "matmul": r"gemm|gemv|cutlass|cublas|nvjet|xmma|wgmma|splitk|triton_tem.*mm",
-    "nccl": r"nccl",
-    "optimiser": r"multi_tensor|adam",
-    "softmax": r"softmax",
-    "norm": r"norm|rsqrt|rms",
-    "element-wise, compiled": r"triton_",
-    "copies": r"memcpy|memset|copy|catarray|index|gather|scatter|embedding|fillfunctor",
-    "reductions": r"reduce",
-    "element-wise": r"elementwise",
-    "other": r"",
-}
 _STEP = "the whole step"
 
 
@@ -88,7 +74,7 @@ def _by_kernel(peer: Any, place: Place) -> dict[str, Any]:
         times[kind(event.name)] += taken
         names[event.name] += taken
     computing, step = sum(times.values()), whole.time_range.elapsed_us()
-    busy = _union([(e.time_range.start, e.time_range.end) for e in kernels])
+    busy = union([(e.time_range.start, e.time_range.end) for e in kernels])
     return {
         "share": {name: times[name] / computing for name in KINDS if times[name]},
         "idle": 1 - busy / step,
@@ -99,16 +85,3 @@ def _by_kernel(peer: Any, place: Place) -> dict[str, Any]:
             for name, taken in names.most_common(25)
         ],
     }
-
-
-def kind(kernel: str) -> str:
-    return next(name for name, pattern in KINDS.items() if re.search(pattern, kernel.lower()))
-
-
-def _union(spans: list[tuple[float, float]]) -> float:
-    """How long at least one of the spans lasts."""
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted(spans):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total
