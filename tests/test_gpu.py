@@ -207,7 +207,7 @@ def test_a_log_prob_that_is_off_fails_its_cell(monkeypatch):
 
 @pytest.mark.slow
 def test_all_of_it_on_a_processor(tmp_path):
-    settings = ["--device", "cpu", "--tiny", "--output", str(tmp_path)]
+    settings = ["--device", "cpu", "--tiny", "--minutes", "30", "--output", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, str(TOOLS / "gpu"), *settings], capture_output=True, text=True
     )

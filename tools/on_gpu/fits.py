@@ -8,7 +8,6 @@ for an operation, which it names, to rounding.
 
 import contextlib
 import functools
-import importlib.util
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ import torch
 from lightning.pytorch import Callback
 
 from on_gpu.journal import Case, Ended, NotHereError, WrongResultError
-from on_gpu.part import Place
+from on_gpu.part import Place, require
 from rotopo.cli import main, run
 from tests.byte_tokenizer import save_tiny_tokenizer
 from tests.small_run import save_config, save_model
@@ -56,7 +55,7 @@ class Fit:
         like: what its losses equal: those on the ``processor``, those on the device without
             ``without``, or of nothing else.
         without: the last so many options.
-        needs: ``GPU``, ``compiler`` or ``bitsandbytes``.
+        needs: ``compiler``, or as :func:`on_gpu.part.require` has it.
         tiny: also in the small run.
     """
 
@@ -67,8 +66,8 @@ class Fit:
     tiny: bool = False
 
 
-def _policy(option: str) -> tuple[str, ...]:
-    return (*LORA, f"--model.policy.{option}")
+def _policy(*options: str) -> tuple[str, ...]:
+    return (*LORA, *(f"--model.policy.{option}" for option in options))
 
 
 OBJECTIVES = {
@@ -99,7 +98,21 @@ OPTIONS = {
     "flex_attention": Fit(
         _policy("attention=flex_attention"), like="device", without=1, needs=("GPU",)
     ),
-    "compiled": Fit(_policy("compile=true"), like="device", without=1, needs=("compiler",)),
+    "compiled": Fit(_policy("compile=true"), like="device", without=1, needs=("GPU", "compiler")),
+    "compiled, checkpointing": Fit(
+        _policy("compile=true", "activation_checkpointing=true"),
+        like="device",
+        without=2,
+        needs=("GPU", "compiler"),
+    ),
+    "full, computed in bfloat16": Fit(
+        ("--model.policy={adapter: null, dtype: float32, compute_dtype: bfloat16}",),
+        like="",
+        needs=("policy.compute_dtype",),
+    ),
+    "4-bit rotation": Fit(
+        (*ROTATION, "--model.policy.quantize=4bit"), like="", needs=("GPU", "bitsandbytes")
+    ),
     "8-bit LoRA": Fit(_policy("quantize=8bit"), like="", needs=("GPU", "bitsandbytes")),
     "4-bit LoRA": Fit(_policy("quantize=4bit"), like="", needs=("GPU", "bitsandbytes")),
 }
@@ -332,9 +345,9 @@ def _not_deterministic(error: BaseException | None) -> str:
 
 
 def _require(needs: tuple[str, ...], place: Place) -> None:
-    if "GPU" in needs and not place.on_gpu:
-        raise NotHereError("needs a GPU")
-    if "bitsandbytes" in needs and importlib.util.find_spec("bitsandbytes") is None:
-        raise NotHereError("bitsandbytes is not installed")
-    if "compiler" in needs and not (shutil.which("g++") or shutil.which("clang++")):
-        raise NotHereError("no C++ compiler")
+    """Refuse what the machine lacks, see :func:`on_gpu.part.require`."""
+    for need in needs:
+        if need != "compiler":
+            require(need, place)
+        elif not (shutil.which("g++") or shutil.which("clang++")):
+            raise NotHereError("no C++ compiler")

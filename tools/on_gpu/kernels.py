@@ -43,9 +43,9 @@ def line(ended: list[Ended]) -> str:
 
 
 def profile(row: Row, place: Place) -> dict[str, Any]:
-    steps.require(row, place)
+    steps.require_all(row, place)
     shape, load = speed.FIRST
-    here = steps.setting(row, shape, speed._TINY_LOAD if place.tiny else load, 2, place)
+    here = steps.setting(row, shape, speed.TINY_LOAD if place.tiny else load, 2, place)
     peer = steps.prepared(row, here)
     for batch in peer.batches * 2:
         peer.step(batch)

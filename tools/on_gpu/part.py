@@ -1,11 +1,12 @@
 """One part, in a process of its own: ``python -m on_gpu.part NAME DEVICE [--tiny] JOURNAL``."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
-from on_gpu.journal import Journal
+from on_gpu.journal import Journal, NotHereError
 
 # The exit status of a process that has more to run and cannot: CUDA does not go on in it.
 GO_ON_IN_ANOTHER = 75
@@ -28,6 +29,20 @@ class Place:
     @property
     def on_gpu(self) -> bool:
         return self.device == "cuda"
+
+
+def require(need: str, place: Place) -> None:
+    """Refuse a ``GPU``, a ``policy.SETTING`` or a package that is not there."""
+    if need == "GPU":
+        if not place.on_gpu:
+            raise NotHereError("needs a GPU")
+    elif need.startswith("policy."):
+        from rotopo.models.settings import PolicyConfig
+
+        if need.partition(".")[2] not in {field.name for field in fields(PolicyConfig)}:
+            raise NotHereError(f"there is no {need}")
+    elif find_spec(need) is None:
+        raise NotHereError(f"{need} is not installed")
 
 
 def main() -> None:

@@ -39,7 +39,14 @@ ROWS = {
     "rotopo, cached": rotopo(reference="cached"),
     "TRL, cached": Row(Entry("trl", LORA, "cached")),
     "rotopo, rotation": rotopo(adapter=ROTATION),
+    "rotopo, rotation, compiled": rotopo("compiled", adapter=ROTATION, compile=True),
     "rotopo, full, float32": Row(Entry("rotopo", FULL), dtype="float32"),
+    "rotopo, full, bfloat16": Row(
+        Entry("rotopo", FULL),
+        {"compute_dtype": "bfloat16"},
+        dtype="float32",
+        needs=("policy.compute_dtype",),
+    ),
 }
 FIRST = ("qwen2-0.5b", Load(4, 2048, 1.0))
 # With what time is left: longer pairs and a larger model.
@@ -50,7 +57,7 @@ THEN = [
 ]
 _THEN_ROWS = ("rotopo", "plain", "TRL", "rotopo, flex", "rotopo, compiled")
 _TINY_ROWS = ("rotopo", "plain", "TRL", "rotopo, flex", "rotopo, compiled")
-_TINY_LOAD = Load(2, 24, 1.0)
+TINY_LOAD = Load(2, 24, 1.0)
 PRODUCT = "a large product"
 
 
@@ -122,7 +129,7 @@ def product(place: Place) -> dict[str, Any]:
 def same_losses(place: Place) -> dict[str, Any]:
     """Ours, the plain step's and TRL's in float32, without TF32: one that differs ends the case."""
     torch.set_float32_matmul_precision("highest")
-    load = _TINY_LOAD if place.tiny else Load(2, 256, 1.0)
+    load = TINY_LOAD if place.tiny else Load(2, 256, 1.0)
     peers = {}
     for name in ("rotopo", "plain", "TRL"):
         row = Row(ROWS[name].entry, dtype="float32")
@@ -132,8 +139,8 @@ def same_losses(place: Place) -> dict[str, Any]:
 
 
 def measure(name: str, row: Row, shape: str, load: Load, place: Place) -> dict[str, Any]:
-    steps.require(row, place)
-    here = steps.setting(row, shape, _TINY_LOAD if place.tiny else load, _BATCHES, place)
+    steps.require_all(row, place)
+    here = steps.setting(row, shape, TINY_LOAD if place.tiny else load, _BATCHES, place)
     try:
         return _measured(row, here, place)
     except torch.cuda.OutOfMemoryError:

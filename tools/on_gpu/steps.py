@@ -1,7 +1,6 @@
 """Training steps of rotopo and its peers, one at a time on the device: what parts measure."""
 
 import gc
-import importlib.util
 import time
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -12,11 +11,11 @@ from bench_peers import LORA, RANDOM, Entry, Load, Peer, Setting, begin, build
 from peft import PeftModel
 
 from on_gpu.journal import NotHereError
-from on_gpu.part import Place
+from on_gpu.part import Place, require
 from rotopo.callbacks.arithmetic import Decoder
 from rotopo.callbacks.speed import count
 from rotopo.data.batch import collate
-from rotopo.models.backbone import DtypeName
+from rotopo.models.settings import DtypeName
 
 GIB = 2**30
 
@@ -30,7 +29,8 @@ class Row:
         policy: further settings of rotopo's policy.
         trl: further settings of TRL's DPOConfig.
         dtype: of the weights.
-        needs: a package, ``GPU``, or ``compiled``: a part of the full run only.
+        needs: a package, ``GPU``, ``compiled`` (a part of the full run only), or a setting of the
+            policy that not every version of rotopo has, as ``policy.NAME``.
     """
 
     entry: Entry
@@ -45,15 +45,14 @@ def rotopo(*needs: str, adapter: str = LORA, reference: str = "online", **policy
     return Row(Entry("rotopo", adapter, reference), policy, needs=needs)
 
 
-def require(row: Row, place: Place) -> None:
+def require_all(row: Row, place: Place) -> None:
     """Refuse what the machine cannot run, and compilations in the small run."""
     for need in row.needs:
-        if need == "GPU" and not place.on_gpu:
-            raise NotHereError("needs a GPU")
-        if need == "compiled" and place.tiny:
-            raise NotHereError("compiling takes a minute: not in the small run")
-        if need not in ("GPU", "compiled") and importlib.util.find_spec(need) is None:
-            raise NotHereError(f"{need} is not installed")
+        if need == "compiled":
+            if place.tiny:
+                raise NotHereError("compiling takes a minute: not in the small run")
+        else:
+            require(need, place)
 
 
 def setting(row: Row, shape: str, load: Load, batches: int, place: Place) -> Setting:
