@@ -13,6 +13,7 @@ What takes a GPU is then skipped, by name. Models are made here, of random weigh
 """
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -64,7 +65,7 @@ def main(args: Sequence[str] | None = None) -> None:
     add("--device", choices=DEVICES, default="cuda", help="(default: %(default)s)")
     add("--tiny", action="store_true", help="tiny models and fewer cases: a minute or two")
     arguments = parser.parse_args(args)
-    names = arguments.parts.split(",")
+    names = list(dict.fromkeys(arguments.parts.split(",")))
     unknown = [name for name in names if name not in KNOWN]
     if unknown:
         parser.error(f"--parts: {unknown[0]!r} is none of {', '.join(KNOWN)}")
@@ -79,6 +80,8 @@ def main(args: Sequence[str] | None = None) -> None:
     except OSError as error:
         parser.error(f"--output: {arguments.output}: {error.strerror}")
 
+    # Parts are process groups of their own, which end with this one only if it ends in order.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     where = [arguments.device, *(["--tiny"] if arguments.tiny else [])]
     with tempfile.TemporaryDirectory(prefix="on_gpu-") as scratch:
         caches = {name: f"{scratch}/{name}" for name in ("ROTOPO_CACHE", "HF_DATASETS_CACHE")}
