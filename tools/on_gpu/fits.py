@@ -80,7 +80,7 @@ OBJECTIVES = {
     "TYPO": Fit(("--model=TYPO", *LORA), like="", tiny=True),
 }
 RESUMED = {"rotation": ROTATION, "LoRA with dropout": DROPOUT, "full": FULL}
-# On top of LoRA, or of what stands before the file; the last options are the strategy's.
+# The name of a strategy stands for its file in configs/strategies.
 STRATEGIES = {
     "DDP": Fit((*ROTATION, "ddp")),
     "FSDP1": Fit((*LORA, "fsdp"), needs=("GPU",)),
@@ -106,7 +106,7 @@ OPTIONS = {
         needs=("GPU", "compiler"),
     ),
     "full, computed in bfloat16": Fit(
-        ("--model.policy={adapter: null, dtype: float32, compute_dtype: bfloat16}",),
+        ("--model.policy={adapter: null, dtype: float32, compute_dtype: bfloat16}", *FULL[1:]),
         like="",
         needs=("policy.compute_dtype",),
     ),

@@ -13,8 +13,8 @@ from on_gpu.journal import Case, Ended, WrongResultError
 from on_gpu.part import Place
 
 NEEDED = ("torch", "transformers", "peft", "lightning", "datasets", "jsonargparse")
-OTHERS = ("triton", "trl", "accelerate", "liger-kernel", "bitsandbytes", "flash-attn", "kernels")
-PROGRAMS = ("nvcc", "g++", "clang++", "nvidia-smi")
+OTHERS = ("triton", "trl", "accelerate", "liger-kernel", "bitsandbytes", "flash-attn")
+PROGRAMS = ("nvcc", "g++", "nvidia-smi")
 
 
 def cases(place: Place) -> dict[str, Case]:
