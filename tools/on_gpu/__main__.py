@@ -13,6 +13,7 @@ What takes a GPU is then skipped, by name. Models are made here, of random weigh
 """
 
 import argparse
+import os
 import signal
 import sys
 import tempfile
@@ -95,6 +96,8 @@ def main(args: Sequence[str] | None = None) -> None:
             )
             for name in names
         ]
+        if arguments.tiny:  # a second thread would only wait, and for long when others compute too
+            os.environ.setdefault("OMP_NUM_THREADS", "1")
         facts = {
             "began": time.strftime("%Y-%m-%d %H:%M:%S"),
             "device": arguments.device,
