@@ -448,9 +448,9 @@ class PairwiseModule(LightningModule):
 
     def _log_facts(self) -> None:
         """Log what the run stands on: versions, base model, data."""
-        facts = {
-            name: metadata.version(name) for name in ("rotopo", "torch", "transformers", "peft")
-        }
+        # Ours by itself: the package may run from its source, with nothing installed.
+        facts = {"rotopo": rotopo.__version__}
+        facts |= {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
         facts["base_fingerprint"] = self.base_fingerprint
         data = getattr(self.trainer, "datamodule", None)
         if data is not None and hasattr(data, "describe"):
