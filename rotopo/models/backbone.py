@@ -26,8 +26,8 @@ from rotopo.data.batch import Layout, PairBatch
 from rotopo.errors import InputError
 from rotopo.models import beside
 from rotopo.models.attention import attention_inputs
-from rotopo.models.quantized import compute_as_in_training, quantized
 from rotopo.models.mixed_precision import Masters, compute_dtype, in_compute_dtype
+from rotopo.models.quantized import compute_as_in_training, quantized
 from rotopo.models.router import RouterLoss
 from rotopo.models.segment_attention import segment_attention
 from rotopo.models.settings import BackboneConfig, DtypeName, Quantization
