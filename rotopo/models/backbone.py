@@ -22,14 +22,12 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rotopo.data.batch import Layout, PairBatch
 from rotopo.errors import InputError
 from rotopo.models import beside
 from rotopo.models.attention import attention_inputs
 from rotopo.models.router import RouterLoss
-from rotopo.models.segment_attention import segment_attention
 from rotopo.models.settings import BackboneConfig, DtypeName, Quantization
 from rotopo.models.sharding import Sharding, decoder_layers
 from rotopo.pretrained import conversion_advice, first_line, pretrained_folder
@@ -236,11 +234,6 @@ def adapt(
         InputError: an adapter that does not fit the model or works on the prompt, or settings
             that do not go together.
     """
-    if config.compile and config.activation_checkpointing:
-        raise InputError(
-            f"{config.setting}.compile and {config.setting}.activation_checkpointing do not go "
-            "together: torch would leave the layers uncompiled. Set one of them to false."
-        )
     adapted: PreTrainedModel | PeftModel = model
     if config.adapter is not None:
         name = f"{config.setting}.adapter"
@@ -276,9 +269,6 @@ def compile_layers(model: PreTrainedModel, setting: str = "policy") -> None:
     layers = decoder_layers(model)
     if not layers:
         raise InputError(f"{setting}.compile: {type(model).__name__} does not name its layers.")
-    # Its blocks hang on the mask, where the compiler does not see them.
-    outside = torch.compiler.disable(segment_attention, reason="blocks that hang on the mask")
-    ALL_ATTENTION_FUNCTIONS.register("segments", outside)
     # A graph each for policy and reference, training and evaluation, the first layer and the rest;
     # beyond torch's limit of 8 it would go on uncompiled.
     torch._dynamo.config.recompile_limit = 32
