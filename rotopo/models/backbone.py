@@ -3,8 +3,6 @@
 import copy
 import hashlib
 import importlib.util
-import os
-import shutil
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -27,9 +25,10 @@ from rotopo.data.batch import Layout, PairBatch
 from rotopo.errors import InputError
 from rotopo.models import beside
 from rotopo.models.attention import attention_inputs
+from rotopo.models.compilation import compile_layers
 from rotopo.models.router import RouterLoss
 from rotopo.models.settings import BackboneConfig, DtypeName, Quantization
-from rotopo.models.sharding import Sharding, decoder_layers
+from rotopo.models.sharding import Sharding
 from rotopo.pretrained import conversion_advice, first_line, pretrained_folder
 
 
@@ -258,24 +257,6 @@ def adapt(
     return adapted
 
 
-def compile_layers(model: PreTrainedModel, setting: str = "policy") -> None:
-    """Compile each decoder layer for batches of any shape; equal layers share the result.
-
-    Raises:
-        InputError: no C++ compiler here, or the model does not say which modules its layers are.
-    """
-    if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
-        raise InputError(f"{setting}.compile: torch.compile needs a C++ compiler; install g++.")
-    layers = decoder_layers(model)
-    if not layers:
-        raise InputError(f"{setting}.compile: {type(model).__name__} does not name its layers.")
-    # A graph each for policy and reference, training and evaluation, the first layer and the rest;
-    # beyond torch's limit of 8 it would go on uncompiled.
-    torch._dynamo.config.recompile_limit = 32
-    for layer in layers:
-        layer.compile(dynamic=True)
-
-
 def embeddings(model: PreTrainedModel) -> Tensor:
     """The weight of the input embeddings [V, D], without what an adapter trains of it."""
     return cast(Tensor, beside.original(model.get_input_embeddings()).weight)
@@ -363,6 +344,17 @@ class Backbone(nn.Module):
         if self.sharding is not None and self.sharding.mesh.device_type == "cuda":
             return torch.device("cuda", torch.cuda.current_device())
         return embeddings(self.language_model).device
+
+    def compile_layers(self, setting: str) -> None:
+        """Compile the decoder layers of the model and of a frozen copy.
+
+        Raises:
+            InputError: see :func:`rotopo.models.compilation.compile_layers`.
+        """
+        for model in (self.language_model, self.reference):
+            if model is not None:
+                compile_layers(model, setting)
+        self.compiled = True
 
     def trained_states(self, batch: PairBatch, inputs: dict[str, Any], index: Tensor) -> Tensor:
         """As :func:`hidden_states`, of what trains; keeps the router loss of the same pass."""

@@ -18,7 +18,6 @@ from rotopo.errors import InputError
 from rotopo.models.backbone import (
     Backbone,
     adapt,
-    compile_layers,
     decoder_inputs,
     embeddings,
     fingerprint,
@@ -136,19 +135,12 @@ class Policy(Backbone):
             own |= {id(p) for p in reference.parameters()}
         policy = cls(adapted.train(), reference, base)
         policy.router = RouterLoss.of(model, config)
-        if config.compile:
-            policy.compile_layers()
+        if config.compile is True:
+            policy.compile_layers(config.setting)
         if sharding is not None:
             assert dtype is not None
             divide(policy, own | copies(model), dtype, sharding)
         return policy
-
-    def compile_layers(self) -> None:
-        """Compile each decoder layer, see :func:`rotopo.models.backbone.compile_layers`."""
-        for model in (self.language_model, self.reference):
-            if model is not None:
-                compile_layers(model)
-        self.compiled = True
 
     def forward(self, batch: PairBatch, needs: Needs = Needs()) -> PairLogProbs:  # noqa: B008
         """Log-probs of every row's responses.

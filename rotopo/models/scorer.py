@@ -18,7 +18,6 @@ from rotopo.errors import InputError
 from rotopo.models.backbone import (
     Backbone,
     adapt,
-    compile_layers,
     decoder_inputs,
     embeddings,
     fingerprint,
@@ -109,9 +108,8 @@ class Scorer(Backbone):
         head.requires_grad_(True)
         scorer = cls(adapted.train(), base)
         scorer.router = RouterLoss.of(model, config)
-        if config.compile:
-            compile_layers(model, config.setting)
-            scorer.compiled = True
+        if config.compile is True:
+            scorer.compile_layers(config.setting)
         if sharding is not None:
             assert dtype is not None
             divide(scorer, own | copies(model), dtype, sharding)
