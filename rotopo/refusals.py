@@ -144,7 +144,7 @@ def refusal(error: Exception, settings: Namespace | None, began: bool) -> InputE
     if type(error).__module__.startswith(("torch._inductor.exc", "torch._dynamo.exc")):
         return InputError(
             "policy.compile (of a reward model, backbone.compile) and the attention flex_attention "
-            f"take a compiler that works, and torch's did not: {line(error)}"
+            f"take a compiler that works, and torch's did not; set compile to false: {line(error)}"
         )
     *callers, last = _frames(error)
     speaker = type(last.tb_frame.f_locals.get("self"))
