@@ -13,11 +13,7 @@ from rotopo.models.log_probs import Needs
 from rotopo.models.policy import Policy, PolicyConfig
 from rotopo.rotation import RotationConfig
 from tests.models.families import FLOAT32_INSIDE, make
-from tests.models.test_policy import (
-    dpo_loss,
-    some_rows,
-    trained,
-)
+from tests.models.test_policy import dpo_loss, some_rows, trained
 
 MODULES = ["q_proj", "v_proj"]
 
@@ -66,7 +62,7 @@ def policy_of(family: str, adapter, dtype: torch.dtype, **settings) -> Policy:
         ("minicpm3", "q_b_proj", False),  # whose values are of another size than its keys
     ],
 )
-def test_families_layouts_and_adapters_compiled(family, adapter, checkpointing, monkeypatch):
+def test_families_and_adapters_compiled(family, adapter, checkpointing, monkeypatch):
     """In float64, through graphs of the forward and the backward pass as the compiler cuts them,
     without the time that it would take to make machine code of these."""
     traced = functools.partialmethod(nn.Module.compile, backend="aot_eager_decomp_partition")
@@ -78,8 +74,6 @@ def test_families_layouts_and_adapters_compiled(family, adapter, checkpointing, 
     )
     rows = some_rows()
     batches = [collate(part, 0, "packed", 1.0) for part in (rows[:3], rows[2:], rows)]
-    if adapter == "none":
-        batches.append(collate(rows, 0, "padded", 1.0))
     # All forward passes first: each backward pass needs the blocks of its own batch.
     alone = Needs(reference=False)
     found = [[p(batch, alone).chosen.sum() for batch in batches] for p in (plain, compiled)]
@@ -90,8 +84,8 @@ def test_families_layouts_and_adapters_compiled(family, adapter, checkpointing, 
             for loss, p in zip((a, b), (plain, compiled), strict=True)
         ]
         torch.testing.assert_close((b, *grads[1]), (a, *grads[0]), **loose)
-    # The first layer and the rest, with a mask and without, or of each layer type; and a rotation
-    # is folded into a weight or applied to activations.
+    # The first layer and the rest, of each layer type; and a rotation is folded into a weight or
+    # applied to activations.
     assert graphs() <= 6
 
 

@@ -76,7 +76,7 @@ def test_layouts_orders_and_padding_give_the_models_own_numbers(family, attentio
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "minicpm3"])
 def test_large_blocks_go_through_the_fused_kernel(family, monkeypatch):
     monkeypatch.setattr(segment_attention, "_PLAIN_SCORES", 0)
-    monkeypatch.setattr(segment_attention, "_products", None)
+    monkeypatch.setattr(segment_attention, "_weights", None)
     monkeypatch.setattr(batch_module, "_STRETCH", 5)
     policy = policy_of(family, lora(family), attn_implementation="segments")
     assert_batches_do_not_matter(policy, family, "segments")
