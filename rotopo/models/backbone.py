@@ -2,8 +2,6 @@
 
 import copy
 import hashlib
-import os
-import shutil
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -20,18 +18,17 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rotopo.data.batch import Layout, PairBatch
 from rotopo.errors import InputError
 from rotopo.models import beside
 from rotopo.models.attention import attention_inputs
+from rotopo.models.compilation import compile_layers
 from rotopo.models.mixed_precision import Masters, compute_dtype, in_compute_dtype
 from rotopo.models.quantized import compute_as_in_training, quantized
 from rotopo.models.router import RouterLoss
-from rotopo.models.segment_attention import segment_attention
 from rotopo.models.settings import BackboneConfig, DtypeName, Quantization
-from rotopo.models.sharding import Sharding, decoder_layers
+from rotopo.models.sharding import Sharding
 from rotopo.pretrained import conversion_advice, first_line, pretrained_folder
 
 
@@ -201,11 +198,6 @@ def adapt(
         InputError: an adapter that does not fit the model or works on the prompt, or settings
             that do not go together.
     """
-    if config.compile and config.activation_checkpointing:
-        raise InputError(
-            f"{config.setting}.compile and {config.setting}.activation_checkpointing do not go "
-            "together: torch would leave the layers uncompiled. Set one of them to false."
-        )
     adapted: PreTrainedModel | PeftModel = model
     if config.adapter is not None:
         name = f"{config.setting}.adapter"
@@ -228,27 +220,6 @@ def adapt(
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return adapted
-
-
-def compile_layers(model: PreTrainedModel, setting: str = "policy") -> None:
-    """Compile each decoder layer for batches of any shape; equal layers share the result.
-
-    Raises:
-        InputError: no C++ compiler here, or the model does not say which modules its layers are.
-    """
-    if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
-        raise InputError(f"{setting}.compile: torch.compile needs a C++ compiler; install g++.")
-    layers = decoder_layers(model)
-    if not layers:
-        raise InputError(f"{setting}.compile: {type(model).__name__} does not name its layers.")
-    # Its blocks hang on the mask, where the compiler does not see them.
-    outside = torch.compiler.disable(segment_attention, reason="blocks that hang on the mask")
-    ALL_ATTENTION_FUNCTIONS.register("segments", outside)
-    # A graph each for policy and reference, training and evaluation, the first layer and the rest;
-    # beyond torch's limit of 8 it would go on uncompiled.
-    torch._dynamo.config.recompile_limit = 32
-    for layer in layers:
-        layer.compile(dynamic=True)
 
 
 def embeddings(model: PreTrainedModel) -> Tensor:
@@ -346,6 +317,17 @@ class Backbone(nn.Module):
         if self.sharding is not None:
             return self.sharding.device
         return embeddings(self.language_model).device
+
+    def compile_layers(self, setting: str) -> None:
+        """Compile the decoder layers of the model and of a frozen copy.
+
+        Raises:
+            InputError: see :func:`rotopo.models.compilation.compile_layers`.
+        """
+        for model in (self.language_model, self.reference):
+            if model is not None:
+                compile_layers(model, setting)
+        self.compiled = True
 
     def trained_states(self, batch: PairBatch, inputs: dict[str, Any], index: Tensor) -> Tensor:
         """As :func:`hidden_states`, of what trains; keeps the router loss of the same pass."""

@@ -18,7 +18,6 @@ from rotopo.errors import InputError
 from rotopo.models.backbone import (
     Backbone,
     adapt,
-    compile_layers,
     decoder_inputs,
     embeddings,
     fingerprint,
@@ -151,20 +150,13 @@ class Policy(Backbone):
             policy.compute_in(narrow, apart, sharding is not None)
             apart = apart + ([] if reference is None else kept_wide(reference))
             own |= {id(p): dtype for module in apart for p in module.parameters(recurse=False)}
-        if config.compile:
-            policy.compile_layers()
+        if config.compile is True:
+            policy.compile_layers(config.setting)
         if sharding is not None:
             assert dtype is not None
             own |= dict.fromkeys(copies(model), dtype)
             divide(policy, own, dtype, sharding, narrow, apart)
         return policy
-
-    def compile_layers(self) -> None:
-        """Compile each decoder layer, see :func:`rotopo.models.backbone.compile_layers`."""
-        for model in (self.language_model, self.reference):
-            if model is not None:
-                compile_layers(model)
-        self.compiled = True
 
     @in_compute_dtype
     def forward(self, batch: PairBatch, needs: Needs = Needs()) -> PairLogProbs:  # noqa: B008

@@ -18,7 +18,6 @@ from rotopo.errors import InputError
 from rotopo.models.backbone import (
     Backbone,
     adapt,
-    compile_layers,
     decoder_inputs,
     embeddings,
     fingerprint,
@@ -117,9 +116,8 @@ class Scorer(Backbone):
         if narrow is not None:
             apart = [head, *kept_wide(model)]
             scorer.compute_in(narrow, apart, sharding is not None)
-        if config.compile:
-            compile_layers(model, config.setting)
-            scorer.compiled = True
+        if config.compile is True:
+            scorer.compile_layers(config.setting)
         if sharding is not None:
             assert dtype is not None
             own |= dict.fromkeys(copies(model), dtype)

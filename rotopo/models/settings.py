@@ -42,8 +42,10 @@ class BackboneConfig:
             pass rather than keep them.
         compile: compile each decoder layer with ``torch.compile``, for which a C++ compiler has to
             be there. The first steps then take a minute or more (torch keeps the result on disk
-            for later runs) and the others less; losses move by rounding. Not together with
-            activation_checkpointing.
+            for later runs) and the others less; losses move by rounding. ``auto`` does so in a fit
+            whose settings make it long enough to win that time back, see
+            :mod:`rotopo.models.compilation`, and a resumed fit does what it did before; all else
+            runs uncompiled.
         quantize: keep the frozen base in 4 bits a weight (NF4, doubly quantised) or 8, by
             bitsandbytes, which has to be installed, under an adapter that can work on it:
             the rotation, LoRA and others, see :mod:`rotopo.models.quantized`. What is computed in
@@ -67,7 +69,7 @@ class BackboneConfig:
     compute_dtype: ComputeDtype | None = None
     attention: str = "segments"
     activation_checkpointing: bool = False
-    compile: bool = False
+    compile: bool | Literal["auto"] = "auto"
     quantize: Quantization | None = None
     router_loss: float | None = None
     trust_remote_code: bool = False

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rotopo.callbacks import (
     CacheReference,
+    CompileLayers,
     Displacement,
     ImplicitRewards,
     Orthogonality,
@@ -105,6 +106,7 @@ class PreferenceModule(PairwiseModule):
             PairScores(),
             PredictionWriter(),
             CacheReference(),
+            CompileLayers(),
         ]
 
     def pair_rewards(self, outputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
