@@ -6,8 +6,8 @@
 Makes a Llama of random weights in this process's memory, takes steps of DPO as Lightning does
 (gradients go between the forward and the backward pass), alone or as two ranks over gloo, and
 prints the most that each took of its own memory beyond what it held before it had a model, beside
-the plan. What the plan does not know of: what the C library keeps of freed memory, and what the matrix
-libraries pack their factors into.
+the plan. What the plan does not know of: what the C library keeps of freed memory, and what the
+matrix libraries pack their factors into.
 """
 
 import bench_memory  # noqa: I001  (before torch: it sets what is read when torch starts)

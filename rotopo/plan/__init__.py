@@ -1,10 +1,10 @@
 """What a fit takes of a GPU, said before one is booked: ``rotopo plan``.
 
 A plan is the fit's own step: the module that the settings make, its model with adapter and
-reference, its objective, loss and optimiser, and torch's own FSDP2. Only, its tensors have sizes and
-no values (torch's fake tensors), so that an 8B model takes no memory and needs no weights, no data
-and no GPU, and its other ranks do nothing. A ledger follows every storage from its allocation to its
-end, and so knows at every moment what is alive and what for.
+reference, its objective, loss and optimiser, and torch's own FSDP2. Only, its tensors have sizes
+and no values (torch's fake tensors), so that an 8B model takes no memory and needs no weights, no
+data and no GPU, and its other ranks do nothing. A ledger follows every storage from its allocation
+to its end, and so knows at every moment what is alive and what for.
 
 In the order of the work:
 

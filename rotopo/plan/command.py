@@ -110,11 +110,12 @@ def make(args: list[str], options: argparse.Namespace) -> Plan:
     from rotopo.cli import described
 
     card = _card(options)
-    module, _, settings = described(args)
+    made, _, settings = described(args)
+    module: Any = made
     trainer, data = settings.trainer, settings.data.init_args
     refuse_rounds(trainer)
     strategy = strategy_of(trainer, options.ranks)
-    needs = module.needs  # type: ignore[attr-defined]
+    needs: Needs = module.needs
     accumulation = trainer.accumulate_grad_batches
     lengths = Lengths(options.pairs, options.prompt_tokens, options.response_tokens)
     load, load_from = load_of(data, needs, lengths, accumulation, strategy.ranks)
@@ -144,9 +145,7 @@ def make(args: list[str], options: argparse.Namespace) -> Plan:
                 rows.append(row)
 
     whole = without_values(module, config, "cuda", own)
-    sizes = [
-        [p.numel() for p in whole.parameters() if p.requires_grad or every] for every in (1, 0)
-    ]
+    weights = list(whole.language_model.parameters())
     flops = _flops(whole, load, data.pairs_per_step, cached)
     peak = None if card is None else card.flops(whole.language_model.dtype)
     seconds = None
@@ -154,7 +153,10 @@ def make(args: list[str], options: argparse.Namespace) -> Plan:
         seconds = flops / (strategy.ranks * peak * options.mfu)
     return Plan(
         model=_words(whole),
-        weights=(sum(sizes[0]), sum(sizes[1])),
+        weights=(
+            sum(p.numel() for p in weights),
+            sum(p.numel() for p in weights if p.requires_grad),
+        ),
         load=load,
         load_from=load_from,
         tokens=load.tokens(needs),
@@ -179,10 +181,8 @@ def _with_most_pairs(
     needs: Needs,
 ) -> Row:
     """With the most pairs of a micro-batch within a limit in bytes, and no more than ``end``."""
-    of = row.memory
-    pairs = most_pairs(
-        lambda n: memory(load.of(n)).peak, limit, load.pairs, of.peak, of.held.total(), end
-    )
+    of, fixed = row.memory, sum(row.memory.held.values())
+    pairs = most_pairs(lambda n: memory(load.of(n)).peak, limit, load.pairs, of.peak, fixed, end)
     return replace(row, pairs=pairs, token_budget=load.of(pairs).tokens(needs) if pairs else 0)
 
 

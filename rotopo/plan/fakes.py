@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from rotopo.errors import InputError
 from rotopo.models.backbone import load_config, trained_dtype
 from rotopo.models.policy import Policy
 from rotopo.models.scorer import Scorer
-from rotopo.models.settings import BackboneConfig
+from rotopo.models.settings import BackboneConfig, PolicyConfig
 from rotopo.models.sharding import Sharding, decoder_layers
 from rotopo.pretrained import first_line
 from rotopo.training import PairwiseModule
@@ -148,7 +148,9 @@ def without_values(
                 planned.scorer = Scorer.build(model, settings, dtype, sharding)
             else:
                 needs = planned.needs.reference
-                planned.policy = Policy.build(model, settings, needs, dtype, sharding)
+                planned.policy = Policy.build(
+                    model, cast(PolicyConfig, settings), needs, dtype, sharding
+                )
     except InputError:
         raise
     except (RuntimeError, ValueError, KeyError, ImportError) as error:

@@ -131,7 +131,7 @@ class Ledger(TorchDispatchMode):
                 self._note()
             return result
 
-        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = resize_  # type: ignore[assignment,method-assign]
         try:
             yield
         finally:

@@ -46,14 +46,14 @@ class StepMemory:
         moment: when that is.
     """
 
-    held: Parts
-    most: Parts
+    held: dict[str, int]
+    most: dict[str, int]
     moment: str
 
     @property
     def peak(self) -> int:
         """Bytes at most; what ``torch.cuda.max_memory_allocated`` is to be compared with."""
-        return self.most.total()
+        return sum(self.most.values())
 
 
 @contextmanager
@@ -111,7 +111,8 @@ def planner(
             if strategy.kind == "ddp":
                 most = {moment: _with_buckets(most[moment], strategy.views) for moment in most}
             moment = max(most, key=lambda moment: most[moment].total())
-            return StepMemory(+most[BETWEEN, "all"], +most[moment], _words(moment, layers))
+            held = dict(+most[BETWEEN, "all"])
+            return StepMemory(held, dict(+most[moment]), _words(moment, layers))
 
         yield memory
 

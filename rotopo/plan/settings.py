@@ -135,7 +135,9 @@ def load_of(
             f"data.pairs_per_step is {step}: too few to give each of {accumulation} "
             f"(trainer.accumulate_grad_batches) × {ranks} (ranks) micro-batches a pair."
         )
-    pairs = lengths.pairs or math.ceil(step / (accumulation * ranks))
+    pairs = lengths.pairs
+    if pairs is None:
+        pairs = math.ceil(step / (accumulation * ranks))
     prompt, response = lengths.prompt, lengths.response
     given = prompt is not None and response is not None
     if prompt is None:

@@ -103,7 +103,8 @@ class Stepper:
         if module.backbone.reference is not None:
             self._watch(decoder_layers(module.backbone.reference))
         if cached:
-            self.module.policy.cache = _Cached()
+            policy: Any = module.backbone
+            policy.cache = _Cached()
         self.trained = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = self._optimizer()
 

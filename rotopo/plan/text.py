@@ -3,8 +3,6 @@
 import textwrap
 from typing import TYPE_CHECKING
 
-from rotopo.plan.ledger import Parts
-
 if TYPE_CHECKING:
     from rotopo.plan.command import Plan, Row
 
@@ -35,7 +33,7 @@ def render(plan: "Plan") -> str:
     return "\n".join(lines)
 
 
-def _parts(parts: Parts, allowance: float | None = None) -> list[str]:
+def _parts(parts: dict[str, int], allowance: float | None = None) -> list[str]:
     lines, rest = [], 0.0
     for name, size in sorted(parts.items(), key=lambda item: -item[1]):
         if size / _GIB < _LEFT_OUT:
@@ -44,7 +42,7 @@ def _parts(parts: Parts, allowance: float | None = None) -> list[str]:
             lines.append(_line(name, size / _GIB))
     if rest >= _LEFT_OUT:
         lines.append(_line("the rest", rest))
-    total = parts.total() / _GIB
+    total = sum(parts.values()) / _GIB
     if allowance is not None:
         lines.append(_line(ALLOWANCE, allowance))
         total += allowance
