@@ -18,7 +18,7 @@ In the order of the work:
 - ``command.py``, ``text.py``: the command line.
 
 A model whose layers are alike is not traced whole: each moment of a step is a straight line in the
-number of layers, and models of two and of three layers say which. Where layers differ (sliding
+number of layers, and models of a few layers say which. Where layers differ (sliding
 windows, an adapter on some of them) all are traced.
 
 What is not a processor's on a GPU is set: the size of the head's tiles, and the optimiser's

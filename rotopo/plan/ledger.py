@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -76,6 +77,8 @@ class Ledger(TorchDispatchMode):
     ) -> Any:
         if DTensor in types:
             return NotImplemented  # which has it come apart, and come here again in parts
+        if function is torch.ops.aten.index.Tensor:
+            args = args[0], _places_of_masks(args[1])
         result = function(*args, **(kwargs or {}))
         label = self.label
         if function.namespace in ("fsdp", "c10d"):
@@ -136,6 +139,18 @@ class Ledger(TorchDispatchMode):
             yield
         finally:
             torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]
+
+
+def _places_of_masks(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Masks with values as the places that they pick: how many are picked is a shape, which what
+    has no values (and makes all that it meets so) cannot tell."""
+    found: list[Tensor | None] = []
+    for index in indices:
+        if index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor):
+            found += index.nonzero().unbind(1)
+        else:
+            found.append(index)
+    return found
 
 
 def _storage(tensor: Tensor) -> Any:

@@ -16,8 +16,8 @@ from rotopo.plan.step import BETWEEN, GRADIENTS, TRAINED, Stepper
 from rotopo.training import PairwiseModule
 
 # Layers of the smaller of two models that a larger one follows from: the other has a layer more,
-# which is at neither end.
-_FEW = 2
+# which is at neither end; FSDP2 looks a layer ahead.
+_FEW = {"single": 2, "ddp": 2, "fsdp2": 3}
 BUCKETS = "DDP's buckets"
 
 
@@ -70,7 +70,7 @@ def planner(
     """The memory of a module's training steps, from its model's configuration alone.
 
     A model whose layers are all of one kind is not traced whole: what each layer adds follows from
-    models of two and of three.
+    models of a few.
 
     Args:
         module: as its settings make it, not loaded; stays as it is.
@@ -91,16 +91,17 @@ def planner(
     with ranks(strategy.ranks) if divided else nullcontext() as sharding:
         whole = without_values(module, config, device, checkpointing).language_model
         layers = len(decoder_layers(whole))
-        few = layers > _FEW + 1 and alike(whole)
+        few = _FEW[strategy.kind]
+        shorter = [with_layers(config, n) for n in (few, few + 1)]
         steppers = [
             Stepper(
-                without_values(module, shorter, device, checkpointing, sharding),
+                without_values(module, one, device, checkpointing, sharding),
                 device,
                 cached,
                 accumulated,
                 divided,
             )
-            for shorter in ([with_layers(config, n) for n in (_FEW, _FEW + 1)] if few else [config])
+            for one in (shorter if layers > few + 1 and alike(whole) else [config])
         ]
 
         def memory(load: Load) -> StepMemory:

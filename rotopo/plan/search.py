@@ -7,7 +7,8 @@ from collections.abc import Callable
 def most_pairs(
     peak: Callable[[int], int], limit: int, start: int, of_start: int, fixed: int, end: int
 ) -> int:
-    """The most pairs whose step takes at most so many bytes; 0 if one pair takes more.
+    """About the most pairs whose step takes at most so many bytes, and never more; 0 if one pair
+    takes more.
 
     What a step takes is close to a straight line in its pairs, so that few loads say where it
     meets the limit; loads on either side of it, or a line that is known to meet it between two

@@ -42,7 +42,7 @@ def test_a_plan_needs_neither_weights_nor_data(config, tmp_path, capsys):
     [
         (["--card", "h1000"], "--card h1000"),
         (["--mfu", "0"], "--mfu"),
-        (["--pairs", "0"], "--pairs is 0"),
+        (["--ranks", "1", "--pairs", "0"], "--pairs is 0"),
         (["--ranks", "0"], "--ranks is 0"),
         (["--ranks", "4", "--prompt-tokens", "2000"], "data.max_length"),
         (["--ranks", "1", "--model-config", "nowhere.json"], "--model-config"),
@@ -53,12 +53,11 @@ def test_a_plan_needs_neither_weights_nor_data(config, tmp_path, capsys):
         (["--ranks", "1", "--trainer.precision", "bf16-mixed"], "trainer.precision"),
         (["--ranks", "1", "--model.policy.attention", "flex_attention"], "flex_attention"),
         (["--ranks", "1", "--model.policy.compile", "true"], "policy.compile"),
-        (["--ranks", "1", "--model.policy.path", "no/model"], "--model-config FILE"),
+        (["--ranks", "1", "--model.policy.path", "./nowhere"], "--model-config FILE"),
         (["--ranks", "1", "--model.nothing", "1"], "nothing"),
     ],
 )
-def test_what_cannot_be_planned_is_refused_by_name(config, options, message, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_what_cannot_be_planned_is_refused_by_name(config, options, message, capsys):
     with pytest.raises(SystemExit) as end:
         main(["plan", f"--config={config}", *options])
     assert end.value.code == 2

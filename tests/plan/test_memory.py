@@ -77,16 +77,31 @@ def test_what_checkpointing_keeps_of_a_layer_is_its_input():
     assert kept[1] - kept[0] == tokens * D * 4
 
 
-@pytest.mark.parametrize("strategy", [Strategy(), Strategy("fsdp2", 2)])
+def multiplied_and_traced(adapter, strategy, monkeypatch, **settings):
+    found = []
+    for few in (plan_memory._FEW, {strategy.kind: 100}, plan_memory._FEW):
+        with monkeypatch.context() as patch:
+            patch.setattr(plan_memory, "_FEW", few)
+            found.append(memory(module(adapter), Load(2, 30, 60), strategy, 6, **settings))
+    return found[1:]  # the first fills what is made once in a process
+
+
+def test_layers_multiplied_are_layers_traced(monkeypatch):
+    traced, multiplied = multiplied_and_traced(LORA, Strategy(), monkeypatch, checkpointing=True)
+    assert traced == multiplied
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [Strategy(), Strategy("ddp", 2), Strategy("fsdp2", 2)])
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("accumulated", [False, True])
 @pytest.mark.parametrize("adapter", [None, RotationConfig()])
-def test_layers_multiplied_are_layers_traced(adapter, checkpointing, strategy, monkeypatch):
-    traces = []
-    for few in (2, 100, 2):  # the first fills what is made once in a process
-        monkeypatch.setattr(plan_memory, "_FEW", few)
-        settings = {"checkpointing": checkpointing, "accumulated": True}
-        traces.append(memory(module(adapter), Load(2, 30, 60), strategy, 5, **settings))
-    assert traces[1] == traces[2]
+def test_layers_multiplied_are_layers_traced_everywhere(
+    adapter, accumulated, checkpointing, strategy, monkeypatch
+):
+    settings = {"accumulated": accumulated, "checkpointing": checkpointing}
+    traced, multiplied = multiplied_and_traced(adapter, strategy, monkeypatch, **settings)
+    assert traced == multiplied
 
 
 def test_more_tokens_take_more():
@@ -160,7 +175,8 @@ def test_the_search_finds_the_most_pairs(limit, start):
         return 90 + 10 * n + (n > 20) * 7
 
     found = most_pairs(peak, limit, start, peak(start), 90, 64)
-    assert found == max((n for n in range(1, 65) if peak(n) <= limit), default=0)
+    most = max((n for n in range(1, 65) if peak(n) <= limit), default=0)
+    assert most - 1 <= found <= most
 
 
 def test_role_counts():
