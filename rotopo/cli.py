@@ -1,5 +1,5 @@
 """The ``rotopo`` command: fit, validate, test, predict and doctor, configured by YAML and class
-paths; judge, report and export what they wrote."""
+paths; plan what a fit takes; judge, report and export what they wrote."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jsonargparse._typehints as jsonargparse_typehints
 from jsonargparse import Namespace
@@ -43,6 +43,8 @@ from rotopo.refusals import (
 from rotopo.slurm import Job, take_over
 from rotopo.training import PairwiseModule
 
+_Kind = TypeVar("_Kind", bound="RotopoCLI")
+
 _DESCRIPTION = """Preference optimisation of language models.
 
 A run is a YAML file of class paths and settings; any setting can be overridden behind it:
@@ -50,6 +52,7 @@ rotopo fit --config configs/quickstart.yaml --model.beta 0.05 --trainer.max_epoc
 What a class takes: rotopo fit --model.help DPO, rotopo fit --data.help PairwiseDataModule.
 What a run would use: add --print_config. Resume: --ckpt_path runs/version_0/checkpoints/last.ckpt.
 Is the data sound? rotopo doctor, with fit's files and options, checks it and loads no model.
+Does it fit the GPU? rotopo plan, with fit's files and options, needs neither weights nor data.
 Beside them there are rotopo judge, which compares policies from files of scores, rotopo report,
 which makes a page of runs and judgements, and rotopo export, which makes a Hugging Face model of a
 run: see rotopo judge --help.
@@ -61,6 +64,8 @@ _FUNCTIONS = {
     "judge": "rotopo.evaluation.judge.judge",
     "report": "rotopo.evaluation.report.report",
 }
+# Commands that take the options of fit beside their own.
+_ON_SETTINGS = {"plan": "rotopo.plan.command.plan"}
 
 
 class RotopoTrainer(Trainer):
@@ -267,6 +272,19 @@ class _Parts(RotopoCLI):
         pass
 
 
+class _Described(_Parts):
+    """The same of any settings, of which the Trainer's own parts are kept and not built."""
+
+    def before_instantiate_classes(self) -> None:
+        settings = self._settings()
+        self.described = settings.clone()
+        settings.ckpt_path = None
+        for part in ("callbacks", "plugins", "profiler"):
+            settings.trainer[part] = None
+        settings.trainer.strategy, settings.trainer.logger = "auto", False
+        super().before_instantiate_classes()
+
+
 def main(args: list[str] | None = None) -> None:
     """The console script; see :func:`run` and :func:`call`.
 
@@ -275,7 +293,7 @@ def main(args: list[str] | None = None) -> None:
     """
     args = sys.argv[1:] if args is None else args
     try:
-        if args and args[0] in _FUNCTIONS:
+        if args and args[0] in _FUNCTIONS | _ON_SETTINGS:
             call(args[0], args[1:])
         else:
             run(args)
@@ -291,7 +309,7 @@ def call(command: str, args: list[str]) -> None:
     """Run a command that needs no Trainer.
 
     Args:
-        command: ``export``, ``judge`` or ``report``.
+        command: ``export``, ``judge``, ``report`` or ``plan``.
         args: its arguments.
 
     Raises:
@@ -299,9 +317,12 @@ def call(command: str, args: list[str]) -> None:
     """
     from jsonargparse import auto_cli
 
-    module, _, name = _FUNCTIONS[command].rpartition(".")
+    module, _, name = (_FUNCTIONS | _ON_SETTINGS)[command].rpartition(".")
     with _messages(), in_one_line():
         function = getattr(import_module(module), name)
+        if command in _ON_SETTINGS:
+            function(args)
+            return
         auto_cli(function, args=args, as_positional=False, prog=f"rotopo {command}")
 
 
@@ -330,7 +351,19 @@ def parts(config: Path) -> tuple[PairwiseModule, PairwiseDataModule]:
     return cli.model, cli.datamodule
 
 
-def _built(command: type[RotopoCLI], args: list[str] | None) -> RotopoCLI:
+def described(args: list[str]) -> tuple[PairwiseModule, PairwiseDataModule, Namespace]:
+    """Module and datamodule of what would be given to ``rotopo fit``, and all of its settings.
+
+    Nothing is loaded, and the Trainer is not built.
+
+    Raises:
+        SystemExit: as :func:`run`.
+    """
+    cli = _built(_Described, ["fit", *args])
+    return cli.model, cli.datamodule, cli.described
+
+
+def _built(command: type[_Kind], args: list[str] | None) -> _Kind:
     _keep_only_what_classes_share()
     warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
     # The run's folder already holds config.yaml when the CSV logger looks at it.

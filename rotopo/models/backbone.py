@@ -429,7 +429,12 @@ def fingerprint(
         model: as loaded, but not quantised.
         dtype: the dtype that its weights will be converted to, if they still are in another.
         quantize: how they are quantised, if they are.
+
+    Returns:
+        Nothing of a model without values (:mod:`rotopo.plan`).
     """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return ""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)}".encode())

@@ -112,7 +112,8 @@ def divide(
 def decoder_layers(model: "PreTrainedModel") -> list[nn.Module]:
     """The modules that the model's family says are never to be split; none if it says nothing."""
     names = model._no_split_modules or ()
-    return [module for module in model.modules() if type(module).__name__ in names]
+    kind = "FSDP"  # which fully_shard puts before the name of what it divides
+    return [m for m in model.modules() if type(m).__name__.removeprefix(kind) in names]
 
 
 def gathered(value: Tensor) -> Tensor:
