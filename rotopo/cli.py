@@ -399,7 +399,7 @@ def _built(command: type[_Kind], args: list[str] | None) -> _Kind:
         )
 
 
-def _with_one_parser(command: type[RotopoCLI], args: list[str] | None) -> type[RotopoCLI]:
+def _with_one_parser(command: type[_Kind], args: list[str] | None) -> type[_Kind]:
     """A command line that knows the command at hand alone, where its name comes first: a parser
     for each of the others would be built as well, which takes a fifth of a small run's time."""
     known = command.subcommands()
