@@ -13,6 +13,7 @@ matrix libraries pack their factors into.
 import bench_memory  # noqa: I001  (before torch: it sets what is read when torch starts)
 
 import argparse
+import copy
 import sys
 import tempfile
 from functools import partial
@@ -54,6 +55,15 @@ def objective(tuned: str, checkpointing: bool) -> DPO:
     return DPO(policy=settings, optimizer=partial(torch.optim.AdamW, lr=1e-3))
 
 
+def _policy(module: DPO, config: LlamaConfig, sharding: Sharding | None = None) -> Policy:
+    settings = module.policy_config
+    dtype = getattr(torch, settings.dtype)
+    model = LlamaForCausalLM._from_config(
+        config, dtype=dtype, attn_implementation=settings.attention
+    )
+    return Policy.build(model, settings, True, dtype, sharding)
+
+
 def measure(
     rank: int,
     way: str,
@@ -73,15 +83,14 @@ def measure(
     if way == "fsdp2":
         sharding = Sharding(init_device_mesh("cpu", (RANKS,)))
     module = objective(tuned, checkpointing)
-    dtype = getattr(torch, module.policy_config.dtype)
-    torch.mm(torch.ones(64, 64, dtype=dtype), torch.ones(64, 64, dtype=dtype))
-    start = bench_memory.own_memory()
-    with torch.device("cpu"):
-        model = LlamaForCausalLM._from_config(
-            config, dtype=dtype, attn_implementation=module.policy_config.attention
-        )
-    module.policy = Policy.build(model, module.policy_config, True, dtype, sharding)
-    del model
+    small = copy.deepcopy(config)
+    small.hidden_size, small.intermediate_size, small.num_hidden_layers = 128, 256, 1
+    small.num_attention_heads = small.num_key_value_heads = 2
+    _policy(objective(tuned, checkpointing), small)(
+        load.batch(module.needs, 64)
+    ).chosen.sum().backward()
+    start = bench_memory.own_memory()  # with what the libraries keep, once they have worked
+    module.policy = _policy(module, config, sharding)
     optimizer = module.optimizer(module._parameter_groups())
     step: Any = module
     step.forward = lambda batch: module._step(batch)["loss"]

@@ -28,11 +28,12 @@ GIB = 2**30
 _DESCRIPTION = """What a fit takes of a GPU, before one is booked.
 
   rotopo plan --config configs/papers/dpo_llama3_8b_ultrafeedback.yaml --card h100
-  rotopo plan --config run.yaml --card 80GB --ranks 4 --model.init_args.policy.dtype bfloat16
+  rotopo plan --config run.yaml --card 80GB --ranks 4 --model.policy.dtype bfloat16
 
-Takes the files and options of rotopo fit. Of the model it reads config.json and no weights, and of
-the data nothing: lengths are the longest that data.max_length allows, unless they are given.
-It runs the fit's own step on tensors without values, and counts what is alive at every moment.
+Takes the files and options of rotopo fit. Of the model it reads config.json and
+no weights, and of the data nothing: lengths are the longest that
+data.max_length allows, unless they are given. It runs the fit's own step on
+tensors without values, and counts what is alive at every moment.
 """
 
 
@@ -97,6 +98,8 @@ def plan(args: list[str]) -> None:
         SystemExit: after --help, or options that are none.
     """
     options, rest = _parser().parse_known_args(args)
+    if not rest:
+        raise InputError("rotopo plan: no settings: give --config FILE, as for rotopo fit.")
     if options.json is not None and not options.json.parent.is_dir():
         raise InputError(f"--json: there is no folder {str(options.json.parent)!r}.")
     found = make(rest, options)
@@ -224,8 +227,9 @@ def _parser() -> argparse.ArgumentParser:
         "rotopo plan",
         usage="rotopo plan --config FILE [--config FILE] [OPTIONS OF rotopo fit] [OPTIONS BELOW]",
         description=_DESCRIPTION,
-        epilog="Not planned, but refused by name: quantised bases, compiled layers, "
-        "flex_attention, CPU offload, torch's first FSDP, code of the model's own, generation.",
+        epilog="Not planned, but refused by name: quantised bases, compiled layers,\n"
+        "flex_attention, CPU offload, torch's first FSDP, code of the model's own,\n"
+        "generation.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -64,6 +64,12 @@ def test_what_cannot_be_planned_is_refused_by_name(config, options, message, cap
     assert message in capsys.readouterr().err
 
 
+def test_a_plan_of_nothing_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "--card", "h100"])
+    assert "--config FILE" in capsys.readouterr().err
+
+
 def test_a_quantised_model_is_refused(config, tmp_path, capsys):
     file = tmp_path / "model" / "config.json"
     settings = json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gptq"}}
