@@ -3,12 +3,12 @@
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -38,14 +38,18 @@ class Ledger(TorchDispatchMode):
     Within a shard of FSDP2 the local tensors count, and storages that it empties and fills again
     count by their size at the time.
 
+    Args:
+        fake: where tensors without values come from. What is allocated empty becomes one.
+
     Attributes:
         now: what is alive.
         most: for each moment what was alive when it was most.
         label: what the next storages are for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, fake: FakeTensorMode) -> None:
         super().__init__()
+        self.fake = fake
         self.now: Parts = Counter()
         self.most: dict[Moment, Parts] = {}
         self.label = "inputs"
@@ -79,7 +83,9 @@ class Ledger(TorchDispatchMode):
             return NotImplemented  # which has it come apart, and come here again in parts
         if function is torch.ops.aten.index.Tensor:
             args = args[0], _places_of_masks(args[1])
-        result = function(*args, **(kwargs or {}))
+        empty = function is torch.ops.aten.empty.memory_format  # FSDP2's whole weights, say
+        with self.fake if empty else nullcontext():
+            result = function(*args, **(kwargs or {}))
         label = self.label
         if function.namespace in ("fsdp", "c10d"):
             label = REDUCED if "chunk_cat" in str(function) else GATHERED

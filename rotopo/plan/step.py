@@ -4,7 +4,7 @@ ones."""
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
-from rotopo.data.batch import PairBatch
+from rotopo.data.batch import AttentionBlock, PairBatch
 from rotopo.errors import InputError
 from rotopo.models import log_probs
 from rotopo.models.backbone import embeddings
@@ -134,14 +134,16 @@ class Stepper:
             InputError: something of the step depends on what tensors hold.
         """
         module = self.module
-        batch = load.batch(module.needs, len(embeddings(module.language_model)))
+        batch = self._without_values(
+            load.batch(module.needs, len(embeddings(module.language_model)))
+        )
         cache = getattr(getattr(module, "policy", None), "cache", None)
         if cache is not None:
             cache.values = torch.zeros(len(batch.targets))
         module.backbone._checked.add(load.layout)  # the check compares values
         for parameter in self.trained:
             parameter.grad = torch.empty_like(parameter)  # of the micro-batch before
-        self.ledger = ledger = Ledger()
+        self.ledger = ledger = Ledger(self.mode)
         self._enter_what_is_held(batch)
         try:
             with ExitStack() as stack:
@@ -158,6 +160,19 @@ class Stepper:
         finally:
             self.ledger = None
         return Trace(len(self.layers), ledger.most)
+
+    def _without_values(self, batch: PairBatch) -> PairBatch:
+        """A batch of which tokens and what they see have no values, which masks grow with. Of
+        its responses shapes depend on the values."""
+        fake = self.mode.from_tensor
+        blocks = (AttentionBlock(fake(b.queries), fake(b.keys)) for b in batch.blocks)
+        return replace(
+            batch,
+            input_ids=fake(batch.input_ids),
+            position_ids=fake(batch.position_ids),
+            segment_ids=fake(batch.segment_ids),
+            blocks=tuple(blocks),
+        )
 
     def _step(self, batch: PairBatch) -> None:
         ledger = self.ledger
