@@ -1,7 +1,9 @@
 """The rotation applied to activations, W(Rᵀx), where the weight itself is not to be touched.
 
 Autograd would keep every stage of a rotation, in float32 and for each token; these keep the layer's
-input and output as they are, and make the stages anew in the backward pass.
+input and output as they are, and make the stages anew in the backward pass. A compiler, which
+chooses by itself what to keep, follows the plain computation: of functions with a backward pass of
+their own torch 2.11 compiles wrong gradients here.
 """
 
 from collections.abc import Sequence
@@ -24,20 +26,24 @@ def rotated_input(x: Tensor, deltas: Sequence[Delta]) -> Tensor:
     turning = [delta for delta in reversed(deltas) if any(part is not None for part in delta)]
     if not turning:
         return x
-    return _RotatedInput.apply(x, *(part for delta in turning for part in delta))
+    turned = _turned if torch.compiler.is_compiling() else _RotatedInput.apply
+    return turned(x, *(part for delta in turning for part in delta))
+
+
+def _turned(x: Tensor, *flat: Tensor | None) -> Tensor:
+    """Flat are the parts of the deltas, in the order in which they turn x."""
+    rows, deltas = _rows(x, flat)
+    with torch.autocast(x.device.type, enabled=False):
+        for delta in deltas:
+            rows = delta.inverse().rotate(rows)
+    return rows.to(x.dtype).view(x.shape)
 
 
 class _RotatedInput(torch.autograd.Function):
-    """Flat are the parts of the deltas, in the order in which they turn x."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, *flat: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, *flat)
-        rows, deltas = _rows(x, flat)
-        with torch.autocast(x.device.type, enabled=False):
-            for delta in deltas:
-                rows = delta.inverse().rotate(rows)
-        return rows.to(x.dtype).view(x.shape)
+        return _turned(x, *flat)
 
     @staticmethod
     @once_differentiable
@@ -78,15 +84,20 @@ def scaled_output(y: Tensor, bias: Tensor | None, magnitudes: Sequence[Tensor]) 
     together, *others = magnitudes
     for magnitude in others:
         together = together + magnitude + together * magnitude
-    return _ScaledOutput.apply(y, bias, together)
+    scaled = _scaled if torch.compiler.is_compiling() else _ScaledOutput.apply
+    return scaled(y, bias, together)
+
+
+def _scaled(y: Tensor, bias: Tensor | None, magnitude: Tensor) -> Tensor:
+    wide = y.to(magnitude.dtype)
+    return torch.addcmul(wide, _unbiased(wide, bias), magnitude).to(y.dtype)
 
 
 class _ScaledOutput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, bias: Tensor | None, magnitude: Tensor) -> Tensor:
         ctx.save_for_backward(y, bias, magnitude)
-        wide = y.to(magnitude.dtype)
-        return torch.addcmul(wide, _unbiased(wide, bias), magnitude).to(y.dtype)
+        return _scaled(y, bias, magnitude)
 
     @staticmethod
     @once_differentiable
