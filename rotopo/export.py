@@ -119,7 +119,8 @@ def export(
     The folder holds weights as safetensors, the tokenizer with the run's chat template, the tokens
     that end a generation, and a model card with the run's settings and results. Before it gets its
     name, it is loaded again by transformers (and PEFT) alone and compared with the trained module
-    on pairs of the run's own data that were held out: logits or rewards, and tokens.
+    on pairs of the run's own data that were held out: logits or rewards, and tokens. What was
+    trained on a quantised base is put on the base in full precision, there too.
 
     On a command line: rotopo export --run runs/version_3 --output my_model. Memory: about one copy
     of the model in float32. Everything is computed on the CPU.
@@ -185,6 +186,11 @@ def export(
         del state
         gc.collect()
         checks = [_check_outputs(job, trained, folder), *_check_tokens(job, folder)]
+        if config.quantize is not None:
+            checks.append(
+                f"Trained on the base in {config.quantize}, written and compared on the base in "
+                "full precision: in training all outputs differed by what quantising changes."
+            )
         print("".join(f"export: {check}\n" for check in checks), end="", flush=True)
         card = Card(
             name=output.name,
@@ -256,11 +262,6 @@ def _has(value: Any, key: str) -> bool:
 
 def _check_form(config: "BackboneConfig", kind: Kind, form: Form, dtype: Dtype | None) -> None:
     """Refuse a form or a dtype that there is not."""
-    if config.quantize is not None:
-        raise InputError(
-            f"run: its base was quantised ({config.setting}.quantize), and exporting such a run is "
-            "not supported yet."
-        )
     if form == "merged":
         return
     if kind == "reward":
@@ -306,6 +307,8 @@ def _write(job: _Job, state: dict[str, Any], folder: Path) -> _Trained:
         else job.config.attention,
         activation_checkpointing=False,
         compile=False,
+        quantize=None,
+        compute_dtype=None,
     )
     backbone: Policy | Scorer
     before: list[Tensor] | None = None
@@ -316,6 +319,8 @@ def _write(job: _Job, state: dict[str, Any], folder: Path) -> _Trained:
         module.policy = backbone = Policy.load(config, False, dtype=job.wide)  # type: ignore[arg-type]
         backbone.eval()
         before = _logits(backbone, job)
+    if job.config.quantize is not None:
+        backbone.base_fingerprint += f"-{job.config.quantize}"  # as training knew these weights
     try:
         try:
             module.on_load_checkpoint(state)

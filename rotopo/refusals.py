@@ -144,7 +144,9 @@ def refusal(error: Exception, settings: Namespace | None, began: bool) -> InputE
     if type(error).__module__.startswith(("torch._inductor.exc", "torch._dynamo.exc")):
         return InputError(
             "policy.compile (of a reward model, backbone.compile) and the attention flex_attention "
-            f"take a compiler that works, and torch's did not: {line(error)}"
+            f"take a compiler that works, and torch's did not: {line(error)} (Set compile to "
+            "false; or, if a run was killed while it compiled, remove torch's cache of compiled "
+            "code, /tmp/torchinductor_USER, where half a file may be.)"
         )
     *callers, last = _frames(error)
     speaker = type(last.tb_frame.f_locals.get("self"))

@@ -173,18 +173,31 @@ class FSDP1Strategy(FSDPStrategy):
     nothing else goes on from.
 
     Raises:
-        InputError: there is no GPU, or an adapter trains the output head or rows of tokens.
+        InputError: there is no GPU, an adapter trains the output head or rows of tokens, the base
+            is quantised to 8 bits, or ``compute_dtype`` is set.
     """
 
     def setup(self, trainer: Trainer) -> None:
         from rotopo.models.beside import read_outside  # slow to import
 
         module: Any = self.lightning_module
+        config = module.model_config
+        if config.compute_dtype is not None:
+            raise InputError(
+                f"trainer.strategy: FSDPStrategy wants one dtype in each of its units, and with "
+                f"{config.setting}.compute_dtype the policy's weights are float32 and the "
+                "reference's are not: take configs/strategies/fsdp2.yaml or ddp.yaml."
+            )
         if read_outside(module.language_model):
             raise InputError(
                 "trainer.strategy: FSDPStrategy would divide the output head, or the rows of "
                 "tokens, that the adapter trains (modules_to_save, trainable_token_indices) from "
                 "where they are read: take configs/strategies/fsdp2.yaml or ddp.yaml."
+            )
+        if getattr(module.language_model, "is_loaded_in_8bit", False):
+            raise InputError(
+                "trainer.strategy: FSDPStrategy cannot divide weights of 8 bits, only of 4: set "
+                "quantize to 4bit, or take configs/strategies/ddp.yaml."
             )
         super().setup(trainer)
         root: Any = self.model

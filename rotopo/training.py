@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # else rotopo --help would wait for them
 
     from rotopo.data.batch import PairBatch
     from rotopo.models.backbone import Backbone
+    from rotopo.models.settings import BackboneConfig
     from rotopo.models.sharding import Sharding
 
 
@@ -175,22 +176,34 @@ class PairwiseModule(LightningModule):
         self.predicted: Container[int] = ()
 
     def setup(self, stage: str) -> None:
-        """Refuse a Trainer that would cast everything.
+        """Refuse a Trainer that would cast everything, or cast twice.
 
         Raises:
-            InputError: ``trainer.precision`` is a true half precision.
+            InputError: ``trainer.precision`` is a true half precision, or set beside
+                ``compute_dtype``.
         """
+        config = self.model_config
+        if config.compute_dtype is not None and self.trainer.precision != "32-true":
+            raise InputError(
+                f"trainer.precision {self.trainer.precision!r} and {config.setting}.compute_dtype "
+                "would both cast: leave trainer.precision out."
+            )
         if self.trainer.precision in ("bf16-true", "16-true"):
             raise InputError(
                 f"trainer.precision {self.trainer.precision!r} would cast the adapter too, whose "
                 "small steps a half type loses: leave it out and set policy.dtype (of a reward "
-                "model, backbone.dtype) instead."
+                "model, backbone.dtype) instead, or for full fine-tuning policy.compute_dtype."
             )
 
     @property
     def sharding(self) -> "Sharding | None":
         """How the strategy wants the model divided; None where it does so itself, or not at all."""
         return getattr(self.trainer.strategy, "sharding", None) if self._trainer else None
+
+    @property
+    @abstractmethod
+    def model_config(self) -> "BackboneConfig":
+        """The model's settings."""
 
     @property
     @abstractmethod
@@ -381,7 +394,7 @@ class PairwiseModule(LightningModule):
             raise InputError(
                 "ckpt_path: this checkpoint was trained on another base model (fingerprint "
                 f"{ours['base_fingerprint']}, here {self.base_fingerprint}): check the "
-                "model's path."
+                "model's path, and how it is quantised."
             )
         shapes, state = ours["shapes"], self.state_dict()
         here = self.saved_names()
@@ -435,9 +448,9 @@ class PairwiseModule(LightningModule):
 
     def _log_facts(self) -> None:
         """Log what the run stands on: versions, base model, data."""
-        facts = {
-            name: metadata.version(name) for name in ("rotopo", "torch", "transformers", "peft")
-        }
+        # Ours by itself: the package may run from its source, with nothing installed.
+        facts = {"rotopo": rotopo.__version__}
+        facts |= {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
         facts["base_fingerprint"] = self.base_fingerprint
         data = getattr(self.trainer, "datamodule", None)
         if data is not None and hasattr(data, "describe"):

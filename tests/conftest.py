@@ -4,19 +4,14 @@ from pathlib import Path
 import datasets
 import hypothesis
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+
+from tests.byte_tokenizer import byte_tokenizer, save_tiny_tokenizer
 
 # The same examples each time, however busy the machine is. To look for others:
 # tools/test --hypothesis-profile default
 hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("tests")
-
-CHATML = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
 
@@ -41,48 +36,14 @@ def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def make_byte_tokenizer() -> MakeTokenizer:
     """Builds byte-level tokenizers: the special tokens first, then bytes, then a few merges."""
-
-    def make(
-        special: list[str],
-        chat_template: str | None,
-        bos: str | None = None,
-        eos: str | None = None,
-        pad: str | None = None,
-        adds_bos: bool = False,
-    ) -> PreTrainedTokenizerFast:
-        merges = [("Ċ", "Ċ"), ("Ġ", "t"), ("h", "e"), ("Ġt", "he")]
-        pieces = sorted(pre_tokenizers.ByteLevel.alphabet()) + [a + b for a, b in merges]
-        vocabulary = {token: i for i, token in enumerate([*special, *pieces])}
-        backend = Tokenizer(models.BPE(vocabulary, merges))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-        if adds_bos:
-            assert bos is not None
-            backend.post_processor = processors.TemplateProcessing(
-                single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])]
-            )
-        return PreTrainedTokenizerFast(
-            tokenizer_object=backend,
-            bos_token=bos,
-            eos_token=eos,
-            pad_token=pad,
-            chat_template=chat_template,
-            clean_up_tokenization_spaces=False,
-        )
-
-    return make
+    return byte_tokenizer
 
 
 @pytest.fixture(scope="session")
-def tiny_tokenizer_dir(
-    make_byte_tokenizer: MakeTokenizer, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """A folder with :func:`tiny_tokenizer`."""
-    special = ["<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>"]
+def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of :func:`tiny_tokenizer`."""
     folder = tmp_path_factory.mktemp("tiny_tokenizer")
-    tokenizer = make_byte_tokenizer(special, CHATML, bos="<|bos|>", eos="<|eos|>", pad="<|pad|>")
-    tokenizer.save_pretrained(folder)
+    save_tiny_tokenizer(folder)
     return folder
 
 

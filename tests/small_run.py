@@ -11,11 +11,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 WORDS = "a film of some wit and no heart that all will see twice or not at all".split()  # noqa: SIM905
 
 
-def save_model(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Path:
+def save_model(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0, hidden_size: int = 32
+) -> Path:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
+        hidden_size=hidden_size,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,

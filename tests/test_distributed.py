@@ -25,6 +25,13 @@ REWARD = [
     "--model.backbone.adapter={class_path: peft.LoraConfig, init_args: {r: 4}}",
 ]
 FULL = ["--model.policy={adapter: null, dtype: float32}"]
+HALF = ["--model.policy={adapter: null, dtype: float32, compute_dtype: bfloat16}"]
+# The micro-batches of two ranks: bfloat16 rounds by what is computed together.
+ALONE = ["--trainer.accumulate_grad_batches=2"]
+HALF_REWARD = [
+    *REWARD[:2],
+    "--model.backbone={adapter: null, dtype: float32, compute_dtype: bfloat16}",
+]
 SHARED = ["--trainer.strategy.save_distributed_checkpoint=true"]
 OBJECTIVES = {
     "DPO with rotation": ROTATION,
@@ -36,6 +43,8 @@ OBJECTIVES = {
     "cached reference": [*LORA, "--model.policy.reference=cached"],
     "geometry": [*LORA, "--trainer.callbacks+=rotopo.callbacks.Geometry"],
     "geometry of all weights": [*FULL, "--trainer.callbacks+=rotopo.callbacks.Geometry"],
+    "4-bit base": [*ROTATION, "--model.policy.quantize=4bit"],
+    "8-bit base": [*LORA, "--model.policy.quantize=8bit"],
 }
 # Nine of the 40 pairs are held out for validation and eleven for the test: uneven on two ranks.
 SPLITS = ["--data.validation=0.225", "--data.test=0.275", "--data.eval_pairs_per_batch=2"]
@@ -98,13 +107,32 @@ CASES = [
     )
     for what in OBJECTIVES
     for how in ("ddp", "fsdp2", "fsdp")
-    if how != "fsdp" or what in ("DPO with rotation", "reward model", "KTO")
+    if how != "fsdp" or what in ("DPO with rotation", "reward model", "KTO", "4-bit base")
+    if how == "ddp" or what != "8-bit base"
 ]
 
 
 @pytest.mark.parametrize(("how", "options"), CASES)
 def test_two_ranks_train_as_one_process_does(config, how, options):
+    if any("quantize" in option for option in options):
+        pytest.importorskip("bitsandbytes")
     run(arguments(config, "one", [*COMMON, *options]))
+    on_ranks(2, *arguments(config, "two", [*COMMON, *options, *ranks(how)]))
+    assert_same_run(config.parent / "one", config.parent / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param([*HALF, "--trainer.callbacks+=rotopo.callbacks.Geometry"], id="policy"),
+        pytest.param(HALF_REWARD, id="reward model"),
+    ],
+)
+def test_two_ranks_compute_in_bfloat16_as_one_process_does(config, how, options):
+    """What the ranks add up they add up in float32."""
+    run(arguments(config, "one", [*COMMON, *options, *ALONE]))
     on_ranks(2, *arguments(config, "two", [*COMMON, *options, *ranks(how)]))
     assert_same_run(config.parent / "one", config.parent / "two")
 
@@ -123,6 +151,20 @@ def test_so_do_two_nodes(config, how, starter):
 def test_fsdp1_without_a_gpu_is_refused(config):
     with pytest.raises(RuntimeError, match=r"take configs/strategies/fsdp2\.yaml"):
         on_ranks(1, *arguments(config, "run", strategy("fsdp")))
+
+
+@pytest.mark.slow
+def test_fsdp1_and_8_bits_are_refused(config):
+    pytest.importorskip("bitsandbytes")
+    options = ["--model.policy.quantize=8bit", *strategy("fsdp")]
+    with pytest.raises(RuntimeError, match="cannot divide weights of 8 bits"):
+        on_ranks(1, *arguments(config, "run", options))
+
+
+@pytest.mark.slow
+def test_fsdp1_does_not_compute_in_another_dtype(config):
+    with pytest.raises(RuntimeError, match=r"policy\.compute_dtype the policy's weights"):
+        on_ranks(1, *arguments(config, "run", [*HALF, *ranks("fsdp")]))
 
 
 @pytest.mark.slow
@@ -193,6 +235,9 @@ GOES_ON = [
     ("fsdp2", "fsdp2", SHARED, ROTATION),
     ("fsdp2", "fsdp2", SHARED, FULL),
     ("fsdp2", "three", SHARED, ROTATION),
+    ("fsdp2", "ddp", [], HALF),
+    ("ddp", "fsdp2", [], HALF),
+    ("fsdp2", "fsdp2", SHARED, HALF),
     ("fsdp", "one", [], ROTATION),
     ("one", "fsdp", [], ROTATION),
     ("fsdp", "fsdp2", [], ROTATION),
@@ -200,7 +245,8 @@ GOES_ON = [
 
 
 def name_of(before: str, after: str, form: list[str], options: list[str]) -> str:
-    what = "full fine-tuning" if options == FULL else "rotation"
+    what = "rotation" if options == ROTATION else "full fine-tuning"
+    what += " in bfloat16" * (options == HALF)
     return f"{what}: {before}{' in a folder' * bool(form)}, then {after}"
 
 
@@ -215,7 +261,7 @@ def test_a_run_goes_on_elsewhere(config, before, after, form, options):
     def start(where: str, root: str, *more: str) -> None:
         given = [*COMMON, *options, *more]
         if where == "one":
-            run(arguments(config, root, given))
+            run(arguments(config, root, [*given, *(ALONE if options == HALF else [])]))
         elif where == "three":
             on_ranks(3, *arguments(config, root, [*given, *ranks("fsdp2"), *form]))
         else:

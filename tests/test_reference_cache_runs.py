@@ -50,7 +50,9 @@ def reference_passes(monkeypatch):
 
 
 @pytest.mark.parametrize("layout", ["padded", "shared_prompt"])
-@pytest.mark.parametrize("objective", ["DPO", "KTO", "SamPO"])
+@pytest.mark.parametrize(
+    "objective", ["DPO", *(pytest.param(name, marks=pytest.mark.slow) for name in ("KTO", "SamPO"))]
+)
 def test_cached_runs_are_online_runs(config, objective, layout):
     options = [*EXACT, f"--model={objective}", f"--data.layout={layout}"]
     online = fit(config, "online", *options)
@@ -66,6 +68,7 @@ def test_so_are_those_of_full_fine_tuning(config):
     assert_equal(weights(cached), weights(online), rtol=1e-7, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_the_reference_is_asked_once_for_all_runs_objectives_and_layouts(config, reference_passes):
     fit(config, "first", CACHED)
     assert reference_passes

@@ -34,8 +34,10 @@ def logged(cli) -> pd.DataFrame:
 
 @pytest.mark.parametrize(
     ("save", "setting"),
-    [(save_config, "policy"), (save_reward_config, "backbone")],
-    ids=["DPO", "reward"],
+    [
+        pytest.param(save_config, "policy", id="DPO"),
+        pytest.param(save_reward_config, "backbone", id="reward", marks=pytest.mark.slow),
+    ],
 )
 def test_it_is_trained_with_and_logged(save, setting, tmp_path, tiny_tokenizer):
     config = saved(save, tmp_path, tiny_tokenizer)

@@ -33,6 +33,7 @@ def prompt_text(data, place: int = 0) -> str:
     return data.encoder.tokenizer.decode(data._tokenized["train"].pairs[place]["prompt"])
 
 
+@pytest.mark.slow
 def test_the_hour_of_the_first_fit_is_that_of_all_that_follows(config, tmp_path, capsys):
     fit = ["fit", "--config", str(config)]
     first = run([*fit, "--trainer.max_epochs=1", "--data.template_time=2024-02-29T08:09:00"])

@@ -70,7 +70,7 @@ def assert_equal(a: dict, b: dict, **tolerance) -> None:
         torch.testing.assert_close(a[name], b[name], **tolerance)
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("layout", ["padded", pytest.param("packed", marks=pytest.mark.slow)])
 def test_accumulation_changes_no_number(config, layout):
     options = [*EXACT, f"--data.layout={layout}", "--trainer.max_epochs=1"]
     runs = [
@@ -90,8 +90,7 @@ def test_accumulation_changes_no_number(config, layout):
     ("batch", "before"),
     [
         (3, False),
-        (7, True),
-        *(pytest.param(*k, marks=pytest.mark.slow) for k in [(1, True), (9, False)]),
+        *(pytest.param(*k, marks=pytest.mark.slow) for k in [(7, True), (1, True), (9, False)]),
     ],
 )
 def test_a_killed_run_resumes_to_the_same_weights(config, monkeypatch, workers, batch, before):
@@ -170,7 +169,10 @@ def test_resuming_at_a_position_that_means_something_else_is_refused(config, cap
     assert "Resume with the same" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 2), (2, 1)])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(3, 2), *(pytest.param(*k, marks=pytest.mark.slow) for k in [(1, 3), (2, 1)])],
+)
 @pytest.mark.parametrize("step", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 5))])
 def test_a_run_resumes_with_steps_cut_up_in_another_way(config, before, after, step):
     """Three steps an epoch, two epochs: in the midst of both, and between them."""

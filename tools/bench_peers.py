@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.integrations.liger import apply_liger_kernel
 from trl import DPOConfig, DPOTrainer
 
 from rotopo.data import films
@@ -122,7 +123,7 @@ class Load(NamedTuple):
 
 @dataclass(frozen=True)
 class Setting:
-    """What all rows of a table share."""
+    """What all rows of a table share; ``trl`` are further settings of TRL's DPOConfig."""
 
     model: str
     dtype: DtypeName
@@ -131,6 +132,7 @@ class Setting:
     policy: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
     batches: list[list[TokenizedRow]]
+    trl: dict[str, Any] = field(default_factory=dict)
 
     def load_model(self, attention: str = "sdpa") -> PreTrainedModel:
         """The base model; every call gives the same weights."""
@@ -306,6 +308,7 @@ class Trl(Peer):
             weight_decay=0.01,
             report_to="none",
             disable_tqdm=True,
+            **setting.trl,
         )
         self.trainer = DPOTrainer(
             model=setting.load_model(),
@@ -320,6 +323,8 @@ class Trl(Peer):
             peft_config=None if full else ADAPTERS[entry.adapter](),
         )
         self.trainer.current_gradient_accumulation_steps = 1  # as its loop would set it
+        if args.use_liger_kernel:  # likewise
+            apply_liger_kernel(self.trainer.model, args.liger_kernel_config)
         self.model, self.frozen = self.trainer.model, self.trainer.ref_model
         self.optimizer = self.trainer.create_optimizer()
 

@@ -1,5 +1,6 @@
 """What a run does, logs and writes beside its loss."""
 
+from rotopo.callbacks.compilation import CompileLayers
 from rotopo.callbacks.finite import Finite
 from rotopo.callbacks.geometry import Geometry
 from rotopo.callbacks.orthogonality import Orthogonality
@@ -12,6 +13,7 @@ from rotopo.callbacks.speed import Speed
 
 __all__ = [
     "CacheReference",
+    "CompileLayers",
     "Displacement",
     "Finite",
     "Geometry",

@@ -116,7 +116,10 @@ class Geometry(Callback):
         from rotopo.rotation.geometry import hyperspherical_energy, merged_weights, neuron_cosine
 
         cosines, energy = [], 0.0
-        for group in in_turn(module.backbone):  # together they are a whole model
+        # Weights that train are gathered one by one, as they are and not as they are computed with;
+        # those under an adapter in groups, which together are a whole model.
+        alone = module.model_config.adapter is None
+        for group in [None] if alone else in_turn(module.backbone):
             for weight in merged_weights(module.language_model, group):
                 cosines.append(float(neuron_cosine(weight)))
                 energy += float(hyperspherical_energy(weight))

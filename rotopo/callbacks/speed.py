@@ -143,7 +143,7 @@ def _peak(trainer: Trainer, module: Any) -> float | None:
     if device.type != "cuda":
         return None
     half = str(trainer.precision).startswith(("bf16", "16"))
-    dtype = torch.bfloat16 if half else model.dtype
+    dtype = torch.bfloat16 if half else module.backbone.compute_dtype
     peak = peak_flops(torch.cuda.get_device_name(device), dtype)
     if peak is not None and not is_known(model):
         raise ValueError(f"not all that {type(model).__name__} computes is counted")

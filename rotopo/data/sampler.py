@@ -95,6 +95,12 @@ class StepSampler(Sampler[list[int]]):
         """Optimiser steps of an epoch."""
         return len(self.sizes) // self.pairs_per_step
 
+    @property
+    def tokens_per_step(self) -> float:
+        """Of all ranks together, on average, without what fills lines up between pairs."""
+        n = len(self.sizes)
+        return self.pairs_per_step * sum(self.sizes.tokens([i]) for i in range(n)) / n
+
     def __len__(self) -> int:
         return self.steps * self.accumulation
 

@@ -2,36 +2,33 @@
 
 import copy
 import hashlib
-import importlib.util
-import os
-import shutil
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rotopo.data.batch import Layout, PairBatch
 from rotopo.errors import InputError
 from rotopo.models import beside
 from rotopo.models.attention import attention_inputs
+from rotopo.models.compilation import compile_layers
+from rotopo.models.mixed_precision import Masters, compute_dtype, in_compute_dtype
+from rotopo.models.quantized import compute_as_in_training, quantized
 from rotopo.models.router import RouterLoss
-from rotopo.models.segment_attention import segment_attention
 from rotopo.models.settings import BackboneConfig, DtypeName, Quantization
-from rotopo.models.sharding import Sharding, decoder_layers
+from rotopo.models.sharding import Sharding
 from rotopo.pretrained import conversion_advice, first_line, pretrained_folder
 
 
@@ -52,7 +49,11 @@ def trained_dtype(config: BackboneConfig) -> torch.dtype:
     """The dtype to load a model in: without an adapter ``auto`` is float32.
 
     Warns of weights of the model that train in a half type.
+
+    Raises:
+        InputError: see :func:`rotopo.models.mixed_precision.compute_dtype`.
     """
+    compute_dtype(config)
     name: DtypeName = config.dtype
     if config.adapter is None:
         if name == "auto":
@@ -61,7 +62,8 @@ def trained_dtype(config: BackboneConfig) -> torch.dtype:
             warnings.warn(
                 f"Full fine-tuning in {name}: a weight of it loses the optimiser's small steps, so "
                 f"that most weights may stay as they are; {config.setting}.dtype float32 keeps "
-                "them.",
+                f"them, and {config.setting}.compute_dtype bfloat16 computes in bfloat16 all the "
+                "same.",
                 stacklevel=2,
             )
     dtype = resolve_dtype(name)
@@ -107,81 +109,41 @@ def load_config(
     return config
 
 
-def quantized(config: BackboneConfig, divided: bool) -> dict[str, Any]:
-    """What ``from_pretrained`` takes beside for a quantised base; nothing for one that is not.
-
-    Args:
-        config: the model's settings.
-        divided: whether the model is to be divided among ranks.
-
-    Raises:
-        InputError: quantising does not go with the adapter, the strategy or the machine.
-    """
-    if config.quantize is None:
-        return {}
-    name = f"{config.setting}.quantize"
-    known = get_args(Quantization)
-    if config.quantize not in known:
-        raise InputError(f"{name} is {config.quantize!r}: it has to be {' or '.join(known)}.")
-    if not isinstance(config.adapter, LoraConfig):
-        raise InputError(
-            f"{name}: quantised weights are for LoRA: set {config.setting}.adapter to "
-            "peft.LoraConfig, or leave quantize out."
-        )
-    if divided:
-        raise InputError(f"{name}: quantised weights cannot be divided among ranks: take ddp.")
-    if not torch.cuda.is_available():
-        raise InputError(
-            f"{name}: quantised weights need a GPU, and none is here: leave quantize out."
-        )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError(f"{name} takes the bitsandbytes package: pip install bitsandbytes.")
-    return {
-        "quantization_config": quantization(config.quantize, resolve_dtype(config.dtype)),
-        "device_map": {"": torch.cuda.current_device()},
-    }
-
-
 def load_as_set(
     load: Callable[..., PreTrainedModel],
     config: BackboneConfig,
-    divided: bool,
+    sharding: Sharding | None,
     dtype: torch.dtype | None = None,
-) -> tuple[PreTrainedModel, torch.dtype]:
-    """A model as its settings say, and the dtype that they give its weights.
+) -> tuple[PreTrainedModel, torch.dtype, PreTrainedModel]:
+    """A model as its settings say, the dtype that they give its weights, and the model that it is
+    known by (see :func:`fingerprint`): itself, or what it was before it was quantised.
 
     Args:
         load: takes the arguments of :func:`load_model`.
         config: the settings.
-        divided: whether the model is to be divided among ranks: its weights stay in their file.
+        sharding: how the model is to be divided among ranks: its weights stay in their file.
         dtype: of the weights instead of the settings'.
 
     Raises:
-        InputError: settings that do not work.
+        InputError: settings that do not work, or a model to quantise that is quantised already.
     """
     trained = trained_dtype(config)
-    model = load(
-        config.path,
-        None if divided else dtype or trained,
-        config.attention,
-        config.trust_remote_code,
-        **quantized(config, divided),
-    )
+    settings = quantized(config, dtype or trained, sharding)
+    arguments = (config.attention, config.trust_remote_code)
+    divided = sharding is not None and not settings
+    model = load(config.path, None if divided else dtype or trained, *arguments, **settings)
     if (dtype or trained) == torch.float64:
         model.set_experts_implementation("eager")  # torch has no grouped products in float64
-    return model, trained
-
-
-def quantization(kind: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """How bitsandbytes keeps a base whose products are computed in a dtype."""
-    if kind == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
+    compute_as_in_training(model)
+    if not settings:
+        return model, trained, model
+    quantizer: Any = model.hf_quantizer
+    if quantizer.pre_quantized:
+        raise InputError(
+            f"{config.setting}.quantize: {config.path!r} is quantised already: leave it out."
+        )
+    with torch.device("cpu"):  # mapped to memory, wherever the quantised one is
+        return model, trained, load(config.path, None, *arguments)
 
 
 def load_model(
@@ -198,7 +160,7 @@ def load_model(
         dtype: dtype of the weights; None leaves them in their file, mapped to memory.
         attention: the attention implementation, as transformers names it.
         trust_remote_code: see :class:`.BackboneConfig`.
-        settings: of :func:`quantized`.
+        settings: of :func:`rotopo.models.quantized.quantized`.
 
     Raises:
         InputError: no such model, or it has no such attention.
@@ -236,11 +198,6 @@ def adapt(
         InputError: an adapter that does not fit the model or works on the prompt, or settings
             that do not go together.
     """
-    if config.compile and config.activation_checkpointing:
-        raise InputError(
-            f"{config.setting}.compile and {config.setting}.activation_checkpointing do not go "
-            "together: torch would leave the layers uncompiled. Set one of them to false."
-        )
     adapted: PreTrainedModel | PeftModel = model
     if config.adapter is not None:
         name = f"{config.setting}.adapter"
@@ -263,27 +220,6 @@ def adapt(
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return adapted
-
-
-def compile_layers(model: PreTrainedModel, setting: str = "policy") -> None:
-    """Compile each decoder layer for batches of any shape; equal layers share the result.
-
-    Raises:
-        InputError: no C++ compiler here, or the model does not say which modules its layers are.
-    """
-    if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
-        raise InputError(f"{setting}.compile: torch.compile needs a C++ compiler; install g++.")
-    layers = decoder_layers(model)
-    if not layers:
-        raise InputError(f"{setting}.compile: {type(model).__name__} does not name its layers.")
-    # Its blocks hang on the mask, where the compiler does not see them.
-    outside = torch.compiler.disable(segment_attention, reason="blocks that hang on the mask")
-    ALL_ATTENTION_FUNCTIONS.register("segments", outside)
-    # A graph each for policy and reference, training and evaluation, the first layer and the rest;
-    # beyond torch's limit of 8 it would go on uncompiled.
-    torch._dynamo.config.recompile_limit = 32
-    for layer in layers:
-        layer.compile(dynamic=True)
 
 
 def embeddings(model: PreTrainedModel) -> Tensor:
@@ -339,6 +275,7 @@ class Backbone(nn.Module):
 
     Attributes:
         sharding: how the model is divided among ranks, if it is.
+        masters: what puts copies in the places of weights to compute with, if something does.
         router: the router loss that the model is trained with, if it is.
         router_loss: its value for the last batch [], with its gradient.
     """
@@ -355,6 +292,8 @@ class Backbone(nn.Module):
         self.reference = reference
         self.compiled = False
         self.sharding: Sharding | None = None
+        self.masters: Masters | None = None
+        self._compute_dtype: torch.dtype | None = None
         self.router: RouterLoss | None = None
         self.router_loss: Tensor | None = None
         self._checked: set[Layout] = set()
@@ -368,11 +307,27 @@ class Backbone(nn.Module):
         return model
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the model computes in, autocast aside."""
+        return self._compute_dtype or embeddings(self.language_model).dtype
+
+    @property
     def device(self) -> torch.device:
         """Where batches have to be: an offloaded model's weights are elsewhere."""
-        if self.sharding is not None and self.sharding.mesh.device_type == "cuda":
-            return torch.device("cuda", torch.cuda.current_device())
+        if self.sharding is not None:
+            return self.sharding.device
         return embeddings(self.language_model).device
+
+    def compile_layers(self, setting: str) -> None:
+        """Compile the decoder layers of the model and of a frozen copy.
+
+        Raises:
+            InputError: see :func:`rotopo.models.compilation.compile_layers`.
+        """
+        for model in (self.language_model, self.reference):
+            if model is not None:
+                compile_layers(model, setting)
+        self.compiled = True
 
     def trained_states(self, batch: PairBatch, inputs: dict[str, Any], index: Tensor) -> Tensor:
         """As :func:`hidden_states`, of what trains; keeps the router loss of the same pass."""
@@ -385,7 +340,20 @@ class Backbone(nn.Module):
         self.router_loss = self.router(batch, outputs)
         return outputs.last_hidden_state.flatten(0, 1)[index]
 
+    def compute_in(self, dtype: torch.dtype, apart: Sequence[nn.Module], divided: bool) -> None:
+        """Keep the weights as they are, and compute in another dtype.
+
+        Args:
+            dtype: of the copies that are computed with.
+            apart: modules whose own weights are computed with as they are.
+            divided: whether the strategy makes the copies.
+        """
+        self._compute_dtype = dtype
+        if not divided:
+            self.masters = Masters(self.language_model, dtype, apart)
+
     @torch.no_grad()
+    @in_compute_dtype
     def hidden_states(self, batch: PairBatch, reference: bool = False) -> list[Tensor] | None:
         """Hidden states of all tokens but padding, behind the embeddings and behind each layer.
 
@@ -448,15 +416,19 @@ class Backbone(nn.Module):
             ) from error
 
 
-def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
+def fingerprint(
+    model: nn.Module, dtype: torch.dtype | None = None, quantize: Quantization | None = None
+) -> str:
     """A short hash that tells base models apart: names, shapes and a sample of every weight.
 
     The sample is rounded to bfloat16 first, so that the dtype a model is loaded in does not
-    count.
+    count. Quantised bases have the name of the bits behind it, and are known by the weights before
+    that, since processors and GPUs round a few of them to different sides.
 
     Args:
-        model: as loaded.
+        model: as loaded, but not quantised.
         dtype: the dtype that its weights will be converted to, if they still are in another.
+        quantize: how they are quantised, if they are.
 
     Returns:
         Nothing of a model without values (:mod:`rotopo.plan`).
@@ -469,4 +441,4 @@ def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, len(flat) // 64)].to("cpu", dtype).to(torch.bfloat16)
         digest.update(sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:16] + (f"-{quantize}" if quantize else "")

@@ -19,6 +19,7 @@ from peft.utils.other import (
 from torch import Tensor, nn
 
 from rotopo.errors import InputError
+from rotopo.rotation.tuner import is_quantised
 
 
 def original(module: nn.Module) -> nn.Module:
@@ -79,8 +80,8 @@ def refuse(model: nn.Module, adapter: PeftConfig, name: str) -> None:
         name: what messages call it.
 
     Raises:
-        InputError: a module to train that is not there, rows that are not or are trained twice, or
-            an output head whose bias PEFT would leave out.
+        InputError: a module to train that is not there or is quantised, rows that are not or are
+            trained twice, or an output head whose bias PEFT would leave out.
     """
     for tokens in _token_layers(model):
         base = tokens.get_base_layer()
@@ -94,7 +95,12 @@ def refuse(model: nn.Module, adapter: PeftConfig, name: str) -> None:
                 f"{name}.trainable_token_indices: the model's output head has a bias, which PEFT "
                 "leaves out there: train the head whole, by modules_to_save."
             )
-    wrapped = [n for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    wrapped = {n: m for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    for found, wrapper in wrapped.items():
+        if any(map(is_quantised, wrapper.modules())):
+            raise InputError(
+                f"{name}.modules_to_save: {found} is quantised, and a packed weight cannot train."
+            )
     for module in getattr(adapter, "modules_to_save", None) or ():
         if not any(found.endswith(module) for found in wrapped):
             raise InputError(

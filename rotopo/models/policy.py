@@ -18,7 +18,6 @@ from rotopo.errors import InputError
 from rotopo.models.backbone import (
     Backbone,
     adapt,
-    compile_layers,
     decoder_inputs,
     embeddings,
     fingerprint,
@@ -36,6 +35,7 @@ from rotopo.models.log_probs import (
     pair_log_probs,
     token_log_probs,
 )
+from rotopo.models.mixed_precision import compute_dtype, in_compute_dtype, kept_wide, narrowed
 from rotopo.models.reference_cache import ReferenceCache
 from rotopo.models.router import RouterLoss
 from rotopo.models.settings import PolicyConfig, ReferenceMode, Sampling
@@ -94,8 +94,8 @@ class Policy(Backbone):
         Raises:
             InputError: a path, dtype, attention or adapter that does not work, by its setting.
         """
-        model, trained = load_as_set(load_model, config, sharding is not None, dtype)
-        return cls.build(model, config, needs_reference, trained, sharding)
+        model, trained, known_by = load_as_set(load_model, config, sharding, dtype)
+        return cls.build(model, config, needs_reference, trained, sharding, known_by)
 
     @classmethod
     def build(
@@ -105,8 +105,10 @@ class Policy(Backbone):
         needs_reference: bool,
         dtype: torch.dtype | None = None,
         sharding: Sharding | None = None,
+        known_by: PreTrainedModel | None = None,
     ) -> Self:
-        """As :meth:`load`, from a model in memory, to be converted to a dtype as it is divided."""
+        """As :meth:`load`, from a model in memory, to be converted to a dtype as it is divided;
+        known by another one if it is quantised."""
         if config.reference not in get_args(ReferenceMode):
             raise InputError(
                 f"policy.reference is {config.reference!r}: it has to be one of "
@@ -117,9 +119,10 @@ class Policy(Backbone):
                 "policy.reference_cache is set, but policy.reference is 'online' and uses none: "
                 "set it to 'cached' or 'auto'."
             )
-        base = fingerprint(model, dtype)
+        base = fingerprint(known_by or model, dtype, config.quantize)
         # By their ids: who held the parameters would keep whole what is divided.
-        own = {id(p) for p in model.parameters()}
+        own = {id(p): dtype for p in model.parameters()}
+        narrow = compute_dtype(config)
         adapted = adapt(model, config, model.get_output_embeddings())
         reference = None
         if config.adapter is not None:
@@ -131,25 +134,31 @@ class Policy(Backbone):
                     "be the reference any more."
                 )
         elif needs_reference:
-            reference = copy.deepcopy(model, _shared(model) if sharding else {})
+            weights: dict[int, Any] = {}
+            if sharding is not None:
+                weights = _shared(model)
+            elif narrow is not None:
+                weights = narrowed(model, narrow)
+            reference = copy.deepcopy(model, weights)
             reference.requires_grad_(False).eval()
-            own |= {id(p) for p in reference.parameters()}
+            own |= {id(p): narrow or dtype for p in reference.parameters()}
         policy = cls(adapted.train(), reference, base)
         policy.router = RouterLoss.of(model, config)
-        if config.compile:
-            policy.compile_layers()
+        apart: list[nn.Module] = []
+        if narrow is not None:
+            apart = kept_wide(model)
+            policy.compute_in(narrow, apart, sharding is not None)
+            apart = apart + ([] if reference is None else kept_wide(reference))
+            own |= {id(p): dtype for module in apart for p in module.parameters(recurse=False)}
+        if config.compile is True:
+            policy.compile_layers(config.setting)
         if sharding is not None:
             assert dtype is not None
-            divide(policy, own | copies(model), dtype, sharding)
+            own |= dict.fromkeys(copies(model), dtype)
+            divide(policy, own, dtype, sharding, narrow, apart)
         return policy
 
-    def compile_layers(self) -> None:
-        """Compile each decoder layer, see :func:`rotopo.models.backbone.compile_layers`."""
-        for model in (self.language_model, self.reference):
-            if model is not None:
-                compile_layers(model)
-        self.compiled = True
-
+    @in_compute_dtype
     def forward(self, batch: PairBatch, needs: Needs = Needs()) -> PairLogProbs:  # noqa: B008
         """Log-probs of every row's responses.
 
@@ -178,6 +187,7 @@ class Policy(Backbone):
         return pair_log_probs(batch, tokens, reference_log_probs, needs.roles)
 
     @torch.no_grad()
+    @in_compute_dtype
     def logits(self, batch: PairBatch, index: Tensor) -> Tensor:
         """Logits of what follows the tokens at a flat index [N] -> [N, V], in float32 at least."""
         self._check_once(batch.layout)
@@ -190,8 +200,8 @@ class Policy(Backbone):
         config = self.language_model.config.to_dict()
         for name in ("_name_or_path", "transformers_version", "dtype", "use_cache"):
             config.pop(name, None)
-        dtype = embeddings(self.language_model).dtype
-        parts = [self.base_fingerprint, str(dtype), json.dumps(config, sort_keys=True, default=str)]
+        dtype = str(self.compute_dtype)
+        parts = [self.base_fingerprint, dtype, json.dumps(config, sort_keys=True, default=str)]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
     def open_cache(self, folder: str | None = None, precision: str = "") -> ReferenceCache:
@@ -211,6 +221,7 @@ class Policy(Backbone):
         return self.cache
 
     @torch.no_grad()
+    @in_compute_dtype
     def cache_reference(self, batches: Iterable[PairBatch]) -> None:
         """Compute the reference's log-probs of these batches, and keep them in the cache."""
         assert self.cache is not None
@@ -265,7 +276,9 @@ class Policy(Backbone):
         training = model.training
         model.eval()
         try:
-            with self._uncompiled(), model.disable_adapter() if off else nullcontext():
+            # The layers' copies too: they are made once rather than for every token.
+            copies = nullcontext() if self.masters is None else self.masters.replaced(layers=True)
+            with self._uncompiled(), copies, model.disable_adapter() if off else nullcontext():
                 output = model.generate(
                     input_ids=prompts.input_ids,
                     attention_mask=prompts.attention_mask,

@@ -18,7 +18,6 @@ from rotopo.errors import InputError
 from rotopo.models.backbone import (
     Backbone,
     adapt,
-    compile_layers,
     decoder_inputs,
     embeddings,
     fingerprint,
@@ -27,9 +26,10 @@ from rotopo.models.backbone import (
     rounding,
 )
 from rotopo.models.beside import copies
+from rotopo.models.mixed_precision import compute_dtype, in_compute_dtype, kept_wide
 from rotopo.models.router import RouterLoss
 from rotopo.models.settings import BackboneConfig
-from rotopo.models.sharding import Sharding, divide
+from rotopo.models.sharding import Sharding, divide, gathered
 from rotopo.pretrained import conversion_advice, first_line, pretrained_folder
 
 
@@ -68,8 +68,8 @@ class Scorer(Backbone):
             InputError: a path, dtype, attention or adapter that does not work, by its setting; a
                 model that has no such head, or one with several outputs.
         """
-        model, trained = load_as_set(_load_model, config, sharding is not None, dtype)
-        return cls.build(model, config, trained, sharding)
+        model, trained, known_by = load_as_set(_load_model, config, sharding, dtype)
+        return cls.build(model, config, trained, sharding, known_by)
 
     @classmethod
     def build(
@@ -78,8 +78,10 @@ class Scorer(Backbone):
         config: BackboneConfig,
         dtype: torch.dtype | None = None,
         sharding: Sharding | None = None,
+        known_by: PreTrainedModel | None = None,
     ) -> Self:
-        """As :meth:`load`, from a model in memory, to be converted to a dtype as it is divided."""
+        """As :meth:`load`, from a model in memory, to be converted to a dtype as it is divided;
+        known by another one if it is quantised."""
         head = getattr(model, "score", None)
         if not isinstance(head, nn.Linear) or model.base_model is model:
             raise InputError(
@@ -91,8 +93,8 @@ class Scorer(Backbone):
                 f"backbone.path: the model's head has {head.out_features} outputs, and a reward "
                 "is one: take another model."
             )
-        base = fingerprint(model.base_model, dtype)
-        own = {id(p) for p in model.base_model.parameters()}
+        base = fingerprint((known_by or model).base_model, dtype, config.quantize)
+        own = {id(p): dtype for p in model.base_model.parameters()}
         head.to(torch.promote_types(head.weight.dtype, torch.float32))
         head.register_forward_pre_hook(_cast_to_head)
         if config.adapter is not None:
@@ -109,14 +111,20 @@ class Scorer(Backbone):
         head.requires_grad_(True)
         scorer = cls(adapted.train(), base)
         scorer.router = RouterLoss.of(model, config)
-        if config.compile:
-            compile_layers(model, config.setting)
-            scorer.compiled = True
+        narrow = compute_dtype(config)
+        apart: list[nn.Module] = []
+        if narrow is not None:
+            apart = [head, *kept_wide(model)]
+            scorer.compute_in(narrow, apart, sharding is not None)
+        if config.compile is True:
+            scorer.compile_layers(config.setting)
         if sharding is not None:
             assert dtype is not None
-            divide(scorer, own | copies(model), dtype, sharding)
+            own |= dict.fromkeys(copies(model), dtype)
+            divide(scorer, own, dtype, sharding, narrow, apart)
         return scorer
 
+    @in_compute_dtype
     def forward(self, batch: PairBatch) -> Tensor:
         """The reward of every response [S], in float32 at least.
 
@@ -156,9 +164,8 @@ class Scorer(Backbone):
         model.train(training)
         # A reward may be near zero: rounding is a share of what it is the sum of, for directions
         # that have nothing to do with one another.
-        size = (
-            states.float().norm(dim=1) * model.score.weight.float().norm() / len(states[0]) ** 0.5
-        )
+        weight = gathered(model.score.weight).float()  # which may be a unit of its own
+        size = states.float().norm(dim=1) * weight.norm() / len(states[0]) ** 0.5
         tolerance = max(1e-4, 16 * rounding(model, states)) * size.mean()
         difference = (found - expected).abs().mean()
         if not expected.isfinite().all():

@@ -5,9 +5,14 @@ response sees its prompt and itself only. Here the queries of each segment meet 
 they may see. Registered with transformers as the attention implementation ``segments``; without
 the blocks that :func:`segment_mask` hangs on a mask (generation, padded batches) it is
 transformers' ``sdpa``.
+
+In a compiled layer the same computation is one operator, ``rotopo::segments``, by which the layer
+stays a single graph whatever the number of blocks. Uncompiled, torch's autograd follows it: of the
+fused kernel it keeps what its backward pass needs, in the form that the device's kernel has it.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +29,9 @@ from rotopo.errors import InputError
 # Blocks of up to this many scores a head are plain matrix products, which keep their weights for
 # the backward pass: a fused kernel's, which makes them again, is the slower one there on a CPU.
 _PLAIN_SCORES = 512 * 512
+# Queries at a time for which a compiled layer's backward pass makes the weights of larger ones
+# again: few enough to stay in a processor's cache [ours].
+_TILE = 64
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,10 @@ class Block:
     keys: Tensor
     mask: Tensor
 
+    @property
+    def is_plain(self) -> bool:
+        return self.mask.shape[2] * self.mask.shape[3] <= _PLAIN_SCORES
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -50,7 +62,11 @@ class Segments:
 
 
 def segment_mask(batch: PairBatch, dtype: torch.dtype, window: int | None) -> Tensor:
-    """An empty mask [1, 1, 0, 0] for transformers to pass on, with the batch's blocks on it.
+    """An empty mask [W, 1, 0, 0] for transformers to pass on, with the batch's blocks on it.
+
+    They hang on its memory rather than on the tensor, which checkpointing and compiled graphs
+    replace by others on the same memory. W says how many scores a head has in plain blocks, by
+    which the compiler knows how much :func:`_forward` keeps.
 
     Args:
         batch: R lines of T tokens, in a layout with blocks.
@@ -73,10 +89,21 @@ def segment_mask(batch: PairBatch, dtype: torch.dtype, window: int | None) -> Te
     # Fill-up goes to a slot of its own, and padding takes the output of whatever comes first.
     source = torch.zeros(len(positions) + 1, dtype=torch.long, device=positions.device)
     source.scatter_(0, target, torch.arange(len(target), device=positions.device))
+    kept = sum(block.mask.numel() for block in blocks if block.is_plain)
     # Not of a floating-point type: FSDP casts those, and what hangs on them is lost.
-    carrier = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=positions.device)
-    carrier.segments = Segments(blocks, source[:-1])  # type: ignore[attr-defined]
+    carrier = torch.empty(kept, 1, 0, 0, dtype=torch.bool, device=positions.device)
+    carrier.untyped_storage().segments = Segments(blocks, source[:-1])  # type: ignore[attr-defined]
     return carrier
+
+
+def _segments_of(carrier: Tensor) -> Segments:
+    segments: Segments | None = getattr(carrier.untyped_storage(), "segments", None)
+    if segments is None:
+        raise InputError(
+            "attention: the model or the strategy changes the mask on its way to 'segments'; set "
+            "data.layout to 'padded'."
+        )
+    return segments
 
 
 def segment_attention(
@@ -103,67 +130,230 @@ def segment_attention(
             f"attention: {type(module).__name__} caps its scores or has sinks; set "
             "'eager', and data.layout to 'shared_prompt'."
         )
-    segments: Segments | None = getattr(attention_mask, "segments", None)
-    if segments is None:
-        if attention_mask is not None and attention_mask.numel() == 0:
-            raise InputError(
-                "attention: the model or the strategy changes the mask on its way to "
-                "'segments'; set data.layout to 'padded'."
-            )
+    # An empty mask of any other kind masks nothing that there is.
+    if attention_mask is None or attention_mask.numel() > 0:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    R, _, T, d = query.shape
-    scaling = d**-0.5 if scaling is None else scaling
-    flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if torch.compiler.is_compiling() and not dropout:
+        return _operator(query, key, value, attention_mask, scaling), None
+    return _uncompiled(query, key, value, attention_mask, dropout, scaling), None
+
+
+@torch.compiler.disable(reason="blocks that the compiler does not see")
+def _uncompiled(
+    query: Tensor, key: Tensor, value: Tensor, carrier: Tensor, dropout: float, scaling: float
+) -> Tensor:
+    """As :func:`segment_attention`, for torch's autograd to follow."""
+    segments = _segments_of(carrier)
     outputs = []
+    for block, q, k, v in _gathered(segments, query, key, value):
+        mask = block.mask.to(q.dtype)
+        if block.is_plain:
+            weights = F.dropout(_weights(q, k, mask, scaling), dropout)
+            output = _weighted(weights, v, q.shape)
+        else:
+            output = _fused(q, k, v, mask, dropout, scaling)
+        outputs.append(output.flatten(0, 1))
+    return _scattered(outputs, segments, query)
+
+
+def _gathered(
+    segments: Segments, query: Tensor, key: Tensor, value: Tensor
+) -> Iterator[tuple[Block, Tensor, Tensor, Tensor]]:
+    """Each block with its queries [G, Q, H, d], keys [G, K, H_kv, d], values [G, K, H_kv, d_v]."""
+    flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
     for block in segments.blocks:
         q, k, v = (
             x.index_select(0, index.flatten()).unflatten(0, index.shape)
             for x, index in zip(flat, (block.queries, block.keys, block.keys), strict=True)
         )
-        mask = block.mask.to(q.dtype)
-        Q, K = mask.shape[2:]
-        if Q * K <= _PLAIN_SCORES:
-            output = _products(q, k, v, mask, dropout, scaling)
-        else:
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            output, _ = sdpa_attention_forward(
-                module, q, k, v, mask, dropout=dropout, scaling=scaling, **kwargs
-            )
-        outputs.append(output.flatten(0, 1))
-    return torch.cat(outputs).index_select(0, segments.source).unflatten(0, (R, T)), None
+        yield block, q, k, v
 
 
-def _products(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float, scaling: float
-) -> Tensor:
-    """softmax(scaling · q kᵀ + mask) v in plain products; [G, Q, H, d_v].
+def _scattered(outputs: list[Tensor], segments: Segments, query: Tensor) -> Tensor:
+    """The blocks' outputs, each [G·Q, H, d_v], where their tokens are [R, T, H, d_v]."""
+    R, _, T, _ = query.shape
+    return torch.cat(outputs).index_select(0, segments.source).unflatten(0, (R, T))
+
+
+def _by_key_head(q: Tensor, H_kv: int) -> Tensor:
+    """[G, Q, H, d] -> [G, H_kv, H/H_kv · Q, d]: the query heads that share a key head lie side by
+    side, so that no key is repeated."""
+    G, Q, H, d = q.shape
+    return q.reshape(G, Q, H_kv, H // H_kv, d).permute(0, 2, 3, 1, 4).reshape(G, H_kv, -1, d)
+
+
+def _by_query(x: Tensor, shape: torch.Size) -> Tensor:
+    """Back from :func:`_by_key_head` to a shape [G, Q, H, any]."""
+    G, Q, H, _ = shape
+    H_kv = x.shape[1]
+    return x.view(G, H_kv, H // H_kv, Q, -1).permute(0, 3, 1, 2, 4).reshape(G, Q, H, -1)
+
+
+def _power(scaling: float) -> float:
+    # In float16 unscaled products overflow; a power of two scales without rounding.
+    return 2.0 ** math.floor(math.log2(scaling))
+
+
+def _weights(q: Tensor, k: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """softmax(scaling · q kᵀ + mask) in plain products [G, H_kv, H/H_kv, Q, K].
 
     Args:
         q: [G, Q, H, d].
         k: [G, K, H_kv, d].
-        v: [G, K, H_kv, d_v].
         mask: [G, 1, Q, K].
-        dropout: of the weights.
         scaling: of the scores.
     """
-    G, Q, H, d = q.shape
-    K, H_kv = k.shape[1:3]
-    # The query heads that share a key head lie side by side, so that no key is repeated.
-    # In float16 unscaled products overflow; a power of two scales without rounding.
-    power = 2.0 ** math.floor(math.log2(scaling))
-    shared = (
-        (q * power).view(G, Q, H_kv, H // H_kv, d).permute(0, 2, 3, 1, 4).reshape(G, H_kv, -1, d)
-    )
-    scores = (shared @ k.permute(0, 2, 3, 1)).view(G, H_kv, H // H_kv, Q, K)
-    scores = torch.add(mask[:, None], scores, alpha=scaling / power)
+    (G, Q, H, _), (K, H_kv) = q.shape, k.shape[1:3]
+    power = _power(scaling)
+    scores = (_by_key_head(q * power, H_kv) @ k.permute(0, 2, 3, 1)).view(G, H_kv, H // H_kv, Q, K)
     # In a half type torch's softmax computes in float32 and rounds its result, which is all that
     # its backward pass then needs to keep.
-    weights = F.dropout(scores.softmax(-1), dropout)
-    output = weights.view(G, H_kv, -1, K) @ v.transpose(1, 2)
-    return output.view(G, H_kv, H // H_kv, Q, -1).permute(0, 3, 1, 2, 4).reshape(G, Q, H, -1)
+    return torch.add(mask[:, None], scores, alpha=scaling / power).softmax(-1)
 
+
+def _weighted(weights: Tensor, v: Tensor, shape: torch.Size) -> Tensor:
+    """The values [G, K, H_kv, d_v] by their weights -> [G, Q, H, d_v]; shape: of the queries."""
+    return _by_query(weights.flatten(2, 3) @ v.transpose(1, 2), shape)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float, scaling: float) -> Tensor:
+    """The attention of a block in torch's kernel for the device [G, Q, H, d_v]."""
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2).transpose(1, 2) for x in (k, v))
+    output = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k, v, mask, dropout_p=dropout, scale=scaling
+    )
+    return output.transpose(1, 2)
+
+
+def _operator(query: Tensor, key: Tensor, value: Tensor, carrier: Tensor, scaling: float) -> Tensor:
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    return _forward(query, key, value, carrier, scaling, torch.is_grad_enabled())[0]
+
+
+@torch.library.custom_op("rotopo::segments", mutates_args=())
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, carrier: Tensor, scaling: float, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """As :func:`_uncompiled`, with the softmax weights of all plain blocks [H·W] if they are to be
+    kept: in the backward pass they would be slower made again than read."""
+    segments = _segments_of(carrier)
+    outputs, kept = [], [query.new_empty(0)]
+    for block, q, k, v in _gathered(segments, query, key, value):
+        mask = block.mask.to(q.dtype)
+        if block.is_plain:
+            weights = _weights(q, k, mask, scaling)
+            output = _weighted(weights, v, q.shape)
+            if keep:
+                kept.append(weights.flatten())
+        else:
+            output = _fused(q, k, v, mask, 0.0, scaling)
+        outputs.append(output.flatten(0, 1))
+    return _scattered(outputs, segments, query), torch.cat(kept)
+
+
+@_forward.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, carrier: Tensor, scaling: float, keep: bool
+) -> tuple[Tensor, Tensor]:
+    R, H, T, _ = query.shape
+    kept = carrier.shape[0] * H if keep else 0
+    return query.new_empty(R, T, H, value.shape[-1]), query.new_empty(kept)
+
+
+@torch.library.custom_op("rotopo::segments_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kept: Tensor,
+    carrier: Tensor,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, each [R, T, heads, d or d_v]."""
+    segments = _segments_of(carrier)
+    grads = [torch.zeros_like(x.transpose(1, 2).flatten(0, 1)) for x in (query, key, value)]
+    slots = grad.new_zeros(sum(block.queries.numel() for block in segments.blocks), *grad.shape[2:])
+    slots.index_add_(0, segments.source, grad.flatten(0, 1))
+    of_outputs = slots.split([block.queries.numel() for block in segments.blocks])
+    blocks = _gathered(segments, query, key, value)
+    for (block, q, k, v), of_output in zip(blocks, of_outputs, strict=True):
+        of_output = of_output.unflatten(0, block.queries.shape)
+        if block.is_plain:
+            size = block.mask.numel() * q.shape[2]
+            weights, kept = kept[:size], kept[size:]
+            found = _products_backward(of_output, q, k, v, weights, scaling)
+        else:
+            found = _tiles_backward(of_output, q, k, v, block.mask.to(q.dtype), scaling)
+        indices = (block.queries, block.keys, block.keys)
+        for total, index, part in zip(grads, indices, found, strict=True):
+            total.index_add_(0, index.flatten(), part.flatten(0, 1))
+    R, T = grad.shape[:2]
+    dq, dk, dv = (total.unflatten(0, (R, T)) for total in grads)
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kept: Tensor,
+    carrier: Tensor,
+    scaling: float,
+) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.transpose(1, 2).shape) for x in (query, key, value))
+
+
+def _tiles_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`_products_backward`, with the weights made again, for a few queries at a time."""
+    dq, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
+    for start in range(0, q.shape[1], _TILE):
+        part = slice(start, start + _TILE)
+        weights = _weights(q[:, part], k, mask[:, :, part], scaling)
+        found = _products_backward(grad[:, part], q[:, part], k, v, weights, scaling)
+        dq.append(found[0])
+        dk += found[1]
+        dv += found[2]
+    return torch.cat(dq, 1), dk, dv
+
+
+def _products_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a block's q, k and v, given the one of its output [G, Q, H, d_v]."""
+    G, K, H_kv, _ = k.shape
+    power = _power(scaling)
+    weights = weights.view(G, H_kv, -1, K)
+    grad = _by_key_head(grad, H_kv)
+    of_weights = grad @ v.permute(0, 2, 3, 1)
+    of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+    dq = _by_query(of_scores @ k.transpose(1, 2), q.shape) * scaling
+    dk = (of_scores.mT @ _by_key_head(q * power, H_kv)).transpose(1, 2) * (scaling / power)
+    dv = (weights.mT @ grad).transpose(1, 2)
+    return dq, dk, dv
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, carrier, ctx.scaling, _ = inputs
+    ctx.save_for_backward(query, key, value, output[1], carrier)
+
+
+def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    found = _backward(grad, *ctx.saved_tensors, ctx.scaling)
+    return *(x.transpose(1, 2) for x in found), None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_keep)
 
 ALL_ATTENTION_FUNCTIONS.register("segments", segment_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register("segments", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import rotopo.rotation  # noqa: F401
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+ComputeDtype = Literal["bfloat16"]
 Quantization = Literal["4bit", "8bit"]
 ReferenceMode = Literal["online", "cached", "auto"]
 
@@ -29,6 +30,10 @@ class BackboneConfig:
         dtype: dtype of the base model's weights; ``auto`` is bfloat16 where the processor is
             fast in it and an adapter trains, else float32. Adapters are float32 at least. Keep
             ``trainer.precision`` at its default: it would cast the adapter too.
+        compute_dtype: for full fine-tuning: compute in bfloat16 with copies of the weights, which
+            stay in float32 themselves, as do their gradients where these are added up, the
+            optimiser's state and checkpoints. A frozen reference is held in bfloat16. None
+            computes in ``dtype``.
         attention: ``segments`` computes only the scores that a shared-prompt batch needs, see
             :mod:`rotopo.models.segment_attention`; ``flex_attention`` does so in one compiled
             kernel on a GPU; or another implementation as transformers names it, of which ``sdpa``
@@ -37,11 +42,16 @@ class BackboneConfig:
             pass rather than keep them.
         compile: compile each decoder layer with ``torch.compile``, for which a C++ compiler has to
             be there. The first steps then take a minute or more (torch keeps the result on disk
-            for later runs) and the others less; losses move by rounding. Not together with
-            activation_checkpointing.
+            for later runs) and the others less; losses move by rounding. ``auto`` does so in a fit
+            whose settings make it long enough to win that time back, see
+            :mod:`rotopo.models.compilation`, and a resumed fit does what it did before; all else
+            runs uncompiled.
         quantize: keep the frozen base in 4 bits a weight (NF4, doubly quantised) or 8, by
-            bitsandbytes, which has to be installed; for LoRA on a GPU that holds the whole model.
-            What is computed in is ``dtype``.
+            bitsandbytes, which has to be installed, under an adapter that can work on it:
+            the rotation, LoRA and others, see :mod:`rotopo.models.quantized`. What is computed in
+            is ``dtype``. 8 bits are LLM.int8: on a GPU it rounds activations too, and which of
+            them depends on what else is in the batch, so that results vary with micro-batches;
+            and it is not for FSDP.
         router_loss: the coefficient of a mixture of experts' router loss, which keeps its experts
             evenly used and is added to the training loss; None takes the model's own
             (``router_aux_loss_coef``), 0 trains without. Unlike all else of a loss it depends on
@@ -56,9 +66,10 @@ class BackboneConfig:
     path: str = ""
     adapter: "PeftConfig | None" = None
     dtype: DtypeName = "auto"
+    compute_dtype: ComputeDtype | None = None
     attention: str = "segments"
     activation_checkpointing: bool = False
-    compile: bool = False
+    compile: bool | Literal["auto"] = "auto"
     quantize: Quantization | None = None
     router_loss: float | None = None
     trust_remote_code: bool = False

@@ -1,6 +1,6 @@
 """A model divided among ranks: of every weight each rank holds a share (torch's FSDP2)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +37,22 @@ class Sharding:
     mesh: DeviceMesh
     offload: bool = False
 
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        if self.mesh.device_type == "cuda":
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device(self.mesh.device_type)
 
-def divide(backbone: "Backbone", base: set[int], dtype: torch.dtype, sharding: Sharding) -> None:
+
+def divide(
+    backbone: "Backbone",
+    base: Mapping[int, torch.dtype | None],
+    dtype: torch.dtype,
+    sharding: Sharding,
+    compute_dtype: torch.dtype | None = None,
+    apart: Sequence[nn.Module] = (),
+) -> None:
     """Leave every rank its share of each weight, layer by layer, and the rest as one last unit.
 
     The weights may lie in a file that is mapped to memory, of any dtype: only one layer at a time
@@ -46,12 +60,15 @@ def divide(backbone: "Backbone", base: set[int], dtype: torch.dtype, sharding: S
 
     Args:
         backbone: policy or scorer; its methods that work on the model gather what they need.
-        base: ids of the base model's parameters.
-        dtype: of these; what else trains keeps its own where that is wider.
+        base: the dtype of each of the base model's parameters, by its id.
+        dtype: of what else trains, which keeps its own where that is wider.
         sharding: how.
+        compute_dtype: of the weights as they are gathered, to be computed with; None leaves them.
+        apart: modules whose weights are computed with as they are all the same.
 
     Raises:
-        InputError: weights of several dtypes train.
+        InputError: weights of several dtypes train, or are to be computed with as they are beside
+            others in one module.
     """
     backbone.sharding = sharding
     settings: dict[str, Any] = {"mesh": sharding.mesh}
@@ -59,11 +76,19 @@ def divide(backbone: "Backbone", base: set[int], dtype: torch.dtype, sharding: S
         pinned = sharding.mesh.device_type == "cuda"
         settings["offload_policy"] = CPUOffloadPolicy(pin_memory=pinned)
     models = [m for m in (backbone.language_model, backbone.reference) if m is not None]
-    for unit in (*(layer for model in models for layer in decoder_layers(model)), backbone):
+    layers = [layer for model in models for layer in decoder_layers(model)]
+    kept = {id(p) for module in apart for p in module.parameters(recurse=False)}
+    for unit in (*reversed(apart), *layers, backbone):  # what is inside another unit first
+        others = (p for p in unit.parameters() if id(p) not in kept and not isinstance(p, DTensor))
+        if unit in apart and any(True for _ in others):
+            raise InputError(
+                f"compute_dtype: {type(unit).__name__} keeps some weights in float32, beside "
+                "others, which FSDP2 cannot: take configs/strategies/ddp.yaml, or leave it out."
+            )
         for parameter in unit.parameters():
             if not isinstance(parameter, DTensor):
                 wide = torch.promote_types(parameter.dtype, dtype)
-                parameter.data = parameter.data.to(dtype if id(parameter) in base else wide)
+                parameter.data = parameter.data.to(base.get(id(parameter)) or wide)
         trained = {p.dtype for p in unit.parameters() if p.requires_grad}
         if len(trained) > 1:
             raise InputError(
@@ -73,7 +98,11 @@ def divide(backbone: "Backbone", base: set[int], dtype: torch.dtype, sharding: S
             )
         # Gradients in a half type would be rounded once more where the ranks add them up.
         narrow = trained <= {torch.bfloat16, torch.float16} and bool(trained)
-        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if narrow else None)
+        policy = MixedPrecisionPolicy(
+            param_dtype=None if unit in apart else compute_dtype,
+            reduce_dtype=torch.float32 if narrow or compute_dtype is not None else None,
+            cast_forward_inputs=False,  # angles of positions, say, which stay in float32
+        )
         fully_shard(unit, mp_policy=policy, **settings)
     for method in ("hidden_states", "generate", "cache_reference"):
         if hasattr(backbone, method):
@@ -87,13 +116,18 @@ def decoder_layers(model: "PreTrainedModel") -> list[nn.Module]:
     return [m for m in model.modules() if type(m).__name__.removeprefix(kind) in names]
 
 
-def whole(value: Any) -> Any:
-    """A tensor as it would be on one rank, on the processor; all ranks have to ask together."""
+def gathered(value: Tensor) -> Tensor:
+    """A tensor as it would be on one rank; all ranks have to ask together."""
     if not isinstance(value, DTensor):
-        return value.detach().cpu() if isinstance(value, Tensor) else value
+        return value.detach()
     # Offloaded shares travel by way of the device.
     here: Any = value.detach().to(value.device_mesh.device_type)
-    return here.full_tensor().cpu()
+    return here.full_tensor()
+
+
+def whole(value: Any) -> Any:
+    """As :func:`gathered`, on the processor; what is no tensor as it is."""
+    return gathered(value).cpu() if isinstance(value, Tensor) else value
 
 
 def share_of(value: Tensor, like: Tensor) -> Tensor:

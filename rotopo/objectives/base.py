@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rotopo.callbacks import (
     CacheReference,
+    CompileLayers,
     Displacement,
     ImplicitRewards,
     Orthogonality,
@@ -82,6 +83,10 @@ class PreferenceModule(PairwiseModule):
         """
 
     @property
+    def model_config(self) -> PolicyConfig:
+        return self.policy_config
+
+    @property
     def backbone(self) -> "Policy":
         assert self.policy is not None
         return self.policy
@@ -101,6 +106,7 @@ class PreferenceModule(PairwiseModule):
             PairScores(),
             PredictionWriter(),
             CacheReference(),
+            CompileLayers(),
         ]
 
     def pair_rewards(self, outputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

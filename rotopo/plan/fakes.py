@@ -61,7 +61,11 @@ def model_config(settings: BackboneConfig, file: Path | None = None) -> Pretrain
         ) from error
     for setting, given, why in (
         ("quantize", settings.quantize, "bitsandbytes packs weights by kernels of its own"),
-        ("compile", settings.compile, "a compiler decides what is kept and what computed again"),
+        (
+            "compile",
+            settings.compile is True,
+            "a compiler decides what is kept and what computed again",
+        ),
         (
             "trust_remote_code",
             settings.trust_remote_code and hasattr(config, "auto_map"),

@@ -8,7 +8,14 @@ from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from rotopo.callbacks import ImplicitRewards, Orthogonality, PairScores, PredictionWriter, Speed
+from rotopo.callbacks import (
+    CompileLayers,
+    ImplicitRewards,
+    Orthogonality,
+    PairScores,
+    PredictionWriter,
+    Speed,
+)
 from rotopo.data.batch import PairBatch, PromptBatch, Role
 from rotopo.errors import InputError
 from rotopo.models.log_probs import Needs
@@ -89,6 +96,10 @@ class RewardModule(PairwiseModule):
         self.scorer: Scorer | None = None
 
     @property
+    def model_config(self) -> BackboneConfig:
+        return self.backbone_config
+
+    @property
     def backbone(self) -> "Scorer":
         assert self.scorer is not None
         return self.scorer
@@ -100,7 +111,14 @@ class RewardModule(PairwiseModule):
             self.scorer = Scorer.load(self.backbone_config, self.sharding)
 
     def always_on(self) -> list[Callback]:
-        return [ImplicitRewards(), Orthogonality(), Speed(), PairScores(), PredictionWriter()]
+        return [
+            ImplicitRewards(),
+            Orthogonality(),
+            Speed(),
+            PairScores(),
+            PredictionWriter(),
+            CompileLayers(),
+        ]
 
     def response_lengths(self, batch: PairBatch) -> Tensor:
         return batch.lengths - 1  # a token follows that is no part of the response

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from rotopo.errors import InputError
-from rotopo.models.sharding import in_turn
+from rotopo.models.sharding import gathered, in_turn
 from rotopo.rotation.givens import Delta
-from rotopo.rotation.tuner import RotationLayer
+from rotopo.rotation.tuner import RotationLayer, is_quantised
 
 ROTATING_LAYERS = (RotationLayer, OFTLinear, BOFTLinear, HRALinear)
 
@@ -116,7 +116,7 @@ def merged_weights(
         layer = module.get_base_layer() if module in adapted else module
         if module in left_out or not isinstance(layer, nn.Linear | Conv1D):
             continue
-        if not layer.weight.is_floating_point():  # quantised
+        if is_quantised(layer) or not layer.weight.is_floating_point():
             continue
         if module in adapted:
             # A copy: in a half type, merging and its undoing would leave other weights behind.
@@ -126,7 +126,8 @@ def merged_weights(
             layer = cast(nn.Linear, copied.get_base_layer())
         elif not layer.weight.requires_grad:
             continue
-        weight = layer.weight.to(torch.promote_types(layer.weight.dtype, torch.float32))
+        weight = gathered(layer.weight)
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         yield weight.T if isinstance(layer, Conv1D) else weight
 
 

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from rotopo.errors import InputError
+from rotopo.rotation.activations import rotated_input, scaled_output
 from rotopo.rotation.givens import Delta, chain, tree
 from rotopo.rotation.householder import after_reflections
 
@@ -245,8 +246,13 @@ def _grouped(flat: Sequence[Tensor | None]) -> list[Factors]:
     return [Factors(*flat[i : i + size]) for i in range(0, len(flat), size)]
 
 
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether a linear layer is bitsandbytes', whose parameter is not the weight (out, D)."""
+    return any(kind.__module__.startswith("bitsandbytes.") for kind in type(layer).__mro__)
+
+
 class RotationLayer(nn.Module, BaseTunerLayer):
-    """A frozen nn.Linear or transformers Conv1D with its rotations.
+    """A frozen nn.Linear, transformers Conv1D or quantised linear layer with its rotations.
 
     Several active adapters act as if merged one after the other, in the order of activation. Every
     call makes the factors anew: to generate token by token, merge first.
@@ -261,7 +267,11 @@ class RotationLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._unmerged_weight: Tensor | None = None
         self._active_adapter = adapter_name
-        self.out_features, self.in_features = self._weight.shape
+        self.quantised = is_quantised(base_layer)
+        if isinstance(base_layer, nn.Linear):
+            self.out_features, self.in_features = base_layer.out_features, base_layer.in_features
+        else:
+            self.out_features, self.in_features = self._weight.shape
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: RotationConfig) -> None:
@@ -279,8 +289,8 @@ class RotationLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (…, D) → (…, out).
 
-        With more tokens than outputs the rotation is folded into the weight, else it is applied to
-        the activations: the same function, and the cheaper of the two.
+        With more tokens than outputs the rotation is folded into the weight, else, and where the
+        weight is quantised, it is applied to the activations: the same function.
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -288,22 +298,14 @@ class RotationLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
         adapters = [self.rotation_adapter[name]() for name in active]
-        if x.numel() // self.in_features > self.out_features:
+        if not self.quantised and x.numel() // self.in_features > self.out_features:
             flat = [t for factors in adapters for t in factors]
             return _FoldedLinear.apply(x, self.bias, self._weight, *flat)
-        dtype = _factor_dtype(adapters)
-        with torch.autocast(x.device.type, enabled=False):
-            rows = x.reshape(-1, x.shape[-1]).to(dtype)
-            for factors in reversed(adapters):
-                rows = factors.delta.inverse().rotate(rows)
-        y = self.base_layer(rows.to(x.dtype).view(x.shape), *args, **kwargs)
-        # As y + (s − 1)(y − bias): the identity stays exact, and the bias is not scaled.
-        out = y.to(dtype)
-        for factors in adapters:
-            if factors.magnitude is not None:
-                unbiased = out if self.bias is None else out - self.bias
-                out = torch.addcmul(out, unbiased, factors.magnitude)
-        return out.to(y.dtype)
+        rows = rotated_input(x, [factors.delta for factors in adapters])
+        y = self.base_layer(rows, *args, **kwargs)
+        return scaled_output(
+            y, self.bias, [f.magnitude for f in adapters if f.magnitude is not None]
+        )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold adapters (all active ones by default) into the base weight.
@@ -312,7 +314,8 @@ class RotationLayer(nn.Module, BaseTunerLayer):
         drops it with the layer.
 
         Raises:
-            InputError: safe_merge is set and the merged weight is not finite.
+            InputError: the base weight is quantised, or safe_merge is set and the merged weight is
+                not finite.
         """
         names = [
             name
@@ -321,6 +324,11 @@ class RotationLayer(nn.Module, BaseTunerLayer):
         ]
         if not names:
             return
+        if self.quantised:
+            raise InputError(
+                f"Merging {', '.join(names)} into a quantised weight would round it once more: "
+                "put the adapter on the model in full precision, and merge it there."
+            )
         with torch.no_grad():
             merged = fold(self._weight, [self.rotation_adapter[name]() for name in names])
         if safe_merge and not merged.isfinite().all():
@@ -342,7 +350,8 @@ class RotationModel(BaseTuner):
     """The tuner that PEFT builds for a `RotationConfig`: it puts a `RotationLayer` on each target.
 
     Raises:
-        InputError: a target module is neither nn.Linear nor Conv1D, or its weight is quantised.
+        InputError: a target module is neither nn.Linear nor Conv1D, or its weight is quantised by
+            something else than bitsandbytes.
     """
 
     prefix = "rotation_"
@@ -361,10 +370,13 @@ class RotationModel(BaseTuner):
         if isinstance(target, RotationLayer):
             target.update_layer(adapter_name, peft_config)
             return
-        if not isinstance(target, nn.Linear | Conv1D) or not target.weight.is_floating_point():
+        if not isinstance(target, nn.Linear | Conv1D) or not (
+            target.weight.is_floating_point() or is_quantised(target)
+        ):
             raise InputError(
                 f"target_modules matches {current_key!r}, a {type(target).__name__}; a rotation "
-                "needs nn.Linear or Conv1D with a floating-point weight. Narrow target_modules."
+                "needs nn.Linear or Conv1D with a floating-point weight, or bitsandbytes' linear "
+                "layers. Narrow target_modules."
             )
         layer = RotationLayer(target, adapter_name, peft_config)
         if adapter_name not in self.active_adapters:

@@ -25,7 +25,7 @@ from rotopo.errors import InputError
 from rotopo.models.policy import Policy
 from rotopo.models.scorer import Scorer
 from rotopo.pretrained import Positions
-from tests.conftest import CHATML
+from tests.byte_tokenizer import CHATML
 from tests.data.test_tokens import GEMMA, STYLES
 from tests.ranks import on_ranks, strategy
 from tests.small_run import save_config

@@ -4,14 +4,12 @@ import pytest
 import torch
 import transformers.integrations.flex_attention
 from peft import HRAConfig, LoraConfig, OFTConfig
-from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import flex_attention
 
 from rotopo.data import batch as batch_module
 from rotopo.data.batch import Role, TokenizedRow, collate, collate_prompts
 from rotopo.errors import InputError
 from rotopo.models import segment_attention
-from rotopo.models.backbone import quantized
 from rotopo.models.log_probs import PairLogProbs
 from rotopo.models.policy import Policy, PolicyConfig, Sampling
 from rotopo.rotation import RotationConfig
@@ -77,7 +75,7 @@ def test_layouts_orders_and_padding_give_the_models_own_numbers(family, attentio
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "minicpm3"])
 def test_large_blocks_go_through_the_fused_kernel(family, monkeypatch):
     monkeypatch.setattr(segment_attention, "_PLAIN_SCORES", 0)
-    monkeypatch.setattr(segment_attention, "_products", None)
+    monkeypatch.setattr(segment_attention, "_weights", None)
     monkeypatch.setattr(batch_module, "_STRETCH", 5)
     policy = policy_of(family, lora(family), attn_implementation="segments")
     assert_batches_do_not_matter(policy, family, "segments")
@@ -234,40 +232,6 @@ def test_activation_checkpointing_changes_no_gradient(layout):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("adapter", ["lora", "rotation", None])
-def test_compiled_layers_give_the_same_numbers(adapter):
-    """Values and gradients, of batches of several sizes, under both policy and reference."""
-    modules = ["q_proj", "v_proj"]
-    config = {
-        "lora": LoraConfig(r=2, target_modules=modules, init_lora_weights=False),
-        "rotation": RotationConfig(target_modules=modules),
-        None: None,
-    }[adapter]
-    rows = some_rows(9)
-    found = []
-    torch._dynamo.reset()
-    counters.clear()
-    for compiled in (False, True):
-        torch.manual_seed(1)
-        settings = PolicyConfig(path="", adapter=config, compile=compiled)
-        policy = Policy.build(make("llama", torch.float32), settings, needs_reference=True)
-        with torch.no_grad():
-            for parameter in trained(policy).values():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        values = []
-        for part in (rows[:3], rows[3:4], rows[2:]):
-            log_probs = policy(collate(part, 0, "packed", 1.0))
-            values += [log_probs.chosen, log_probs.reference_rejected]
-            values += torch.autograd.grad(dpo_loss(log_probs), trained(policy).values())
-        found.append(values)
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    # At most: the reference, the policy's first layer, its other layers, each before and behind
-    # the attention.
-    assert 2 <= counters["stats"]["unique_graphs"] <= 12
-
-
 def test_a_family_that_does_not_follow_the_mask_is_refused():
     """Bloom's positions come from the 2-D mask, so a 4-D mask cannot express them."""
     from transformers import BloomConfig, BloomForCausalLM
@@ -280,12 +244,6 @@ def test_a_family_that_does_not_follow_the_mask_is_refused():
     policy(collate(some_rows(), 0, "padded", 1.0))
     with pytest.raises(InputError, match=r"bloom.*data\.layout to 'padded'"):
         policy(collate(some_rows(), 0, "packed", 1.0))
-
-
-def test_compiled_layers_and_checkpointing_are_refused_together():
-    config = PolicyConfig(adapter=lora(""), compile=True, activation_checkpointing=True)
-    with pytest.raises(InputError, match=r"policy\.compile and policy\.activation_checkpointing"):
-        Policy.build(make("llama"), config, needs_reference=True)
 
 
 def test_a_mask_without_its_blocks_is_refused():
@@ -349,29 +307,3 @@ def test_generation_stops_where_it_should_and_ignores_padding():
         collate_prompts(prompts, 0, [0, 1]), Sampling(max_new_tokens=8), [stop], 0
     )
     assert shorter[0] == together[0][: together[0].index(stop)]
-
-
-LORA = LoraConfig(target_modules=["q_proj"])
-
-
-@pytest.mark.parametrize(
-    ("adapter", "kind", "divided", "message"),
-    [
-        (LORA, "2bit", False, "4bit or 8bit"),
-        (None, "4bit", False, "for LoRA"),
-        (RotationConfig(), "4bit", False, "for LoRA"),
-        (LORA, "4bit", True, "take ddp"),
-        (LORA, "8bit", False, "need a GPU"),
-    ],
-)
-def test_quantising_that_cannot_be_done_is_refused(adapter, kind, divided, message, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(InputError, match=rf"policy\.quantize.*{message}"):
-        quantized(PolicyConfig(adapter=adapter, quantize=kind), divided)
-
-
-def test_quantising_without_its_package_says_which(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="pip install bitsandbytes"):
-        quantized(PolicyConfig(adapter=LORA, quantize="8bit"), False)

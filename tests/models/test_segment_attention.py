@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from rotopo.data.batch import Role, TokenizedRow, collate
+from rotopo.errors import InputError
 from rotopo.models import segment_attention as module
 from rotopo.models.attention import dense_mask
 
@@ -19,8 +21,12 @@ ROWS = [
 @pytest.mark.parametrize("plain_scores", [0, 512 * 512])
 @pytest.mark.parametrize("d_v", [2, 4, 7])
 @pytest.mark.parametrize("scaling", [None, 0.3])
-def test_blocks_are_masked_attention(layout, plain_scores, d_v, scaling, monkeypatch):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_blocks_are_masked_attention(layout, plain_scores, d_v, scaling, compiled, monkeypatch):
+    """By torch's autograd, and as the operator of compiled layers."""
     monkeypatch.setattr(module, "_PLAIN_SCORES", plain_scores)
+    monkeypatch.setattr(module, "_TILE", 2)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
     batch = collate(ROWS, 0, layout, 1.0)
     R, T = batch.input_ids.shape
     torch.manual_seed(0)
@@ -47,3 +53,62 @@ def test_blocks_are_masked_attention(layout, plain_scores, d_v, scaling, monkeyp
     ]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_one_graph_serves_batches_of_any_shape():
+    """Traced as far as torch needs no C++ compiler; the gradients' shapes and strides are checked
+    against what the operator told it."""
+    attention = nn.Module()
+    attention.num_key_value_groups = H // H_KV
+
+    def attend(query, key, value, mask):
+        return module.segment_attention(attention, 2 * query, key, value, mask)[0].cos()
+
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(attend, backend="aot_eager", dynamic=True, fullgraph=True)
+    for n in (2, 1, 3, 5):
+        batch = collate([*ROWS, *ROWS, *ROWS][:n], 0, "packed", 1.0)
+        mask = module.segment_mask(batch, torch.float64, None)
+        T = batch.input_ids.shape[1]
+        inputs = [
+            torch.randn(1, T, heads, size, dtype=torch.float64).transpose(1, 2).requires_grad_()
+            for heads, size in ((H, D), (H_KV, D), (H_KV, 3))
+        ]
+        found, expected = (function(*inputs, mask) for function in (compiled, attend))
+        grads = [torch.autograd.grad(x.sum(), inputs) for x in (found, expected)]
+        torch.testing.assert_close((found, *grads[0]), (expected, *grads[1]))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_weights_are_kept_only_if_asked_for():
+    batch = collate(ROWS, 0, "packed", 1.0)
+    mask = module.segment_mask(batch, torch.float32, None)
+    inputs = [torch.randn(1, H, batch.input_ids.shape[1], D) for _ in range(3)]
+    for keep in (True, False):
+        assert len(module._forward(*inputs, mask, 0.5, keep)[1]) == keep * H * len(mask)
+
+
+def test_autocast_reaches_the_operator():
+    batch = collate(ROWS, 0, "packed", 1.0)
+    mask = module.segment_mask(batch, torch.float32, None)
+    inputs = [torch.randn(1, H, batch.input_ids.shape[1], D) for _ in range(3)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = module._operator(*inputs, mask, 0.5)
+        expected = module._uncompiled(*inputs, mask, 0.0, 0.5)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_blocks_outlive_the_tensor_that_brought_them():
+    """Checkpointing and compiled graphs pass on another tensor on the same memory; and a copy of
+    it, on which nothing hangs, is refused by either way."""
+    batch = collate(ROWS, 0, "packed", 1.0)
+    inputs = [torch.randn(1, H, batch.input_ids.shape[1], D) for _ in range(3)]
+    mask = module.segment_mask(batch, torch.float32, None).detach()
+    expected = module._uncompiled(*inputs, mask, 0.0, 0.5)
+    torch.testing.assert_close(module._operator(*inputs, mask, 0.5), expected)
+    for attend in (module._operator, lambda *x: module._uncompiled(*x[:4], 0.0, x[4])):
+        with pytest.raises(InputError, match="changes the mask"):
+            attend(*inputs, mask.clone(), 0.5)
