@@ -198,7 +198,10 @@ def materialise(module: nn.Module, mode: FakeTensorMode) -> None:
                     part._buffers[name] = _fake(buffer)
         for part in module.modules():
             if isinstance(part, FSDPModule):
-                for group in part._get_fsdp_state()._fsdp_param_groups:
+                state: Any = part._get_fsdp_state()
+                # One group for each module, by another name before torch 2.12.
+                groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+                for group in groups:
                     for share in group.fsdp_params:
                         share.reset_sharded_param()  # as to_empty() has it done
 

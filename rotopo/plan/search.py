@@ -36,6 +36,6 @@ def most_pairs(
             fits = n
         else:
             too_many = n
-        near = sorted(known.items(), key=lambda item: abs(item[1] - limit))
-        line = (near[0], near[1])
+        one, other, *_ = sorted(known.items(), key=lambda item: abs(item[1] - limit))
+        line = min(one, other), max(one, other)
     return fits

@@ -57,9 +57,7 @@ def _table(plan: "Plan") -> list[str]:
     head = f"{'':<30}{_pairs(plan.load.pairs):>12}"
     if plan.card is not None:
         peak = f"{plan.card.gib:g} GiB, the allowance included"
-        head = (
-            f"{f'{plan.card.name}: {peak}':<45}\n{head}{'most pairs':>14}{'data.token_budget':>20}"
-        )
+        head = f"{plan.card.name}: {peak}\n{head}{'most pairs':>14}{'data.token_budget':>20}"
     lines = head.split("\n")
     for row in plan.rows:
         total = row.memory.peak / _GIB + plan.allowance

@@ -92,14 +92,11 @@ def test_layers_multiplied_are_layers_traced(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", [Strategy(), Strategy("ddp", 2), Strategy("fsdp2", 2)])
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("accumulated", [False, True])
+@pytest.mark.parametrize("strategy", [Strategy(), Strategy("fsdp2", 2)])
+@pytest.mark.parametrize("often", [False, True])
 @pytest.mark.parametrize("adapter", [None, RotationConfig()])
-def test_layers_multiplied_are_layers_traced_everywhere(
-    adapter, accumulated, checkpointing, strategy, monkeypatch
-):
-    settings = {"accumulated": accumulated, "checkpointing": checkpointing}
+def test_layers_multiplied_are_layers_traced_everywhere(adapter, often, strategy, monkeypatch):
+    settings = {"accumulated": often, "checkpointing": often}
     traced, multiplied = multiplied_and_traced(adapter, strategy, monkeypatch, **settings)
     assert traced == multiplied
 
@@ -174,7 +171,14 @@ def test_the_search_finds_the_most_pairs(limit, start):
     def peak(n):
         return 90 + 10 * n + (n > 20) * 7
 
-    found = most_pairs(peak, limit, start, peak(start), 90, 64)
+    seen = []
+
+    def counted(n):
+        seen.append(n)
+        return peak(n)
+
+    found = most_pairs(counted, limit, start, peak(start), 90, 64)
+    assert len(seen) <= 4
     most = max((n for n in range(1, 65) if peak(n) <= limit), default=0)
     assert most - 1 <= found <= most
 
