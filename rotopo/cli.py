@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jsonargparse._typehints as jsonargparse_typehints
+import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -365,6 +366,7 @@ def described(args: list[str]) -> tuple[PairwiseModule, PairwiseDataModule, Name
 
 def _built(command: type[_Kind], args: list[str] | None) -> _Kind:
     _keep_only_what_classes_share()
+    _prefer_torchs_optimisers()
     warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
     # The run's folder already holds config.yaml when the CSV logger looks at it.
     warnings.filterwarnings("ignore", "Experiment logs directory")
@@ -467,6 +469,27 @@ def _keep_only_what_classes_share() -> None:
 
     discard.wrapped_by_rotopo = True  # type: ignore[attr-defined]
     jsonargparse_typehints.discard_init_args_on_class_path_change = discard
+
+
+def _prefer_torchs_optimisers() -> None:
+    """Have a short name that torch.optim has mean torch's class.
+
+    bitsandbytes, which PEFT imports wherever it is installed, has optimisers of the same names, and
+    jsonargparse would then ask for the full path of each.
+    """
+    original = jsonargparse_typehints.resolve_class_path_by_name
+    if getattr(original, "wrapped_by_rotopo", False):
+        return
+
+    def resolve(cls: type | tuple[type], name: str) -> str:
+        own = getattr(torch.optim, name, None) if "." not in name else None
+        wanted = cls if isinstance(cls, tuple) else (cls,)
+        if isinstance(own, type) and torch.optim.Optimizer in wanted:
+            return f"torch.optim.{name}"
+        return original(cls, name)
+
+    resolve.wrapped_by_rotopo = True  # type: ignore[attr-defined]
+    jsonargparse_typehints.resolve_class_path_by_name = resolve
 
 
 def _shared_settings(old_path: str, new_path: str) -> set[str]:

@@ -89,6 +89,15 @@ def test_of_optimisers_nothing_carries_over(settings):
     assert optimizer["init_args"]["lr"] == 0.001  # SGD's own default, not AdamW's 0.01
 
 
+class Rprop(torch.optim.Optimizer):
+    """Another package's, of the same name as torch's."""
+
+
+def test_a_short_name_of_an_optimiser_is_torchs(settings):
+    optimizer = settings("--model.optimizer=Rprop")["model"]["init_args"]["optimizer"]
+    assert optimizer["class_path"] == "torch.optim.Rprop"
+
+
 def test_the_tokenizer_is_the_models(config):
     cli = run(["test", "--config", str(config)])
     assert cli.datamodule.tokenizer_path == cli.model.policy_config.path
