@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 from rotopo.callbacks.arithmetic import Decoder, is_known
@@ -150,7 +151,7 @@ def make(args: list[str], options: argparse.Namespace) -> Plan:
     whole = without_values(module, config, "cuda", own)
     weights = list(whole.language_model.parameters())
     flops = _flops(whole, load, data.pairs_per_step, cached)
-    peak = None if card is None else card.flops(whole.language_model.dtype)
+    peak = None if card is None else card.flops(_computed_in(whole))
     seconds = None
     if flops is not None and peak is not None:
         seconds = flops / (strategy.ranks * peak * options.mfu)
@@ -206,7 +207,16 @@ def _words(module: Any) -> str:
     adapter = "every weight" if settings.adapter is None else type(settings.adapter).__name__
     model = module.language_model
     dtype = str(embeddings(model).dtype).removeprefix("torch.")
-    return f"{type(module).__name__}, {adapter}, {type(model).__name__} in {dtype}"
+    words = f"{type(module).__name__}, {adapter}, {type(model).__name__} in {dtype}"
+    if settings.compute_dtype is not None:
+        words += f", computed in {settings.compute_dtype}"
+    return words
+
+
+def _computed_in(module: Any) -> torch.dtype:
+    """The dtype of the products."""
+    name = backbone_config(module).compute_dtype
+    return module.language_model.dtype if name is None else getattr(torch, name)
 
 
 def _flops(module: Any, load: Load, pairs_per_step: int, cached: bool) -> float | None:

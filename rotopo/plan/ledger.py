@@ -91,7 +91,7 @@ class Ledger(TorchDispatchMode):
             label = REDUCED if "chunk_cat" in str(function) else GATHERED
             if "reduce_scatter" in str(function):
                 label = REDUCED
-            self.name((t for t in tree_iter(args) if self._is_at_large(t)), label)
+            self.name((t for t in tree_iter((args, kwargs)) if self._is_at_large(t)), label)
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
                 storage = _storage(tensor)

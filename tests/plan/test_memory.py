@@ -66,6 +66,11 @@ def test_an_adapter_trains_alone_and_is_its_own_reference():
     assert "the reference's weights" not in held
 
 
+def test_computed_in_a_half_type_the_reference_is_held_in_it():
+    held = memory(module(compute_dtype="bfloat16")).held
+    assert held[TRAINED] == 4 * weights(1) == 2 * held["the reference's weights"]
+
+
 def test_what_checkpointing_keeps_of_a_layer_is_its_input():
     load = Load(3, 5, 40)
     tokens = load.tokens(Needs())
