@@ -70,7 +70,9 @@ def assistant(content=None, **fields):
 
 
 def of_trl(data: PairwiseDataModule, rows: list[dict]) -> Dataset:
-    """The rows as TRL's DPO trainer tokenises them."""
+    """The rows as TRL's DPO trainer tokenises them; a content that is null as an empty one, since
+    before transformers 5.23 a template may write it out as None there."""
+    rows = json.loads(json.dumps(rows).replace('"content": null', '"content": ""'))
     tokenizer = data.encoder.tokenizer
     trainer = SimpleNamespace(_tokenizer=tokenizer)
     args = DPOConfig(max_length=None, report_to="none", use_cpu=True, bf16=False)
