@@ -17,7 +17,7 @@ from rotopo.files import to_json, write_whole
 from rotopo.models.backbone import embeddings
 from rotopo.models.log_probs import Needs
 from rotopo.plan.cards import CARDS, Card
-from rotopo.plan.fakes import backbone_config, model_config, without_values
+from rotopo.plan.fakes import model_config, without_values
 from rotopo.plan.load import Load
 from rotopo.plan.memory import StepMemory, Strategy, planner
 from rotopo.plan.search import most_pairs
@@ -124,8 +124,8 @@ def make(args: list[str], options: argparse.Namespace) -> Plan:
     lengths = Lengths(options.pairs, options.prompt_tokens, options.response_tokens)
     load, load_from = load_of(data, needs, lengths, accumulation, strategy.ranks)
     cached = reference_cached(module, trainer)
-    config = model_config(backbone_config(module), options.model_config)
-    own = backbone_config(module).activation_checkpointing
+    config = model_config(module.model_config, options.model_config)
+    own = module.model_config.activation_checkpointing
     limit = None if card is None else int((card.gib - options.allowance_gib) * GIB)
     end = max(load.pairs, math.ceil(data.pairs_per_step / strategy.ranks))
 
@@ -203,7 +203,7 @@ def _card(options: argparse.Namespace) -> Card | None:
 
 
 def _words(module: Any) -> str:
-    settings = backbone_config(module)
+    settings = module.model_config
     adapter = "every weight" if settings.adapter is None else type(settings.adapter).__name__
     model = module.language_model
     dtype = str(embeddings(model).dtype).removeprefix("torch.")
@@ -215,7 +215,7 @@ def _words(module: Any) -> str:
 
 def _computed_in(module: Any) -> torch.dtype:
     """The dtype of the products."""
-    name = backbone_config(module).compute_dtype
+    name = module.model_config.compute_dtype
     return module.language_model.dtype if name is None else getattr(torch, name)
 
 

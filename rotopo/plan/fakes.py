@@ -33,12 +33,6 @@ Device = Literal["cuda", "cpu"]
 _ATTENTIONS = ("segments", "sdpa", "eager")
 
 
-def backbone_config(module: PairwiseModule) -> BackboneConfig:
-    """A module's settings of its model."""
-    either: Any = module
-    return either.policy_config if hasattr(either, "policy_config") else either.backbone_config
-
-
 def model_config(settings: BackboneConfig, file: Path | None = None) -> PretrainedConfig:
     """The configuration of the model that the settings name; nothing else of it is read.
 
@@ -135,7 +129,7 @@ def without_values(
     Raises:
         InputError: an adapter that does not fit, or that needs the weights' values to be made.
     """
-    settings = dataclasses.replace(backbone_config(module), activation_checkpointing=checkpointing)
+    settings = dataclasses.replace(module.model_config, activation_checkpointing=checkpointing)
     if settings.dtype == "auto" and settings.adapter is not None and device == "cuda":
         settings = dataclasses.replace(settings, dtype="bfloat16")  # whatever this machine has
     dtype = trained_dtype(settings)

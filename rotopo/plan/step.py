@@ -17,7 +17,7 @@ from rotopo.errors import InputError
 from rotopo.models import log_probs
 from rotopo.models.backbone import embeddings
 from rotopo.models.sharding import decoder_layers
-from rotopo.plan.fakes import Device, backbone_config, materialise
+from rotopo.plan.fakes import Device, materialise
 from rotopo.plan.ledger import Ledger, Moment, Parts, places
 from rotopo.plan.load import Load
 from rotopo.pretrained import first_line
@@ -93,7 +93,7 @@ class Stepper:
         self.device = device
         self.accumulated = accumulated
         self.sharded = sharded
-        self.setting = backbone_config(module).setting
+        self.setting = module.model_config.setting
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.ledger: Ledger | None = None
         self.phase = FORWARD
@@ -154,7 +154,7 @@ class Stepper:
         except RuntimeError as error:
             raise InputError(
                 f"{type(module).__name__} on {module.language_model.config.model_type} with "
-                f"{self.setting}.attention {backbone_config(module).attention!r} cannot be "
+                f"{self.setting}.attention {module.model_config.attention!r} cannot be "
                 f"planned: its step does not run on tensors without values: {first_line(error)}"
             ) from error
         finally:
