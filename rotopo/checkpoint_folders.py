@@ -19,10 +19,10 @@ from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageWriter,
 )
 
+from rotopo import ranks
 from rotopo.checkpoints import REST, replacing
 from rotopo.errors import InputError
 from rotopo.files import sha256, writing_whole
-from rotopo.training import of_all_ranks
 
 
 def write(path: Path, checkpoint: dict[str, Any]) -> None:
@@ -43,20 +43,20 @@ def write(path: Path, checkpoint: dict[str, Any]) -> None:
     ]
     rest = checkpoint | {"optimizer_states": states}
     rest["state_dict"] = _aside(tensors, "model", checkpoint["state_dict"])
-    rank = torch.distributed.get_rank()
+    rank = ranks.number()
     try:
         if rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
-        torch.distributed.barrier()
+        ranks.wait()
         with _own_errors():
             writer = HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
             distributed.save(tensors, storage_writer=writer)
         own = unfinished.glob(f"shard-{rank + 1:05}-*.safetensors")
-        hashes = of_all_ranks({share.name: sha256(share) for share in own})
+        hashes = ranks.of_all({share.name: sha256(share) for share in own})
         rest["shares"] = {name: value for part in hashes for name, value in part.items()}
         absent = [name for name in rest["shares"] if not (unfinished / name).is_file()]
-        if of_all_ranks(absent)[0]:
+        if ranks.of_all(absent)[0]:
             raise InputError(
                 f"{path}: what other ranks have written is not here: let checkpoints lie in a "
                 "folder that all nodes share."
@@ -69,7 +69,7 @@ def write(path: Path, checkpoint: dict[str, Any]) -> None:
     finally:
         if rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
-    torch.distributed.barrier()
+    ranks.wait()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import json
 import lzma
 import math
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -121,11 +122,47 @@ def writing_whole(file: Path) -> Iterator[BinaryIO]:
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)
-    folder = os.open(file.parent, os.O_RDONLY)
+    _to_disk(file.parent)  # else the new name may not outlive a loss of power
+
+
+@contextmanager
+def writing_whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill that appears under its name only when it is complete and on the disk.
+
+    Nothing of it stays behind when filling fails; a killed process leaves a hidden folder beside
+    it, which :func:`unfinished` finds.
+
+    Raises:
+        FileExistsError: there is something in the folder already, of another process perhaps,
+            which was faster.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    part.mkdir()
     try:
-        os.fsync(folder)  # else the new name may not outlive a loss of power
+        yield part
+        for parent, _, names in os.walk(part):
+            for name in names:
+                _to_disk(Path(parent, name))
+            _to_disk(Path(parent))
+        try:
+            part.rename(folder)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise FileExistsError(error.errno, error.strerror, str(folder)) from error
+            raise
     finally:
-        os.close(folder)
+        shutil.rmtree(part, ignore_errors=True)
+    _to_disk(folder.parent)
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file's bytes, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def unfinished(file: Path) -> Iterator[Path]:

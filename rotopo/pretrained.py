@@ -3,8 +3,7 @@
 import hashlib
 import importlib.util
 import os
-import shutil
-import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from transformers import (
 )
 
 from rotopo.errors import InputError
+from rotopo.files import writing_whole_folder
 
 
 def cache_dir() -> Path:
@@ -210,15 +210,7 @@ def _convert_gguf(file: Path) -> Path:
     # The weights are plain float32 now, but the model still says that they are quantised.
     del model.config.quantization_config
     model.hf_quantizer = None
-    # A folder appears under its name only when it is whole; of two processes one wins.
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
-    try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        partial.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with suppress(FileExistsError), writing_whole_folder(folder) as part:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
     return folder

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import rotopo
+from rotopo import ranks
 from rotopo.checkpoints import Interruption
 from rotopo.errors import InputError
 from rotopo.monitors import MetricSchedules, follows_metric
@@ -103,15 +104,6 @@ def _random_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
-
-
-def of_all_ranks(value: Any) -> list[Any]:
-    """A value's counterparts on all ranks, in their order."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
 
 
 def _recut_steps(checkpoint: dict[str, Any], accumulation: int) -> None:
@@ -378,7 +370,7 @@ class PairwiseModule(LightningModule):
             "shapes": {k: list(v.shape) for k, v in checkpoint["state_dict"].items()},
         }
         checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
-        checkpoint["random_states"] = of_all_ranks(_random_state())
+        checkpoint["random_states"] = ranks.of_all(_random_state())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that does not fit.

@@ -9,7 +9,7 @@ import torch
 from torch import distributed
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-from rotopo import checkpoint_folders, checkpoints
+from rotopo import checkpoint_folders, checkpoints, ranks
 from rotopo.errors import InputError
 from rotopo.files import full_disk
 
@@ -105,11 +105,11 @@ def test_a_full_disk_is_the_disks_error_and_leaves_the_last_one_whole(folder, mo
 def test_what_another_node_keeps_for_itself_is_missed_at_once(folder, monkeypatch):
     """Not when the run is to go on, days later."""
     elsewhere = {"shard-00002-model-00001-of-00001.safetensors": "0" * 64}
-    of_all_ranks = checkpoint_folders.of_all_ranks
+    of_all = ranks.of_all
     monkeypatch.setattr(
-        checkpoint_folders,
-        "of_all_ranks",
-        lambda value: [*of_all_ranks(value), *([elsewhere] if isinstance(value, dict) else [])],
+        ranks,
+        "of_all",
+        lambda value: [*of_all(value), *([elsewhere] if isinstance(value, dict) else [])],
     )
     with pytest.raises(InputError, match="a folder that all nodes share"):
         checkpoint_folders.write(folder / "2.ckpt", checkpoint(3))

@@ -8,9 +8,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from rotopo import ranks
 from rotopo.checkpoints import checkpoint_folder, way_on
 from rotopo.errors import InputError
-from rotopo.training import of_all_ranks
 
 _NAMED = 20  # rows in a message
 
@@ -78,8 +78,8 @@ def _message(trainer: Trainer, rows: list[tuple[Tensor, Tensor]], bad_loss: bool
     """What is not finite, where, and what to do; the same on all ranks, which call it together."""
     every = [row for of_batch, _ in rows for row in of_batch.tolist()]
     bad = [row for of_batch, losses in rows for row in of_batch[~losses.isfinite()].tolist()]
-    ranks = of_all_ranks((every, bad))
-    every, bad = (sorted(row for rank in ranks for row in rank[which]) for which in (0, 1))
+    found = ranks.of_all((every, bad))
+    every, bad = (sorted(row for rank in found for row in rank[which]) for which in (0, 1))
     named = bad or every  # a loss may be more than the sum of its rows'
     shown = ", ".join(map(str, named[:_NAMED]))
     more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""

@@ -6,9 +6,9 @@ from typing import TypeVar
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from rotopo import ranks
 from rotopo.errors import InputError
 from rotopo.pretrained import first_line
-from rotopo.training import of_all_ranks
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ class Measured:
         if trainer.strategy.reduce_boolean_decision(not cause):
             return value
         self.left_out.add(name)
-        causes = [cause for cause in of_all_ranks(cause) if cause]
+        causes = [cause for cause in ranks.of_all(cause) if cause]
         rank_zero_warn(
             f"{name}: left out of this run, since it cannot be had ({causes[0]}).",
             category=LeftOut,

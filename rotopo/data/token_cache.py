@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,7 +21,7 @@ from rotopo.data import values as values_of_texts
 from rotopo.data.schemas import Format, Preference, naming_row, read_row
 from rotopo.data.tokens import OnBadRow, OnUnwritten, Outcome, PairEncoder, TokenizedPair
 from rotopo.errors import InputError
-from rotopo.files import sha256
+from rotopo.files import sha256, writing_whole_folder
 
 _HASHES = "hashes.json"
 # Which decide what a row says.
@@ -120,19 +119,15 @@ def tokenize_rows(
     folder = cache_dir / "tokens" / fingerprint
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unfinished-"))
-        try:
-            read = partial(
-                read_row, row_format, extra_responses=extra, split_dialogues=split_dialogues
-            )
-            mapped = _tokenize(rows, read, encoder, num_proc, drop, extra, unfinished)
-            _save(mapped, unfinished / "result")
-            (unfinished / "result").rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster
-                raise
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        read = partial(read_row, row_format, extra_responses=extra, split_dialogues=split_dialogues)
+        # Another process may be faster.
+        with (
+            tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as scratch,
+            suppress(FileExistsError),
+            writing_whole_folder(folder) as part,
+        ):
+            mapped = _tokenize(rows, read, encoder, num_proc, drop, extra, Path(scratch))
+            _save(mapped, part)
     try:
         if json.loads((folder / _HASHES).read_text("utf-8")) != _hashes(folder):
             raise ValueError("it holds other bytes than were written")

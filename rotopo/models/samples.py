@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from rotopo import ranks
 from rotopo.data.batch import collate_prompts
 from rotopo.data.tokens import PairEncoder
 from rotopo.errors import InputError
@@ -75,21 +76,15 @@ def draw(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     parts = [order[i : i + _PROMPTS_AT_ONCE] for i in range(0, len(order), _PROMPTS_AT_ONCE)]
     files = [folder / f"{number}.json" for number in range(len(parts))]
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank = torch.distributed.get_rank() if distributed else 0
-    world_size = torch.distributed.get_world_size() if distributed else 1
-    missing = [n for n in range(len(parts)) if not files[n].exists()]
-    if distributed:  # one rank decides for all, since files come while others look
-        agreed = [missing]
-        torch.distributed.broadcast_object_list(agreed)
-        missing = agreed[0]
-    turns = -(-len(missing) // world_size)
-    mine = missing[rank::world_size]
+    # One rank decides for all, since files come while others look.
+    missing = ranks.of_first([n for n in range(len(parts)) if not files[n].exists()])
+    turns = -(-len(missing) // ranks.count())
+    mine = missing[ranks.number() :: ranks.count()]
     if policy.sharding is not None:  # every rank has to work whenever one does
         mine += missing[: turns - len(mine)]
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     whose = "the reference" if reference else "the policy"
-    for number in tqdm(mine, desc=f"Sampling {whose}", disable=not mine or rank > 0):
+    for number in tqdm(mine, desc=f"Sampling {whose}", disable=not mine or ranks.number() > 0):
         batch = collate_prompts([prompts[i] for i in parts[number]], encoder.pad_id, parts[number])
         with torch.random.fork_rng(devices):
             torch.manual_seed(sampling.seed * 1_000_003 + number)
@@ -103,8 +98,7 @@ def draw(
         most = sampling.max_new_tokens
         ended = [ids + [encoder.end_of_turn_id] * (len(ids) < most) for ids in responses]
         write_whole(files[number], json.dumps(ended))
-    if distributed:
-        torch.distributed.barrier()
+    ranks.wait()
 
     samples: list[list[int]] = [[] for _ in prompts]
     for file, part in zip(files, parts, strict=True):

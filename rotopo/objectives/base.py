@@ -216,11 +216,3 @@ def either(name: str, value: str, one: str, other: str) -> str:
     if value not in (one, other):
         raise InputError(f"{name} is {value!r}: it has to be {one!r} or {other!r}.")
     return value
-
-
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of all ranks' tensors; without gradient."""
-    values = values.detach().clone()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(values)
-    return values

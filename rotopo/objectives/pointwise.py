@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from rotopo import ranks
 from rotopo.data.batch import Role
 from rotopo.errors import InputError
 from rotopo.models.log_probs import Needs, PairLogProbs, given
@@ -14,7 +15,6 @@ from rotopo.objectives.base import (
     ReferenceObjective,
     either,
     positive,
-    sum_over_ranks,
 )
 
 
@@ -77,7 +77,7 @@ class KTO(ReferenceObjective):
     def baseline(self, log_probs: PairLogProbs) -> Tensor:
         """z0, over all ranks."""
         ratios = given(log_probs.mismatched_log_ratio, "mismatched_log_ratio").detach()
-        total, count = sum_over_ranks(torch.stack([ratios.sum(), ratios.new_tensor(len(ratios))]))
+        total, count = ranks.total(torch.stack([ratios.sum(), ratios.new_tensor(len(ratios))]))
         return (self.beta * total / count).clamp(min=0)
 
     def on_train_start(self) -> None:
@@ -136,7 +136,7 @@ class BCO(ReferenceObjective):
         rewards = torch.stack([values.sum() for values in self.rewards(log_probs)])
         self._of_this_step = self._of_this_step.to(rewards.device) + torch.stack([rewards, counts])
         if step_ended:
-            self.reward_sums += sum_over_ranks(self._of_this_step)
+            self.reward_sums += ranks.total(self._of_this_step)
             self._of_this_step.zero_()
 
 

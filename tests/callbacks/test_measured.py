@@ -74,7 +74,7 @@ def test_what_the_user_has_set_is_refused_all_the_same():
 
 def test_a_rank_leaves_out_what_another_cannot_have(monkeypatch):
     cause = ["", "KeyError: 'experts'"]
-    monkeypatch.setattr("rotopo.callbacks.measured.of_all_ranks", lambda value: cause)
+    monkeypatch.setattr("rotopo.ranks.of_all", lambda value: cause)
     with pytest.warns(LeftOut, match=r"KeyError: 'experts'"):
         assert Measured()(one_rank(others_can=False), "speed/mfu", lambda: 3) is None
 
