@@ -26,12 +26,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 import rotopo.objectives
 import rotopo.reward  # (classes are known by their short names once imported)
 import rotopo.robust  # noqa: F401
-from rotopo.checkpoints import WholeCheckpointIO, check, disk_is_full, last_good
+from rotopo.callbacks.monitors import Monitors
 from rotopo.data.doctor import refusal, render
 from rotopo.data.module import PairwiseDataModule
 from rotopo.errors import InputError, input_error
 from rotopo.files import full_disk
-from rotopo.monitors import Monitors
 from rotopo.refusals import (
     Began,
     Building,
@@ -41,7 +40,8 @@ from rotopo.refusals import (
     refuse_repeated_names,
     unwrapped,
 )
-from rotopo.slurm import Job, take_over
+from rotopo.run.checkpoints import WholeCheckpointIO, check, disk_is_full, last_good
+from rotopo.run.slurm import Job, Requeue, take_over
 from rotopo.training import PairwiseModule
 
 _Kind = TypeVar("_Kind", bound="RotopoCLI")
@@ -247,14 +247,15 @@ class RotopoCLI(LightningCLI):
             raise InputError("trainer.val_check_interval is 0: it has to be above zero.")
         self._began = Began()
         own = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
-        kwargs["callbacks"] = [Monitors(), self._began, *(one for one in own if one is not None)]
+        requeue = [Requeue(self._job)] if self._job is not None else []
+        given_ones = (one for one in own if one is not None)
+        kwargs["callbacks"] = [Monitors(), self._began, *requeue, *given_ones]
         with naming("trainer", on_purpose=False):
             try:
                 trainer = super().instantiate_trainer(**kwargs)
             except OverflowError as error:
                 raise InputError(f"trainer.devices is {config.devices}: too many.") from error
         take_over(trainer, self._job)
-        trainer.slurm_job = self._job  # type: ignore[attr-defined]
         return trainer
 
 

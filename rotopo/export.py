@@ -15,10 +15,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from rotopo.checkpoints import check, read
 from rotopo.data.template import clock_stopped
 from rotopo.errors import InputError
 from rotopo.pretrained import first_line, pretrained_folder
+from rotopo.run.checkpoints import check, read
 
 if TYPE_CHECKING:  # else rotopo export --help would wait for them
     from transformers import PreTrainedTokenizerBase

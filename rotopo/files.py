@@ -122,7 +122,7 @@ def writing_whole(file: Path) -> Iterator[BinaryIO]:
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)
-    _to_disk(file.parent)  # else the new name may not outlive a loss of power
+    to_disk(file.parent)  # else the new name may not outlive a loss of power
 
 
 @contextmanager
@@ -143,8 +143,8 @@ def writing_whole_folder(folder: Path) -> Iterator[Path]:
         yield part
         for parent, _, names in os.walk(part):
             for name in names:
-                _to_disk(Path(parent, name))
-            _to_disk(Path(parent))
+                to_disk(Path(parent, name))
+            to_disk(Path(parent))
         try:
             part.rename(folder)
         except OSError as error:
@@ -153,10 +153,10 @@ def writing_whole_folder(folder: Path) -> Iterator[Path]:
             raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    _to_disk(folder.parent)
+    to_disk(folder.parent)
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
     """Wait until a file's bytes, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -23,9 +23,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel as Fsdp1
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from rotopo import checkpoints
 from rotopo.errors import InputError
-from rotopo.training import without_wrappers
+from rotopo.run import checkpoint_folders, checkpoints
+from rotopo.run.checkpoint_folders import replacing
+from rotopo.run.lightning import without_wrappers
 
 if TYPE_CHECKING:  # else rotopo --help would wait for torch's distributed tensors
     from rotopo.models.sharding import Sharding
@@ -122,18 +123,15 @@ class FSDP2Strategy(ModelParallelStrategy):
         path = Path(self.broadcast(filepath))
         if not self._save_distributed_checkpoint:
             if self.is_global_zero:
-                with checkpoints.replacing(path) if path.is_dir() else nullcontext():
+                with replacing(path) if path.is_dir() else nullcontext():
                     self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
             return
-        from rotopo import checkpoint_folders
-
         checkpoint_folders.write(path, checkpoint)
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Restore model and optimisers, each rank its share; nothing pickled is read."""
-        from rotopo import checkpoint_folders
         from rotopo.models.sharding import share_of
 
         path = Path(self.broadcast(checkpoint_path))

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import random
 import sys
 from abc import abstractmethod
 from collections.abc import Container, Mapping
@@ -12,20 +11,28 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import FSDPStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import rotopo
-from rotopo import ranks
-from rotopo.checkpoints import Interruption
+from rotopo.callbacks.finite import Finite
+from rotopo.callbacks.monitors import MetricSchedules, follows_metric
 from rotopo.errors import InputError
-from rotopo.monitors import MetricSchedules, follows_metric
 from rotopo.refusals import naming
+from rotopo.run.interruption import Interruption
+from rotopo.run.lightning import (
+    callbacks_of,
+    data_if_any,
+    forget_train_loader,
+    trainer_of,
+    without_wrappers,
+)
+from rotopo.run.resume import Resumption
+from rotopo.run.steps import check_steps_are_whole, works_in_steps_only
 
 if TYPE_CHECKING:  # else rotopo --help would wait for them
     from transformers import PreTrainedModel
@@ -73,12 +80,6 @@ class Warmup(LambdaLR):
         super().__init__(optimizer, factor)
 
 
-def works_in_steps_only(trainer: Trainer) -> bool:
-    """Whether the model's weights are there only within a step: so with FSDP1, which gathers them
-    in the module's own forward pass, and nowhere else."""
-    return isinstance(trainer.strategy, FSDPStrategy)
-
-
 def _settings(value: Any) -> Any:
     """What of a setting can be written as JSON, the same in every process: None for the rest."""
     if value is None or isinstance(value, bool | int | float | str):
@@ -91,48 +92,6 @@ def _settings(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_settings(v) for v in value]
     return _settings(vars(value)) if is_dataclass(value) else None
-
-
-def without_wrappers(name: str) -> str:
-    """A parameter's or module's name in the module, without what FSDP1 puts around its units."""
-    return name.replace("_fsdp_wrapped_module.", "")
-
-
-def _random_state() -> dict[str, Any]:
-    return {
-        "python": random.getstate(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def _recut_steps(checkpoint: dict[str, Any], accumulation: int) -> None:
-    """Let a checkpoint count its place in the epoch in micro-batches of another size.
-
-    A step is the same pairs on any number of ranks and in any number of micro-batches, but
-    Lightning counts micro-batches.
-
-    Raises:
-        InputError: the checkpoint was written within a step.
-    """
-    before = checkpoint["accumulate_grad_batches"]
-    if before == accumulation:
-        return
-    loop = checkpoint["loops"]["fit_loop"]
-    progress = loop["epoch_loop.batch_progress"]
-    loaders = loop["state_dict"].get("combined_loader", [])
-    for counts in (progress["total"], progress["current"], *loaders):
-        behind = counts["ready"] - counts["completed"] if "ready" in counts else 0
-        for name in counts.keys() - {"completed"}:
-            if counts[name] % before:
-                raise InputError(
-                    f"ckpt_path: this checkpoint was written within an optimiser step of {before} "
-                    f"micro-batches: set trainer.accumulate_grad_batches to {before}."
-                )
-            counts[name] = counts[name] // before * accumulation
-        if "ready" in counts:
-            counts["completed"] = counts["ready"] - behind
-    checkpoint["accumulate_grad_batches"] = accumulation
 
 
 class PairwiseModule(LightningModule):
@@ -162,7 +121,7 @@ class PairwiseModule(LightningModule):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.strict_loading = False  # on_load_checkpoint is stricter about what matters
-        self._random_state: dict[str, Any] | None = None
+        self._resumption = Resumption()
         self.row_losses: Tensor | None = None  # of the micro-batch at hand [B]
         # Rows that an interrupted run has predicted: the callback that writes predictions knows.
         self.predicted: Container[int] = ()
@@ -190,7 +149,7 @@ class PairwiseModule(LightningModule):
     @property
     def sharding(self) -> "Sharding | None":
         """How the strategy wants the model divided; None where it does so itself, or not at all."""
-        return getattr(self.trainer.strategy, "sharding", None) if self._trainer else None
+        return getattr(self.trainer.strategy, "sharding", None) if trainer_of(self) else None
 
     @property
     @abstractmethod
@@ -229,9 +188,7 @@ class PairwiseModule(LightningModule):
         """Callbacks of every run, unless ``trainer.callbacks`` has one of the same class."""
 
     def configure_callbacks(self) -> list[Callback]:
-        from rotopo.callbacks.finite import Finite  # which imports this module
-
-        given = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
+        given = {type(callback) for callback in callbacks_of(self.trainer)}
         # The last may end the run.
         always = [*self.always_on(), MetricSchedules(), Finite(), Interruption()]
         return [callback for callback in always if type(callback) not in given]
@@ -303,9 +260,7 @@ class PairwiseModule(LightningModule):
                     "it no number of steps: set model.scheduler.total_steps."
                 )
             total["total_steps"] = int(steps)
-            # Asking set the training loader up, before Lightning has restored the position in
-            # the epoch; let it be set up again, or a resumed run would start the epoch over.
-            self.trainer.fit_loop._combined_loader = None
+            forget_train_loader(self.trainer)
         if any(group.get("lr") is None for group in optimizer.param_groups):
             raise InputError(
                 f"model.optimizer ({type(optimizer).__name__}) has no lr for model.scheduler to "
@@ -369,8 +324,7 @@ class PairwiseModule(LightningModule):
             "base_fingerprint": self.base_fingerprint,
             "shapes": {k: list(v.shape) for k, v in checkpoint["state_dict"].items()},
         }
-        checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
-        checkpoint["random_states"] = ranks.of_all(_random_state())
+        self._resumption.save(self.trainer, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that does not fit.
@@ -398,11 +352,7 @@ class PairwiseModule(LightningModule):
                 f"ckpt_path: checkpoint and module train different parameters ({len(wrong)} of "
                 f"them, {min(wrong)} for one): check the adapter's settings."
             )
-        states = checkpoint["random_states"]
-        rank = self.trainer.global_rank if len(states) == self.trainer.world_size else 0
-        self._random_state = states[rank]
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            _recut_steps(checkpoint, self.trainer.accumulate_grad_batches)
+        self._resumption.load(self.trainer, checkpoint)
 
     @abstractmethod
     def predict(self, batch: Any) -> list[dict[str, Any]]:
@@ -411,7 +361,7 @@ class PairwiseModule(LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
         """As :meth:`predict`; nothing for a batch that an interrupted run has done."""
         done = all(row in self.predicted for row in batch.rows.tolist())
-        if self._trainer is not None:  # ranks that work on one model have to work together
+        if trainer_of(self) is not None:  # ranks that work on one model have to work together
             done = self.trainer.strategy.reduce_boolean_decision(done)
         if done:
             return []
@@ -441,35 +391,17 @@ class PairwiseModule(LightningModule):
     def _log_facts(self) -> None:
         """Log what the run stands on: versions, base model, data."""
         # Ours by itself: the package may run from its source, with nothing installed.
-        facts = {"rotopo": rotopo.__version__}
+        facts: dict[str, Any] = {"rotopo": rotopo.__version__}
         facts |= {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
         facts["base_fingerprint"] = self.base_fingerprint
-        data = getattr(self.trainer, "datamodule", None)
+        data = data_if_any(self.trainer)
         if data is not None and hasattr(data, "describe"):
             facts |= data.describe()
         for logger in self.trainer.loggers:
             logger.log_hyperparams(facts)
 
     def on_train_epoch_start(self) -> None:
-        self._check_steps_are_whole()  # a selector may have changed the epoch's length
-
-    def _check_steps_are_whole(self) -> None:
-        """Check that steps are whole wherever training pauses.
-
-        Raises:
-            InputError: a setting of the Trainer would validate, or end an epoch, within a step.
-        """
-        accumulation = self.trainer.accumulate_grad_batches
-        for name, batches in (
-            ("val_check_interval", getattr(self.trainer, "val_check_batch", None)),
-            ("limit_train_batches", self.trainer.num_training_batches),
-        ):
-            if batches not in (None, math.inf) and int(batches) % accumulation:
-                raise InputError(
-                    f"trainer.{name} comes to {int(batches)} micro-batches, which is within an "
-                    f"optimiser step: make it a multiple of trainer.accumulate_grad_batches "
-                    f"({accumulation})."
-                )
+        check_steps_are_whole(self.trainer)  # a selector may have changed the epoch's length
 
     def on_train_start(self) -> None:
         """As :meth:`on_train_epoch_start`, which is not called where an epoch is resumed.
@@ -477,64 +409,8 @@ class PairwiseModule(LightningModule):
         Raises:
             InputError: a setting of the Trainer would validate, or end an epoch, within a step.
         """
-        self._check_steps_are_whole()
-        self._validate_if_due()
-        # From a checkpoint of an epoch's last batch Lightning resumes behind that epoch, but does
-        # not count the next one as begun; a second resumption would then train for too long.
-        loop = self.trainer.fit_loop
-        if loop.epoch_progress.current.completed == loop.epoch_progress.current.ready:
-            loop.reset_restart_stage()
-            if loop.epoch_loop.restarted_on_train_batch_end:
-                # Lightning asks whether as many batches are done as the next epoch has: so that it
-                # would go on within one that a selector has made longer than the last.
-                loop.epoch_loop.batch_progress.current.completed = sys.maxsize
-
-    def _validate_if_due(self) -> None:
-        """Do the validation that a checkpoint was written just before.
-
-        Lightning leaves it out when it goes on from such a checkpoint, and with it what early
-        stopping and the choice of the best checkpoint would have seen.
-        """
-        trainer, loop = self.trainer, self.trainer.fit_loop
-        epochs: Any = loop.epoch_progress
-        batches = loop.epoch_loop.batch_progress
-        if not loop.epoch_loop.restarted_on_train_batch_end:
-            return
-        # Put the counts where they stand while a run validates that has not been interrupted:
-        # Lightning has an epoch end with its last batch, and that batch complete only later.
-        ended = batches.is_last_batch and epochs.current.processed == epochs.current.ready
-        for epoch, batch in ((epochs.total, batches.total), (epochs.current, batches.current)):
-            epoch.processed -= ended
-            epoch.completed -= ended
-            batch.completed += 1
-        assert loop._data_fetcher is not None
-        # An epoch's number of batches may be the next one's by now, if a selector chose its rows.
-        by_epoch = isinstance(trainer.val_check_interval, float) and trainer.val_check_interval == 1
-        if loop.epoch_loop._should_check_val_epoch() and (
-            batches.is_last_batch
-            if by_epoch
-            else loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
-        ):
-            self._restore_random_state()
-            trainer.validating = True
-            loop.epoch_loop.val_loop.restarting = False
-            loop.epoch_loop.val_loop.run()
-            trainer.training = True
-            self._random_state = _random_state()
-        for epoch, batch in ((epochs.total, batches.total), (epochs.current, batches.current)):
-            epoch.processed += ended
-            epoch.completed += ended
-            batch.completed -= 1
+        check_steps_are_whole(self.trainer)
+        self._resumption.enter(self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # Restored here and not on load: nothing draws between here and the first step.
-        self._restore_random_state()
-
-    def _restore_random_state(self) -> None:
-        if self._random_state is not None:
-            state, self._random_state = self._random_state, None
-            version, internal, gauss = state["python"]
-            random.setstate((version, tuple(internal), gauss))
-            torch.set_rng_state(state["torch"])
-            if state["cuda"] is not None and torch.cuda.is_available():
-                torch.cuda.set_rng_state(state["cuda"])
+        self._resumption.restore_random_state()

@@ -24,11 +24,12 @@ import torch
 import torch.utils.tensorboard
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification  # noqa: F401
 
-from rotopo import checkpoints, files
+from rotopo import files
 from rotopo.cli import main
 from rotopo.data import token_cache
 from rotopo.models import reference_cache
 from rotopo.rotation import tuner  # noqa: F401
+from rotopo.run import checkpoints
 from rotopo.training import PairwiseModule
 
 torch.set_num_threads(1)

@@ -9,9 +9,9 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rotopo.checkpoints import read
 from rotopo.cli import run
 from rotopo.export import export
+from rotopo.run.checkpoints import read
 from tests.ranks import on_ranks
 from tests.small_run import save_config
 from tests.test_distributed import assert_same_run, ranks

@@ -9,9 +9,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from rotopo import checkpoints
 from rotopo.cli import run
 from rotopo.export import export
+from rotopo.run import checkpoints
 from tests.ranks import on_ranks, strategy
 from tests.small_run import save_config
 from tests.test_training import CHECKPOINTS, last_checkpoint

@@ -23,8 +23,8 @@ import torch
 import yaml
 from transformers import PreTrainedTokenizerFast
 
-from rotopo.checkpoints import check, last_good, read
 from rotopo.files import read_jsonl
+from rotopo.run.checkpoints import check, last_good, read
 from tests.forks import MOMENTS, Fault, FileLimit, start
 from tests.ranks import environment, free_port, strategy
 from tests.small_run import save_config

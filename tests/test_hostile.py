@@ -13,8 +13,8 @@ from rotopo import pretrained
 from rotopo.errors import InputError
 from rotopo.evaluation.report import report
 from tests.evaluation import report_inputs as inputs
+from tests.run.test_checkpoints import Creates
 from tests.small_run import save_config, save_model
-from tests.test_checkpoints import Creates
 from tests.test_training import fit
 
 SCRIPT = "<script>document.title='stolen'</script><img src=x onerror=alert(1)>"

@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from rotopo.checkpoints import last_good
 from rotopo.cli import run as rotopo
 from rotopo.data import films
 from rotopo.data.batch import Role, collate
@@ -31,6 +30,7 @@ from rotopo.evaluation.judge import judge
 from rotopo.evaluation.report import report
 from rotopo.evaluation.runs import read_training
 from rotopo.files import to_json, write_whole
+from rotopo.run.checkpoints import last_good
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 REWARD_MODEL = ["reward_model.yaml", "align.yaml"]

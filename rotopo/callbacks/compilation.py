@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from rotopo.data.sampler import StepSampler
-from rotopo.training import works_in_steps_only
+from rotopo.run.steps import works_in_steps_only
 
 
 class CompileLayers(Callback):

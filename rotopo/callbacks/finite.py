@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rotopo import ranks
-from rotopo.checkpoints import checkpoint_folder, way_on
 from rotopo.errors import InputError
+from rotopo.run.checkpoints import kept_in, way_on
 
 _NAMED = 20  # rows in a message
 
@@ -85,7 +85,7 @@ def _message(trainer: Trainer, rows: list[tuple[Tensor, Tensor]], bad_loss: bool
     more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
     of_rows = f"row{'s' * (len(named) > 1)} {shown}{more} of data.source"
     what = f"the loss of {of_rows}" if bad_loss else f"the norm of the gradient of {of_rows}"
-    folder = checkpoint_folder(trainer)
+    folder = kept_in(trainer)
     advice = way_on(Path(folder) if folder else None) if trainer.is_global_zero else None
     advice = trainer.strategy.broadcast(advice)
     return (

@@ -9,7 +9,8 @@ from lightning.pytorch import Callback, Trainer
 from rotopo.callbacks.measured import Measured
 from rotopo.data.batch import PairBatch
 from rotopo.errors import InputError
-from rotopo.training import works_in_steps_only
+from rotopo.run.lightning import data_of
+from rotopo.run.steps import ends_step, works_in_steps_only
 
 
 class Geometry(Callback):
@@ -60,15 +61,14 @@ class Geometry(Callback):
                 "The Geometry callback cannot look at a model under FSDPStrategy: leave it out of "
                 "trainer.callbacks, or take configs/strategies/fsdp2.yaml."
             )
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = data_of(trainer)
         self.batch = data.probe(self.pairs).to(pl_module.device)
         self._log(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        last_of_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if last_of_step and trainer.global_step % self.every_n_steps == 0:
+        if ends_step(trainer, batch_idx) and trainer.global_step % self.every_n_steps == 0:
             self._log(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:

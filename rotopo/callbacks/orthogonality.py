@@ -5,7 +5,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rotopo.callbacks.measured import Measured
-from rotopo.training import without_wrappers
+from rotopo.run.lightning import without_wrappers
+from rotopo.run.steps import ends_step
 
 
 class Orthogonality(Callback):
@@ -40,8 +41,7 @@ class Orthogonality(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        last_of_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if last_of_step and trainer.global_step % self.every_n_steps == 0:
+        if ends_step(trainer, batch_idx) and trainer.global_step % self.every_n_steps == 0:
             self._log(pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

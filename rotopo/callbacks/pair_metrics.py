@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from rotopo.evaluation.metrics import PairMeans
+from rotopo.run.steps import ends_step
 
 Values = dict[str, tuple[Tensor, Tensor]]
 
@@ -59,7 +60,7 @@ class PairMetricsCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.training = self._add(pl_module, outputs, self.training)
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+        if ends_step(trainer, batch_idx):
             values = self._log(pl_module, "train", self.training)
             if values is not None:
                 self.after_step(values)

@@ -10,6 +10,7 @@ from rotopo.data.messages import Message, text_of
 from rotopo.evaluation.metrics import RewardMetrics
 from rotopo.files import to_json, to_jsonl, write_whole
 from rotopo.models.log_probs import sum_of_role
+from rotopo.run.lightning import data_of
 
 _TITLES = {
     "accuracy": "accuracy",
@@ -45,7 +46,7 @@ class PairScores(Callback):
         self.metrics: RewardMetrics | None = None
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = data_of(trainer)
 
         def texts(setting: str) -> dict[int, str] | None:
             column = getattr(data, setting)
@@ -96,7 +97,7 @@ class PairScores(Callback):
 
     def _lines(self, trainer: Trainer) -> list[dict[str, Any]]:
         """What is written of all ranks' pairs."""
-        metrics, data = self.metrics, trainer.datamodule  # type: ignore[attr-defined]
+        metrics, data = self.metrics, data_of(trainer)
         assert metrics is not None
         with metrics.sync_context():
             pairs = metrics.pairs()
@@ -120,7 +121,8 @@ class PairScores(Callback):
         return lines
 
 
-def _text(response: list[Message]) -> str:
+def _text(response: list[Message] | None) -> str:
+    assert response is not None  # of a pair
     return "\n".join(map(text_of, response))
 
 

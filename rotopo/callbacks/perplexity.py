@@ -9,6 +9,7 @@ from rotopo.callbacks.measured import Measured
 from rotopo.errors import InputError
 from rotopo.evaluation.perplexity import perplexity
 from rotopo.files import to_json, write_whole
+from rotopo.run.lightning import data_of
 
 
 class Perplexity(Callback):
@@ -44,7 +45,7 @@ class Perplexity(Callback):
             raise InputError(f"Perplexity: there is no file {self.file}.")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = data_of(trainer)
         module: Any = pl_module
         tokenizer = data.encoder.tokenizer
 

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from rotopo.errors import InputError
 from rotopo.files import to_jsonl, write_whole
+from rotopo.run.lightning import data_of
 
 
 class PredictionWriter(Callback):
@@ -38,7 +39,7 @@ class PredictionWriter(Callback):
         self.rows: set[int] = set()  # of this rank's batches
 
     def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = data_of(trainer)
         settings = [pl_module.prediction_fingerprint(), data.prediction_fingerprint()]
         settings += [trainer.world_size, trainer.precision, trainer.limit_predict_batches]
         key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
@@ -73,7 +74,7 @@ class PredictionWriter(Callback):
         if not outputs:
             return
         assert self.part is not None
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = data_of(trainer)
         for row, found in zip(batch.rows.tolist(), outputs, strict=True):
             if not math.isfinite(found.get("score", 0)):
                 raise InputError(f"row {row} scores {found['score']}: the model has diverged.")
@@ -92,7 +93,7 @@ class PredictionWriter(Callback):
         rows = trainer.strategy.reduce(
             torch.tensor(len(self.rows), device=pl_module.device), reduce_op="sum"
         )
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = data_of(trainer)
         name = "responses.jsonl" if data.score is None else "scores.jsonl"
         target = self.path or Path(trainer.log_dir or trainer.default_root_dir) / name
         trainer.strategy.barrier()

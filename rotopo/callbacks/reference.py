@@ -10,7 +10,8 @@ from tqdm.auto import tqdm
 from rotopo.data.batch import Role
 from rotopo.data.rows import Rows
 from rotopo.errors import InputError
-from rotopo.training import works_in_steps_only
+from rotopo.run.lightning import data_if_any, data_of
+from rotopo.run.steps import works_in_steps_only
 
 
 class CacheReference(Callback):
@@ -32,7 +33,7 @@ class CacheReference(Callback):
         self._fill(trainer, pl_module, ("test",), [trainer.limit_test_batches])
 
     def _fill(self, trainer: Trainer, module: Any, splits: tuple[str, ...], limits: list) -> None:
-        mode, data = module.policy_config.reference, getattr(trainer, "datamodule", None)
+        mode, data = module.policy_config.reference, data_if_any(trainer)
         if mode == "online" or not module.needs.reference or data is None:
             return
         reason = _why_not(trainer, module)
@@ -67,7 +68,7 @@ def cache_rows(trainer: Trainer, rows: Rows, places: Sequence[int], description:
         description: of the progress bar.
     """
     module: Any = trainer.lightning_module
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    data = data_of(trainer)
     if module.policy.cache is None:
         return
     bar = tqdm(data.batches(rows, places), description, disable=not trainer.is_global_zero)

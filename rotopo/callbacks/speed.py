@@ -13,6 +13,7 @@ from torch import Tensor
 from rotopo.callbacks.arithmetic import Decoder, is_known, peak_flops
 from rotopo.callbacks.measured import Measured
 from rotopo.data.batch import PairBatch
+from rotopo.run.steps import begins_step, ends_step
 
 _STATUS = Path("/proc/self/status")  # Linux's
 
@@ -71,7 +72,7 @@ class Speed(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if batch_idx % trainer.accumulate_grad_batches:
+        if not begins_step(trainer, batch_idx):
             return
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         self.measuring = every > 0 and (trainer.global_step + 1) % every == 0
@@ -95,7 +96,7 @@ class Speed(Callback):
         self.laid_out[0] += batch.n_pairs
         self.laid_out[1] += batch.input_ids.numel()
         self.counts.append(count(batch, self.decoder.windows if self.decoder else ()))
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if not ends_step(trainer, batch_idx):
             return
         self.measuring = False
         device = pl_module.device

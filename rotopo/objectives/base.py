@@ -23,7 +23,9 @@ from rotopo.data.batch import PairBatch, PromptBatch
 from rotopo.errors import InputError
 from rotopo.models.log_probs import Needs, PairLogProbs
 from rotopo.models.settings import PolicyConfig, Sampling
-from rotopo.training import PairwiseModule, works_in_steps_only
+from rotopo.run.lightning import data_of, trainer_of
+from rotopo.run.steps import ends_step, works_in_steps_only
+from rotopo.training import PairwiseModule
 
 if TYPE_CHECKING:  # else rotopo --help would wait for PEFT and transformers
     from rotopo.models.policy import Policy
@@ -117,14 +119,14 @@ class PreferenceModule(PairwiseModule):
     def training_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
         outputs = super().training_step(batch, batch_idx)
         # Here rather than in a later hook: a checkpoint may be written before that.
-        accumulation = self.trainer.accumulate_grad_batches if self._trainer else 1
-        self.observe(outputs["log_probs"], (batch_idx + 1) % accumulation == 0)
+        trainer = trainer_of(self)
+        self.observe(outputs["log_probs"], trainer is None or ends_step(trainer, batch_idx))
         return outputs
 
     def predict(self, batch: PromptBatch | PairBatch) -> list[dict[str, Any]]:
         """A response to each prompt; or of given responses the implicit reward."""
         assert self.policy is not None
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = data_of(self.trainer)
         if isinstance(batch, PairBatch):
             if self.paired_rewards:
                 raise InputError(

@@ -16,6 +16,7 @@ from rotopo.objectives.base import (
     either,
     positive,
 )
+from rotopo.run.lightning import data_if_any
 
 
 def per_row(log_probs: PairLogProbs, chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -82,7 +83,7 @@ class KTO(ReferenceObjective):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        data = getattr(self.trainer, "datamodule", None)
+        data = data_if_any(self.trainer)
         accumulation = self.trainer.accumulate_grad_batches
         if data is not None and data.pairs_per_step < 2 * accumulation:
             raise InputError(

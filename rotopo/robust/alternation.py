@@ -24,6 +24,7 @@ from rotopo.robust.decisions import Decision, write
 from rotopo.robust.resampling import NewPair, Resampling, check, resample
 from rotopo.robust.scoring import require_pairs, score
 from rotopo.robust.selection import keep, n_kept, threshold
+from rotopo.run.lightning import data_of, remake_loaders_every_epoch
 
 
 class Alternation(Callback):
@@ -67,14 +68,14 @@ class Alternation(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = data_of(trainer)
         if trainer.current_epoch == 0:  # else the same Trainer goes on
             self.decisions = []
         data.selector = self
-        trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+        remake_loaders_every_epoch(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = data_of(trainer)
         rows = data.rows("train")
         require_pairs(rows, "Alternation")
         self._check_rounds(trainer)
@@ -174,7 +175,7 @@ class Alternation(Callback):
         return decision
 
     def _log(self, trainer: Trainer) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = data_of(trainer)
         found = self.decisions[-1].numbers(data.flipped(), self.rho)
         for logger in trainer.loggers:
             logger.log_metrics(
@@ -192,4 +193,4 @@ class Alternation(Callback):
     def _write(self, trainer: Trainer) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "rounds"  # on every rank
         if self.decisions and trainer.is_global_zero:
-            write(self.decisions, trainer.datamodule, self.rho, folder)  # type: ignore[attr-defined]
+            write(self.decisions, data_of(trainer), self.rho, folder)

@@ -1,13 +1,12 @@
 """Noise detection: do the margins of training pairs give away which labels were flipped?"""
 
-from typing import Any
-
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rotopo.errors import InputError
 from rotopo.robust.flips import FlipDetection
 from rotopo.robust.scoring import require_pairs, scored
+from rotopo.run.lightning import data_of
 
 
 class NoiseDetection(Callback):
@@ -40,7 +39,7 @@ class NoiseDetection(Callback):
         self.metric = FlipDetection(rho)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = data_of(trainer)
         if data.flipped() is None:
             raise InputError("NoiseDetection: no label is known to be flipped: set data.noise.")
         require_pairs(data.rows("train"), "NoiseDetection")
@@ -50,7 +49,7 @@ class NoiseDetection(Callback):
         last = done == trainer.max_epochs or trainer.global_step == trainer.max_steps
         if done % self.every_n_epochs and not last and not trainer.should_stop:
             return
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = data_of(trainer)
         flipped = torch.from_numpy(data.flipped())
         self.metric.reset()
         for places, values in scored(trainer, data.rows("train"), "Looking for flipped labels"):

@@ -20,7 +20,8 @@ from rotopo.errors import InputError
 from rotopo.models.settings import Sampling
 from rotopo.robust.scoring import score
 from rotopo.robust.selection import best_and_worst
-from rotopo.training import works_in_steps_only
+from rotopo.run.lightning import data_of
+from rotopo.run.steps import works_in_steps_only
 
 _ORIGINALS = ("chosen", "rejected")
 # Dropped prompts whose responses are in memory at once.
@@ -115,7 +116,7 @@ def check(trainer: Trainer, rows: Rows, settings: Resampling) -> None:
             "resampling: FSDPStrategy cannot generate: leave resampling out, or take "
             "configs/strategies/fsdp2.yaml."
         )
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    data = data_of(trainer)
     if data.token_budget is None:
         return
     longest = []
@@ -173,7 +174,7 @@ def _pools(
     from rotopo.models.samples import draw
 
     module: Any = trainer.lightning_module
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    data = data_of(trainer)
     originals, K = [rows.pairs[place] for place in dropped], settings.samples
     # Another seed for each part of the prompts.
     seed = settings.seed + number

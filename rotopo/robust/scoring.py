@@ -11,7 +11,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rotopo.data.rows import Rows, unpaired_rows
+from rotopo.data.sampler import EvalSampler
 from rotopo.errors import InputError
+from rotopo.run.lightning import data_of
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,10 @@ def scored(trainer: Trainer, rows: Rows, description: str) -> Iterator[tuple[Ten
         the CPU [B, 3].
     """
     module: Any = trainer.lightning_module
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    data = data_of(trainer)
     loader = data.batches(rows, range(len(rows)))
+    sampler = loader.batch_sampler
+    assert isinstance(sampler, EvalSampler)
     hidden = None if trainer.is_global_zero else True
     bar = tqdm(loader, description, leave=False, disable=hidden)
     training = [m for m in module.modules() if m.training]
@@ -76,7 +80,7 @@ def scored(trainer: Trainer, rows: Rows, description: str) -> Iterator[tuple[Ten
             outputs: Any = trainer.strategy.validation_step(batch, number)
             chosen, rejected, *_ = module.pair_rewards(outputs)
             values = torch.stack([outputs["losses"], chosen, rejected], 1)
-            places = torch.tensor(loader.batch_sampler.batches[number])
+            places = torch.tensor(sampler.batches[number])
             # Behind the last row stands the first again, where rows are fewer than ranks.
             yield places.where(places < len(rows), 0), values.to("cpu", torch.float64)
     finally:

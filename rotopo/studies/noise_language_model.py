@@ -22,7 +22,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import rotopo.cli
-from rotopo.checkpoints import last_good
 from rotopo.errors import InputError
 from rotopo.files import to_json, write_whole
 from rotopo.objectives import DPO, RobustDPO
@@ -30,6 +29,8 @@ from rotopo.objectives.base import ReferenceObjective, positive
 from rotopo.robust import Alternation
 from rotopo.robust.flips import flip_detection
 from rotopo.robust.scoring import score
+from rotopo.run.checkpoints import last_good
+from rotopo.run.lightning import callbacks_of, data_of
 from rotopo.studies.noise_methods import Method, Outcome, Round, TaskSettings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -175,7 +176,7 @@ class LanguageModelRuns:
                 raise InputError(f"{method.name}: {stop.__context__}") from stop
             trainer: Trainer = cli.trainer
             trainer.test(cli.model, cli.datamodule, verbose=False)
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(trainer)
         (margins,) = (c.margins for c in callbacks if isinstance(c, TrainingMargins))
         decisions = [d for c in callbacks if isinstance(c, Alternation) for d in c.decisions]
         flipped = cli.datamodule.flipped()
@@ -220,7 +221,7 @@ class TrainingMargins(Callback):
     margins: np.ndarray
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = data_of(trainer)
         self.margins = score(trainer, data.rows("train"), "Scoring training pairs").margins
 
 

@@ -7,10 +7,10 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from rotopo import checkpoints
 from rotopo.errors import InputError
 from rotopo.models import compilation
 from rotopo.models.settings import PolicyConfig
+from rotopo.run import checkpoints
 from tests.models.families import make
 from tests.small_run import save_config
 from tests.test_training import CHECKPOINTS, fit, last_checkpoint

@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch import Callback
 
 from rotopo.callbacks.finite import Finite
-from rotopo.checkpoints import read
 from rotopo.errors import InputError
+from rotopo.run.checkpoints import read
 from tests.ranks import on_ranks
 from tests.small_run import save_config
 from tests.test_distributed import LORA, arguments, ranks

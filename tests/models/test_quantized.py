@@ -12,7 +12,6 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rotopo import checkpoints
 from rotopo.cli import run
 from rotopo.data.batch import collate
 from rotopo.errors import InputError
@@ -23,6 +22,7 @@ from rotopo.models.policy import Policy
 from rotopo.models.quantized import ADAPTERS, compute_as_in_training, quantized
 from rotopo.models.settings import PolicyConfig
 from rotopo.rotation import RotationConfig
+from rotopo.run import checkpoints
 from tests.models.families import make
 from tests.models.test_policy import some_rows
 from tests.rotation.test_tuner import OneLayer, matrix_of, randomise

@@ -9,9 +9,10 @@ import torch
 from torch import distributed
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-from rotopo import checkpoint_folders, checkpoints, ranks
+from rotopo import ranks
 from rotopo.errors import InputError
 from rotopo.files import full_disk
+from rotopo.run import checkpoint_folders, checkpoints
 
 
 @pytest.fixture(autouse=True)

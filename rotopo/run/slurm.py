@@ -6,14 +6,16 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
-from rotopo.checkpoints import last_good
+from rotopo.errors import InputError
 from rotopo.files import write_whole
+from rotopo.run.checkpoints import kept_in, last_good
+from rotopo.run.lightning import cluster_environment
 
 
 @dataclass
@@ -69,6 +71,42 @@ class Job:
             print(f"rotopo: the job was not queued again: {error}.", file=sys.stderr)
 
 
+class Requeue(Callback):
+    """Writes down where a fit in a SLURM job keeps its checkpoints, so that the job, queued again,
+    goes on from them; :class:`rotopo.run.interruption.Interruption` ends the fit in time.
+
+    Args:
+        job: the fit's command in its job.
+
+    Attributes:
+        signal: at which the job is to be queued again; 0 where it is not.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.signal = 0
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Check that all ranks go on from the same place.
+
+        Raises:
+            InputError: they do not find the same checkpoint.
+        """
+        first = trainer.strategy.broadcast(self.job.resumed)
+        if not trainer.strategy.reduce_boolean_decision(first == self.job.resumed):
+            raise InputError(
+                "the ranks of this job do not find the same checkpoint to go on from: let "
+                "trainer.default_root_dir be a folder that all nodes share."
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        folder = kept_in(trainer)
+        if folder is not None and "://" not in folder:
+            if trainer.is_global_zero:
+                self.job.remember(Path(folder))
+            self.signal = self.job.requeue_signal
+
+
 def take_over(trainer: Trainer, job: Job | None) -> None:
     """Keep Lightning from queueing a SLURM job again, and have ``job`` do it.
 
@@ -76,7 +114,7 @@ def take_over(trainer: Trainer, job: Job | None) -> None:
     between its halves; of several ranks each would wait there for the others, wherever they are.
     And any later run in the same folder would go on from that checkpoint.
     """
-    environment = trainer._accelerator_connector.cluster_environment
+    environment = cluster_environment(trainer)
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
         environment.auto_requeue = False
         if job is not None:

@@ -1,31 +1,21 @@
 """Checkpoints: written whole, read with care, and refused with the name of the last good one."""
 
-import shutil
-import signal
-import threading
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from fsspec.utils import get_protocol
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from rotopo.errors import InputError
 from rotopo.files import full_disk, sha256, unfinished, writing_whole
+from rotopo.run import checkpoint_folders
+from rotopo.run.checkpoint_folders import REST
 
-if TYPE_CHECKING:
-    from rotopo.slurm import Job
-
-REST = "meta.pt"  # of a checkpoint that is a folder; by it Lightning tells such a folder, too
 _ZIP = b"PK\x03\x04"
 # What a fit needs to go on, and what every checkpoint of ours has.
 _TO_GO_ON = ("optimizer_states", "lr_schedulers", "callbacks")
@@ -46,8 +36,6 @@ def read(path: Path, mmap: bool = True, optimizers: bool = True) -> dict[str, An
     """
     checkpoint = check(path, mmap=mmap)
     if path.is_dir():
-        from rotopo import checkpoint_folders  # slow to import, and few checkpoints are folders
-
         return checkpoint_folders.read(path, checkpoint, parameters=None if optimizers else ())
     return checkpoint
 
@@ -137,26 +125,6 @@ def _opened(path: Path, resume: bool, mmap: bool = True) -> dict[str, Any]:
     return checkpoint
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[None]:
-    """Put a checkpoint, if there is one, aside while another gets its name, where
-    :func:`last_good` finds it."""
-    old = path.with_name(f".{path.name}.old")
-    if path.exists():
-        _remove(old)
-        path.rename(old)
-    yield
-    _remove(old)
-
-
-def _remove(path: Path) -> None:
-    """A file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def _zip_of(path: Path) -> Path:
     """The file, or the file in a folder that holds all but the shared tensors."""
     return path / REST if path.is_dir() else path
@@ -219,96 +187,7 @@ def way_on(folder: Path | None) -> str:
     return f"go on with --ckpt_path {good}" if good else "there is no checkpoint to go on from"
 
 
-def checkpoint_folder(trainer: Trainer) -> str | None:
+def kept_in(trainer: Trainer) -> str | None:
     """Where a run keeps its checkpoints, if it does."""
     keeper = trainer.checkpoint_callback
     return str(keeper.dirpath) if isinstance(keeper, ModelCheckpoint) else None
-
-
-class Interruption(Callback):
-    """On SIGTERM a fit ends with the optimiser step, or the batch of a validation, that is at hand,
-    and keeps what it has done, if it keeps checkpoints.
-
-    So it does on the signal at which its SLURM job is to be queued again, and has SLURM do that
-    (:class:`rotopo.slurm.Job`). Until the first step there is nothing to keep, and signals end the
-    process as they end any other.
-
-    Lightning would end in the midst of a step and keep nothing; and of several ranks each would
-    wait for the others inside its signal handler, wherever they are.
-    """
-
-    def __init__(self) -> None:
-        self.asked = 0  # by this signal, the first
-        self._job: Job | None = None
-        # The loops as they were when the validation at hand was about to begin.
-        self._before_validation: dict[str, Any] | None = None
-
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        self._job = getattr(trainer, "slurm_job", None)
-        if self._job is None:
-            return
-        first = trainer.strategy.broadcast(self._job.resumed)
-        if not trainer.strategy.reduce_boolean_decision(first == self._job.resumed):
-            raise InputError(
-                "the ranks of this job do not find the same checkpoint to go on from: let "
-                "trainer.default_root_dir be a folder that all nodes share."
-            )
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        numbers: list[int] = [signal.SIGTERM]
-        folder = checkpoint_folder(trainer)
-        if self._job is not None and folder is not None and "://" not in folder:
-            if trainer.is_global_zero:
-                self._job.remember(Path(folder))
-            if self._job.requeue_signal:
-                numbers.append(self._job.requeue_signal)
-        if threading.current_thread() is threading.main_thread():
-            # The Trainer puts the handlers that it has found back when it ends.
-            for number in numbers:
-                signal.signal(number, self._ask)
-
-    def _ask(self, number: int, _: Any) -> None:
-        self.asked = self.asked or number
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self._end_if_asked(trainer)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._before_validation = loops = deepcopy(trainer.fit_loop.state_dict())
-            # As a checkpoint of the batch before has it: it is behind that batch that a run which
-            # goes on validates, see PairwiseModule.on_train_start.
-            for part in ("total", "current"):
-                loops["epoch_loop.batch_progress"][part]["completed"] -= 1
-
-    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if self._before_validation is not None:
-            self._end_if_asked(trainer)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self._before_validation = None
-
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]
-    ) -> None:
-        if self._before_validation is not None:
-            checkpoint["loops"]["fit_loop"] = self._before_validation
-
-    def _end_if_asked(self, trainer: Trainer) -> None:
-        any_rank = trainer.strategy.reduce_boolean_decision
-        if not any_rank(bool(self.asked), all=False):
-            return
-        job = self._job
-        requeue = job is not None and any_rank(self.asked == job.requeue_signal > 0, all=False)
-        folder = checkpoint_folder(trainer)
-        if folder is not None:
-            trainer.save_checkpoint(f"{folder}/last-interrupted.ckpt")
-        if not (requeue and job):
-            raise SIGTERMException(128 + signal.SIGTERM)
-        if trainer.is_global_zero:
-            job.queue_again()
-        trainer.strategy.barrier()  # SLURM may end all ranks when one has ended
-        raise SIGTERMException(128 + job.requeue_signal)

@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from rotopo.callbacks.monitors import flatten, follows_metric
 from rotopo.export import export
-from rotopo.monitors import flatten, follows_metric
 from rotopo.objectives import DPO
 from tests.small_run import save_config
 from tests.test_training import assert_equal, fit, weights
@@ -124,13 +124,13 @@ def test_who_is_not_strict_goes_on(config):
 
 @pytest.mark.parametrize("monitor", ["train/mine", "val/mine"])
 def test_metrics_of_a_users_own_are_not_refused(config, monitor):
-    options = ["--model=tests.test_monitors.LogsItsOwn", *early(monitor, patience=9)]
+    options = ["--model=tests.callbacks.test_monitors.LogsItsOwn", *early(monitor, patience=9)]
     assert fit(config, "run", *options, *saving(monitor)).trainer.global_step == 6
 
 
 @pytest.mark.parametrize("options", [early("val/yours"), saving("val/yours"), plateau("val/yours")])
 def test_and_where_one_is_missing_that_is_still_one_line(message, options):
-    error = message("--model=tests.test_monitors.LogsItsOwn", *options)
+    error = message("--model=tests.callbacks.test_monitors.LogsItsOwn", *options)
     assert "val/yours" in error.splitlines()[-1]
     assert "val/mine" in error.splitlines()[-1]
 

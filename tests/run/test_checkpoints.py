@@ -13,9 +13,9 @@ import pytest
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from rotopo.checkpoints import WholeCheckpointIO, check, last_good, read
 from rotopo.cli import run
 from rotopo.errors import InputError
+from rotopo.run.checkpoints import WholeCheckpointIO, check, last_good, read
 from tests.small_run import save_config
 from tests.test_training import CHECKPOINTS, assert_equal, fit, weights
 

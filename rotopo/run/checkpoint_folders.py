@@ -12,17 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import checkpoint as distributed
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
 
 from rotopo import ranks
-from rotopo.checkpoints import REST, replacing
 from rotopo.errors import InputError
-from rotopo.files import sha256, writing_whole
+from rotopo.files import sha256, to_disk, writing_whole
+
+REST = "meta.pt"  # all but the shared tensors; by it Lightning tells such a folder, too
 
 
 def write(path: Path, checkpoint: dict[str, Any]) -> None:
@@ -35,6 +30,10 @@ def write(path: Path, checkpoint: dict[str, Any]) -> None:
     Raises:
         InputError: the ranks do not share that folder.
     """
+    # Slow to import, here and below, and few checkpoints are folders.
+    from torch.distributed import checkpoint as distributed
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
     unfinished = path.with_name(f".{path.name}.unfinished")
     tensors: dict[str, Tensor] = {}
     states = [
@@ -52,7 +51,9 @@ def write(path: Path, checkpoint: dict[str, Any]) -> None:
         with _own_errors():
             writer = HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
             distributed.save(tensors, storage_writer=writer)
-        own = unfinished.glob(f"shard-{rank + 1:05}-*.safetensors")
+        own = list(unfinished.glob(f"shard-{rank + 1:05}-*.safetensors"))
+        for share in own:
+            to_disk(share)
         hashes = ranks.of_all({share.name: sha256(share) for share in own})
         rest["shares"] = {name: value for part in hashes for name, value in part.items()}
         absent = [name for name in rest["shares"] if not (unfinished / name).is_file()]
@@ -66,6 +67,7 @@ def write(path: Path, checkpoint: dict[str, Any]) -> None:
                 torch.save(rest, stream)
             with replacing(path):
                 unfinished.rename(path)
+                to_disk(path.parent)
     finally:
         if rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -73,8 +75,30 @@ def write(path: Path, checkpoint: dict[str, Any]) -> None:
 
 
 @contextmanager
+def replacing(path: Path) -> Iterator[None]:
+    """Put a checkpoint, if there is one, aside while another gets its name, where
+    :func:`rotopo.run.checkpoints.last_good` finds it."""
+    old = path.with_name(f".{path.name}.old")
+    if path.exists():
+        _remove(old)
+        path.rename(old)
+    yield
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """A file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
 def _own_errors() -> Iterator[None]:
     """Torch's error of any rank as that rank's own, a full disk's for one."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
         yield
     except CheckpointException as error:
@@ -93,12 +117,15 @@ def read(
 
     Args:
         path: of the folder.
-        rest: all but the shared tensors, see :func:`rotopo.checkpoints.check`.
+        rest: all but the shared tensors, see :func:`rotopo.run.checkpoints.check`.
         targets: divided tensors by name, like which the state dict is to be divided; None reads
             whole tensors, by one process alone.
         parameters: of each optimiser, by number, like which its state is to be divided; None asks
             for all, whole.
     """
+    from torch.distributed import checkpoint as distributed
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
     reader = HuggingFaceStorageReader(str(path))
     stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
     tensors = {}

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from rotopo.errors import InputError
+from rotopo.run.lightning import callbacks_of, data_if_any
 
 
 def follows_metric(scheduler: Any) -> bool:
@@ -38,7 +39,7 @@ class Monitors(Callback):
         self.first_step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in callbacks_of(trainer):
             if isinstance(callback, ModelCheckpoint):
                 flatten(callback)
 
@@ -49,7 +50,7 @@ class Monitors(Callback):
             InputError: a monitor under ``val/`` in a run that does not validate, or under
                 ``test/``.
         """
-        data = getattr(trainer, "datamodule", None)
+        data = data_if_any(trainer)
         self.checked, self.first_step = False, trainer.global_step
         self.validates = trainer.limit_val_batches != 0 and (
             data is None or not hasattr(data, "has") or data.has("validation")
@@ -80,7 +81,7 @@ class Monitors(Callback):
             InputError: there is none of a name.
         """
         self.checked = True
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(trainer)
         known = {*trainer.callback_metrics}
         pairs = {name for one in callbacks for name in getattr(one, "pair_metric_names", ())}
         stages = ("train", "val") if self.validates else ("train",)
@@ -126,7 +127,7 @@ class MetricSchedules(Callback):
 
 def monitored(trainer: Trainer) -> Iterator[tuple[str, str]]:
     """Settings that name a metric without which they cannot do, and the metric."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         name = getattr(callback, "monitor", None)
         if isinstance(name, str) and getattr(callback, "strict", True):
             yield f"trainer.callbacks ({type(callback).__name__})", name

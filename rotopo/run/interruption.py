@@ -1,0 +1,87 @@
+"""A fit that is told to end keeps what it has done."""
+
+import signal
+import threading
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from rotopo.run.checkpoints import kept_in
+from rotopo.run.lightning import callbacks_of
+from rotopo.run.resume import before_validation
+from rotopo.run.slurm import Requeue
+from rotopo.run.steps import ends_step
+
+
+class Interruption(Callback):
+    """On SIGTERM a fit ends with the optimiser step, or the batch of a validation, that is at hand,
+    and keeps what it has done, if it keeps checkpoints.
+
+    So it does on the signal at which its SLURM job is to be queued again, and has SLURM do that
+    (:class:`rotopo.run.slurm.Requeue`). Until the first step there is nothing to keep, and signals
+    end the process as they end any other.
+
+    Lightning would end in the midst of a step and keep nothing; and of several ranks each would
+    wait for the others inside its signal handler, wherever they are.
+    """
+
+    def __init__(self) -> None:
+        self.asked = 0  # by this signal, the first
+        self._requeue: Requeue | None = None
+        # The loops as they were when the validation at hand was about to begin.
+        self._before_validation: dict[str, Any] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        numbers: list[int] = [signal.SIGTERM]
+        found = (one for one in callbacks_of(trainer) if isinstance(one, Requeue))
+        self._requeue = next(found, None)
+        if self._requeue is not None and self._requeue.signal:
+            numbers.append(self._requeue.signal)
+        if threading.current_thread() is threading.main_thread():
+            # The Trainer puts the handlers that it has found back when it ends.
+            for number in numbers:
+                signal.signal(number, self._ask)
+
+    def _ask(self, number: int, _: Any) -> None:
+        self.asked = self.asked or number
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if ends_step(trainer, batch_idx):
+            self._end_if_asked(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._before_validation = before_validation(trainer)
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self._before_validation is not None:
+            self._end_if_asked(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self._before_validation = None
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._before_validation is not None:
+            checkpoint["loops"]["fit_loop"] = self._before_validation
+
+    def _end_if_asked(self, trainer: Trainer) -> None:
+        any_rank = trainer.strategy.reduce_boolean_decision
+        if not any_rank(bool(self.asked), all=False):
+            return
+        requeue = self._requeue
+        again = requeue is not None and any_rank(self.asked == requeue.signal > 0, all=False)
+        folder = kept_in(trainer)
+        if folder is not None:
+            trainer.save_checkpoint(f"{folder}/last-interrupted.ckpt")
+        if not (again and requeue):
+            raise SIGTERMException(128 + signal.SIGTERM)
+        if trainer.is_global_zero:
+            requeue.job.queue_again()
+        trainer.strategy.barrier()  # SLURM may end all ranks when one has ended
+        raise SIGTERMException(128 + requeue.signal)
