@@ -144,8 +144,8 @@ def export(
             not have, a base model or data that are gone, something at ``output``, no space, or
             files that differ from what was trained. Then nothing is left at ``output``.
     """
-    from rotopo.cli import parts
     from rotopo.files import write_whole
+    from rotopo.load import parts
     from rotopo.model_card import Card, model_card
     from rotopo.reward import RewardModule
 

@@ -31,7 +31,10 @@ from rotopo.files import full_disk
 _OURS = str(Path(__file__).parent)
 _STANDARD = sysconfig.get_paths()["stdlib"]
 # Frames that stand above everything: they have called nothing with values of their own.
-_ENTRY = tuple(str(Path(__file__).with_name(name)) for name in ("cli.py", "refusals.py"))
+_ENTRY = tuple(
+    str(Path(__file__).with_name(name))
+    for name in ("cli.py", "lightning_cli.py", "load.py", "parsing.py", "refusals.py")
+)
 # What these raise on purpose is about what they were given, which our code hands through.
 _ON_SETTINGS = ("lightning", "jsonargparse", "transformers", "peft", "huggingface_hub")
 # What a message of these types says makes no sense without the type.

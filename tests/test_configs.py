@@ -23,9 +23,10 @@ import rotopo.models.backbone
 import rotopo.models.policy
 import rotopo.models.scorer
 from rotopo import objectives
-from rotopo.cli import RotopoCLI, _keep_only_what_classes_share, run
+from rotopo.lightning_cli import RotopoCLI, run
 from rotopo.models.sharding import decoder_layers
 from rotopo.objectives.base import PreferenceModule
+from rotopo.parsing import keep_only_what_classes_share
 from rotopo.reward import RewardModule
 from rotopo.training import Warmup
 
@@ -260,7 +261,7 @@ def test_simpos_beta_is_its_own_after_a_dpo_file_that_set_another(build, tmp_pat
 @pytest.fixture(scope="module")
 def parser() -> jsonargparse.ArgumentParser:
     """The command line's rule for class swaps, on the module alone: 700 pairs take seconds."""
-    _keep_only_what_classes_share()
+    keep_only_what_classes_share()
     parser = jsonargparse.ArgumentParser()
     parser.add_subclass_arguments(PreferenceModule, "model")
     return parser

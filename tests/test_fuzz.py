@@ -10,7 +10,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rotopo.cli import RotopoCLI, run
 from rotopo.data.messages import texts_in
 from rotopo.data.schemas import FORMATS, naming_row, read_row, resolve_format
 from rotopo.data.sources import load_rows
@@ -18,6 +17,7 @@ from rotopo.data.token_cache import fingerprint_rows, tokenize_rows
 from rotopo.data.tokens import Outcome, PairEncoder
 from rotopo.errors import InputError
 from rotopo.files import read_jsonl
+from rotopo.lightning_cli import RotopoCLI, run
 from tests.data.test_schemas import ROWS
 from tests.small_run import save_config
 

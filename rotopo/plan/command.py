@@ -111,7 +111,7 @@ def plan(args: list[str]) -> None:
 
 def make(args: list[str], options: argparse.Namespace) -> Plan:
     """The plan of a fit's options, see :func:`plan`."""
-    from rotopo.cli import described
+    from rotopo.load import described
 
     card = _card(options)
     made, _, settings = described(args)

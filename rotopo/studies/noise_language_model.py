@@ -21,7 +21,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-import rotopo.cli
+from rotopo import lightning_cli
 from rotopo.errors import InputError
 from rotopo.files import to_json, write_whole
 from rotopo.objectives import DPO, RobustDPO
@@ -169,7 +169,7 @@ class LanguageModelRuns:
         folder.mkdir(parents=True, exist_ok=True)
         with quiet(folder / "log.txt"):
             try:
-                cli = rotopo.cli.run(["fit", *files, *arguments, *place])
+                cli = lightning_cli.run(["fit", *files, *arguments, *place])
             except SIGTERMException:
                 raise
             except SystemExit as stop:  # the message is in the log, and is this error's context

@@ -1,0 +1,312 @@
+"""The commands that run on a Trainer: LightningCLI with the tokenizer named once, one folder per
+run, safe swaps of class paths, and messages instead of tracebacks."""
+
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jsonargparse import Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+import rotopo.objectives
+import rotopo.reward  # (classes are known by their short names once imported)
+import rotopo.robust  # noqa: F401
+from rotopo.callbacks.monitors import Monitors
+from rotopo.data.doctor import refusal, render
+from rotopo.data.module import PairwiseDataModule
+from rotopo.errors import InputError, input_error
+from rotopo.files import full_disk
+from rotopo.parsing import (
+    Parser,
+    keep_only_what_classes_share,
+    prefer_torchs_optimisers,
+    refuse_ill_typed,
+)
+from rotopo.refusals import Began, Building, in_one_line, naming, refuse_repeated_names, unwrapped
+from rotopo.run.checkpoints import WholeCheckpointIO, check, disk_is_full, last_good
+from rotopo.run.slurm import Job, Requeue, take_over
+from rotopo.training import PairwiseModule
+
+Kind = TypeVar("Kind", bound="RotopoCLI")
+
+_DESCRIPTION = """Preference optimisation of language models.
+
+A run is a YAML file of class paths and settings; any setting can be overridden behind it:
+rotopo fit --config configs/quickstart.yaml --model.beta 0.05 --trainer.max_epochs 2.
+What a class takes: rotopo fit --model.help DPO, rotopo fit --data.help PairwiseDataModule.
+What a run would use: add --print_config. Resume: --ckpt_path runs/version_0/checkpoints/last.ckpt.
+Is the data sound? rotopo doctor, with fit's files and options, checks it and loads no model.
+Does it fit the GPU? rotopo plan, with fit's files and options, needs neither weights nor data.
+Beside them there are rotopo judge, which compares policies from files of scores, rotopo report,
+which makes a page of runs and judgements, and rotopo export, which makes a Hugging Face model of a
+run: see rotopo judge --help.
+"""
+
+
+class RotopoTrainer(Trainer):
+    """Lightning's Trainer with a command for the data alone."""
+
+    def doctor(
+        self,
+        model: PairwiseModule,
+        datamodule: PairwiseDataModule,
+        ckpt_path: str | None = None,
+    ) -> None:
+        """Checks the data that a fit would train on, without loading the model.
+
+        Args:
+            model: what is to be trained; its weights are not loaded.
+            datamodule: the data.
+            ckpt_path: not read; here so that the files and options of fit are taken as they are.
+
+        Raises:
+            InputError: there is an error in the data; warnings are only printed.
+        """
+        datamodule.prepare_data()
+        datamodule.setup("doctor")
+        findings = datamodule.findings(model)
+        print(render(findings), flush=True)
+        refused = refusal(findings)
+        if refused is not None:
+            raise InputError(refused)
+
+
+class RotopoCLI(LightningCLI):
+    """LightningCLI with the tokenizer named once, one folder per run, and safe class swaps."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = super().init_parser(**kwargs)
+        parser.__class__ = Parser  # Lightning names its own
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("model", "data.init_args.tokenizer", compute_fn=_path_of)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        # Checkpoints are always read as weights only, so that no code in them is run.
+        commands = {k: v | {"weights_only"} for k, v in LightningCLI.subcommands().items()}
+        return {**commands, "doctor": {"model", "datamodule"}}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        with in_one_line(), naming("the settings", on_purpose=False):
+            super().parse_arguments(parser, args)
+        for file in self._settings().get("config") or []:
+            refuse_repeated_names(Path(file.absolute))
+
+    def before_instantiate_classes(self) -> None:
+        for name in ("model", "data"):
+            refuse_ill_typed(name, self._get(self.config, name))
+        # After Lightning's, which build the module and the datamodule.
+        self._building = Building(self._settings())
+        self.parser.add_instantiator(self._building, object)
+
+    def instantiate_classes(self) -> None:
+        with in_one_line(self._settings):
+            failure = None
+            try:
+                super().instantiate_classes()
+            except Exception as error:
+                failure = self._building.failure or unwrapped(error)
+            if failure is not None:  # out here, so that it does not come from what came from it
+                raise failure
+            self._take_clock()
+
+    def _take_clock(self) -> None:
+        """Have a chat template that writes the time go on with the checkpoint's."""
+        path = self._settings().get("ckpt_path")
+        if path and Path(path).exists() and self.datamodule.encoder.template.reads_clock:
+            self.datamodule.take_clock(check(Path(path)))
+
+    def _settings(self) -> Namespace:
+        return self.config[self.config.subcommand]
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise InputError(f"seed_everything: {error}.") from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Refuse a checkpoint that is named and not good before anything else is read; name that
+        of a SLURM job which was queued again.
+
+        Settings are the command line's alone: Lightning would take some from the checkpoint.
+        """
+        command = self.config["subcommand"]
+        config = self.config[command]
+        self._job = self._job_of_fit() if command == "fit" else None
+        if self._job is not None:
+            self._job.resume()
+            if self._job.resumed:
+                config.ckpt_path = str(self._job.resumed)
+                return
+        path = config.get("ckpt_path")
+        if command == "doctor":  # which reads none
+            return
+        # Words like last and best have no suffix; what has a protocol is not on this machine.
+        if path and "://" not in path and (Path(path).suffix or Path(path).exists()):
+            check(Path(path), resume=command == "fit")
+
+    def _job_of_fit(self) -> Job | None:
+        number = os.environ.get("SLURM_JOB_ID")
+        if number is None:
+            return None
+        settings = self.config.clone()
+        for size in ("devices", "num_nodes"):  # may be what SLURM has given this time
+            settings.fit.trainer.pop(size)
+        root = Path(self.config.fit.trainer.default_root_dir or "runs")
+        return Job.of_command(number, root, self.parser.dump(settings, skip_validation=True))
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Lightning's, whose end by SIGTERM or a full disk is told in one line."""
+        keeper = self.trainer.checkpoint_callback
+        try:
+            with in_one_line(self._settings, lambda: self._began.began):
+                super()._run_subcommand(subcommand)
+        except SIGTERMException as stop:
+            stop.code = status = int(stop.code or 128 + signal.SIGTERM)
+            name = signal.Signals(status - 128).name
+            folder = getattr(keeper, "dirpath", None)
+            if self.trainer.is_global_zero:
+                good = last_good(Path(folder)) if folder and subcommand == "fit" else None
+                advice = f": go on with --ckpt_path {good}" if good else ""
+                print(f"rotopo: ended by {name}{advice}.", file=sys.stderr)
+            raise
+        except Exception as error:
+            full = full_disk(error)
+            if full is None or input_error(error):
+                raise
+            folder = getattr(keeper, "dirpath", None)
+            raise disk_is_full(None, full, folder and Path(folder)) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """TensorBoard and CSV in ``default_root_dir/version_N`` unless loggers are given;
+        checkpoints written whole, unless ``plugins`` has another way."""
+        config = self._get(self.config_init, "trainer")
+        given = config.plugins or []
+        plugins = given if isinstance(given, list) else [given]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, WholeCheckpointIO()]
+        if self.subcommand == "doctor":  # wherever the fit is going to run
+            kwargs |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
+            kwargs |= {"plugins": None, "logger": False}
+        elif config.logger is None:
+            root = config.default_root_dir or "runs"
+            board = TensorBoardLogger(root, name="")
+            # What a killed run has logged stays, up to a few steps.
+            csv = CSVLogger(root, name="", version=board.version, flush_logs_every_n_steps=5)
+            kwargs["logger"] = [board, csv]
+        for name, least in (
+            ("accumulate_grad_batches", 1),
+            ("check_val_every_n_epoch", 1),
+            ("gradient_clip_val", 0),
+        ):
+            # Not by Lightning, which would divide by 0, or climb where it should descend.
+            if config[name] is not None and not config[name] >= least:
+                raise InputError(
+                    f"trainer.{name} is {config[name]}: it has to be at least {least}."
+                )
+        if config.val_check_interval == 0:
+            raise InputError("trainer.val_check_interval is 0: it has to be above zero.")
+        self._began = Began()
+        own = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
+        requeue = [Requeue(self._job)] if self._job is not None else []
+        given_ones = (one for one in own if one is not None)
+        kwargs["callbacks"] = [Monitors(), self._began, *requeue, *given_ones]
+        with naming("trainer", on_purpose=False):
+            try:
+                trainer = super().instantiate_trainer(**kwargs)
+            except OverflowError as error:
+                raise InputError(f"trainer.devices is {config.devices}: too many.") from error
+        take_over(trainer, self._job)
+        return trainer
+
+
+def run(args: list[str] | None = None) -> RotopoCLI:
+    """Run the command line and return what it built: trainer, model and datamodule.
+
+    Args:
+        args: arguments without the program's name; None reads them from the process.
+
+    Raises:
+        SystemExit: with status 2 after bad input, whose message is printed without a traceback.
+    """
+    return built(RotopoCLI, args)
+
+
+def built(command: type[Kind], args: list[str] | None) -> Kind:
+    keep_only_what_classes_share()
+    prefer_torchs_optimisers()
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
+    # The run's folder already holds config.yaml when the CSV logger looks at it.
+    warnings.filterwarnings("ignore", "Experiment logs directory")
+    # A run without validation is nothing to warn about.
+    warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
+    # What libraries deprecate in one another is nothing that a user can mend.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`")
+    warnings.filterwarnings("ignore", "`loftq_config` specified but will be ignored")
+    # Our callbacks' values are those of all ranks already.
+    warnings.filterwarnings("ignore", r"It is recommended to use `self\.log")
+    advice = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    advice.addFilter(lambda record: "Tip: For seamless cloud" not in record.getMessage())
+    # Said when a checkpoint is written: of what it holds, not of how it is read.
+    saving = logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector")
+    saving.addFilter(lambda record: "`weights_only` was not set" not in record.getMessage())
+    with messages():
+        return _with_one_parser(command, args)(
+            PairwiseModule,
+            PairwiseDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,  # they are the model's settings
+            save_config_kwargs={"overwrite": True},
+            trainer_class=RotopoTrainer,
+            parser_kwargs={"description": _DESCRIPTION},
+            trainer_defaults={
+                "use_distributed_sampler": False,  # our samplers know the ranks themselves
+                "num_sanity_val_steps": 1,  # the longest batch comes first, and the others fit too
+            },
+            args=args,
+        )
+
+
+def _with_one_parser(command: type[Kind], args: list[str] | None) -> type[Kind]:
+    """A command line that knows the command at hand alone, where its name comes first: a parser
+    for each of the others would be built as well, which takes a fifth of a small run's time."""
+    known = command.subcommands()
+    name = (sys.argv[1:] if args is None else args)[:1]
+    if not name or name[0] not in known:
+        return command
+    one = {name[0]: known[name[0]]}
+    return type(command.__name__, (command,), {"subcommands": staticmethod(lambda: one)})
+
+
+@contextmanager
+def messages() -> Iterator[None]:
+    """Bad input ends with its message."""
+    try:
+        yield
+    except ValueError as error:
+        cause = input_error(error)
+        if cause is None:
+            raise
+        print(f"rotopo: {cause}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _path_of(model: Any) -> str:
+    """The path of the model that a module trains: a policy's, or a reward model's backbone's."""
+    settings = model.init_args
+    return (settings.get("policy") or settings.get("backbone")).path

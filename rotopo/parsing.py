@@ -1,0 +1,100 @@
+"""How settings are read: Lightning's parser, and the private parts of jsonargparse behind it.
+
+Each function says why the public interface does not do. A release of jsonargparse that moves one
+of the names fails in ``tests/test_parsing.py``, which says which; until then an upper bound in
+pyproject.toml keeps such a release out.
+"""
+
+from dataclasses import is_dataclass
+from typing import Any
+
+import jsonargparse._typehints as jsonargparse_typehints
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from rotopo.errors import InputError
+
+
+class Parser(LightningArgumentParser):
+    """Writes settings without validating them again: they come from its own parsing."""
+
+    def dump(self, *args: Any, skip_validation: bool = True, **kwargs: Any) -> str:
+        return super().dump(*args, skip_validation=skip_validation, **kwargs)
+
+    def save(self, *args: Any, skip_validation: bool = True, **kwargs: Any) -> None:
+        super().save(*args, skip_validation=skip_validation, **kwargs)
+
+
+def refuse_ill_typed(name: str, given: Namespace) -> None:
+    """Refuse what jsonargparse lets through: null for a class's argument that takes none, and a
+    list for a group of settings."""
+    from jsonargparse._parameter_resolvers import get_signature_parameters
+    from jsonargparse._util import import_object
+
+    arguments = given.get("init_args") or Namespace()
+    for parameter in get_signature_parameters(import_object(given.class_path), None):
+        annotation = parameter.annotation
+        takes_null = parameter.default is None or annotation is Any or "None" in str(annotation)
+        if parameter.name in arguments and arguments[parameter.name] is None and not takes_null:
+            raise InputError(f"{name}.{parameter.name} is null: it has to have a value.")
+        if isinstance(arguments.get(parameter.name), list) and is_dataclass(annotation):
+            raise InputError(f"{name}.{parameter.name} is a list: name its settings instead.")
+
+
+def keep_only_what_classes_share() -> None:
+    """When a class path changes, drop the settings that the old class declared itself.
+
+    jsonargparse keeps every setting whose name and type the new class knows too, so that a DPO
+    file with ``beta: 0.3`` followed by ``--model SimPO`` would build SimPO with 0.3, silently.
+    Here only what a common base class declares carries over (policy, optimiser; of adapters the
+    target modules). jsonargparse has no switch for this, so its function is wrapped.
+    """
+    original = jsonargparse_typehints.discard_init_args_on_class_path_change
+    if getattr(original, "wrapped_by_rotopo", False):
+        return
+
+    def discard(parser_or_action: Any, prev_val: Any, value: Any) -> None:
+        if prev_val and "init_args" in prev_val and prev_val["class_path"] != value["class_path"]:
+            shared = _shared_settings(prev_val["class_path"], value["class_path"])
+            init_args = prev_val["init_args"]
+            for name in [key for key in vars(init_args) if key not in shared]:
+                init_args.pop(name)
+        original(parser_or_action, prev_val, value)
+
+    discard.wrapped_by_rotopo = True  # type: ignore[attr-defined]
+    jsonargparse_typehints.discard_init_args_on_class_path_change = discard
+
+
+def prefer_torchs_optimisers() -> None:
+    """Have a short name that torch.optim has mean torch's class.
+
+    bitsandbytes, which PEFT imports wherever it is installed, has optimisers of the same names, and
+    jsonargparse would then ask for the full path of each.
+    """
+    original = jsonargparse_typehints.resolve_class_path_by_name
+    if getattr(original, "wrapped_by_rotopo", False):
+        return
+
+    def resolve(cls: type | tuple[type], name: str) -> str:
+        own = getattr(torch.optim, name, None) if "." not in name else None
+        wanted = cls if isinstance(cls, tuple) else (cls,)
+        if isinstance(own, type) and torch.optim.Optimizer in wanted:
+            return f"torch.optim.{name}"
+        return original(cls, name)
+
+    resolve.wrapped_by_rotopo = True  # type: ignore[attr-defined]
+    jsonargparse_typehints.resolve_class_path_by_name = resolve
+
+
+def _shared_settings(old_path: str, new_path: str) -> set[str]:
+    """Names of the arguments that the nearest common base of two classes takes."""
+    from jsonargparse._parameter_resolvers import get_signature_parameters
+    from jsonargparse._util import import_object
+    from peft import PeftConfig  # slow to import, and most runs swap no class
+
+    old, new = import_object(old_path), import_object(new_path)
+    if issubclass(old, PeftConfig) and issubclass(new, PeftConfig):
+        return {"target_modules"}
+    bases = [base for base in old.__mro__[1:] if base in new.__mro__[1:] and base is not object]
+    return {p.name for p in get_signature_parameters(bases[0], None)} if bases else set()
