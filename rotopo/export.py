@@ -287,7 +287,7 @@ def _probes(data: "PairwiseDataModule", prompts: int) -> tuple[str, list[_Probe]
         if len(found) == prompts:
             break
         if tuple(row.prompt) not in found:
-            found[tuple(row.prompt)] = _Probe(row, data.preference(split, row.row))
+            found[tuple(row.prompt)] = _Probe(row, data.pairs.preference(split, row.row))
     return split, list(found.values())
 
 
@@ -350,7 +350,7 @@ def _logits(policy: "Policy", job: _Job) -> list[Tensor]:
 
     found = []
     for probe in job.probes:
-        batch = collate([probe.row], job.data.pad_id, job.data.layout, 1.0)
+        batch = collate([probe.row], job.data.pad_id, job.data.batching.layout, 1.0)
         predictors = batch.predictors.split(batch.lengths.tolist())
         for places, positions in zip(predictors, probe.positions(), strict=True):
             found.append(policy.logits(batch, places[positions]))
@@ -379,7 +379,7 @@ def _rewards(scorer: "Scorer", job: _Job) -> tuple[list[Tensor], float]:
             # Behind every response a token that is never read.
             responses = [[*ids, job.data.pad_id] for ids in probe.row.responses]
             row = replace(probe.row, responses=responses)
-            found += scorer(collate([row], job.data.pad_id, job.data.layout, 1.0)).split(1)
+            found += scorer(collate([row], job.data.pad_id, job.data.batching.layout, 1.0)).split(1)
     finally:
         hook.remove()
     return found, max(sizes) * float(head.weight.norm()) / head.in_features**0.5

@@ -74,7 +74,7 @@ class RotopoTrainer(Trainer):
         """
         datamodule.prepare_data()
         datamodule.setup("doctor")
-        findings = datamodule.findings(model)
+        findings = datamodule.findings(model.needs)
         print(render(findings), flush=True)
         refused = refusal(findings)
         if refused is not None:

@@ -19,9 +19,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import rotopo
+from rotopo.callbacks.doctor import DataDoctor
 from rotopo.callbacks.finite import Finite
 from rotopo.callbacks.monitors import MetricSchedules, follows_metric
+from rotopo.data.asked import Draw
+from rotopo.data.module import PairwiseDataModule
 from rotopo.errors import InputError
+from rotopo.models.log_probs import Needs
 from rotopo.refusals import naming
 from rotopo.run.interruption import Interruption
 from rotopo.run.lightning import (
@@ -111,6 +115,8 @@ class PairwiseModule(LightningModule):
 
     # Whether a pair's loss depends on the other pairs of its micro-batch, as KTO's does.
     couples_pairs: bool = False
+    # What the loss is computed from.
+    needs: Needs = Needs()
 
     def __init__(
         self,
@@ -127,7 +133,8 @@ class PairwiseModule(LightningModule):
         self.predicted: Container[int] = ()
 
     def setup(self, stage: str) -> None:
-        """Refuse a Trainer that would cast everything, or cast twice.
+        """Ask the data for what the module needs, and refuse a Trainer that would cast everything,
+        or cast twice.
 
         Raises:
             InputError: ``trainer.precision`` is a true half precision, or set beside
@@ -145,6 +152,18 @@ class PairwiseModule(LightningModule):
                 "small steps a half type loses: leave it out and set policy.dtype (of a reward "
                 "model, backbone.dtype) instead, or for full fine-tuning policy.compute_dtype."
             )
+        data = data_if_any(self.trainer)
+        if isinstance(data, PairwiseDataModule):
+            data.ask(self.needs, type(self).__name__, self.draw(data))
+
+    def draw(self, data: PairwiseDataModule) -> Draw | None:
+        """What draws responses from the module's reference, once the data wants some; None where
+        there is no reference.
+
+        Args:
+            data: whose prompts they respond to.
+        """
+        return None
 
     @property
     def sharding(self) -> "Sharding | None":
@@ -190,7 +209,7 @@ class PairwiseModule(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         given = {type(callback) for callback in callbacks_of(self.trainer)}
         # The last may end the run.
-        always = [*self.always_on(), MetricSchedules(), Finite(), Interruption()]
+        always = [DataDoctor(), *self.always_on(), MetricSchedules(), Finite(), Interruption()]
         return [callback for callback in always if type(callback) not in given]
 
     def response_lengths(self, batch: "PairBatch") -> Tensor:
@@ -395,8 +414,8 @@ class PairwiseModule(LightningModule):
         facts |= {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
         facts["base_fingerprint"] = self.base_fingerprint
         data = data_if_any(self.trainer)
-        if data is not None and hasattr(data, "describe"):
-            facts |= data.describe()
+        if data is not None and isinstance(data, PairwiseDataModule):
+            facts |= data.pairs.describe()
         for logger in self.trainer.loggers:
             logger.log_hyperparams(facts)
 

@@ -213,7 +213,7 @@ def test_validation_within_a_step_is_refused(message):
 def test_what_a_run_stands_on_is_logged(config):
     cli = run(["fit", "--config", str(config)])
     logged = yaml.safe_load((Path(cli.trainer.log_dir) / "hparams.yaml").read_text())
-    assert logged["fingerprint"] == cli.datamodule.data_fingerprint
+    assert logged["fingerprint"] == cli.datamodule.pairs.fingerprint
     assert logged["base_fingerprint"] == cli.model.base_fingerprint
     assert logged["torch"].startswith(torch.__version__.split("+")[0])
 

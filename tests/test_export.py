@@ -208,8 +208,8 @@ def test_the_chat_template_alone_gives_the_tokens_of_training(name, exports):
     one, folder = exports[name]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     data = one.cli.datamodule
-    for row in data._pairs["test"]:
-        preference = data.preference("test", row["row"])
+    for row in data.pairs.of["test"]:
+        preference = data.pairs.preference("test", row["row"])
         for turns, prompted, expected in (
             (preference.prompt, True, row["prompt"]),
             (preference.prompt + preference.chosen, False, row["prompt"] + row["chosen"]),
@@ -230,7 +230,7 @@ def test_an_exported_reward_model_scores_as_its_users_call_it(exports):
     batch = next(iter(data.test_dataloader()))
     with torch.no_grad():
         expected = module.scorer(batch)[batch.responses(0)]
-        preferences = [data.preference("test", row) for row in batch.rows.tolist()]
+        preferences = [data.pairs.preference("test", row) for row in batch.rows.tolist()]
         inputs = tokenizer.apply_chat_template(
             [p.prompt + p.chosen for p in preferences],
             padding=True,
@@ -460,10 +460,10 @@ def test_the_card_says_what_the_run_was_and_measured(lora, merged):
     log = pd.read_csv(lora.folder / "metrics.csv")
     for expected in (
         f"| parameters trained | {trained:,} of {every:,} ",
-        f"| fingerprint of the training pairs | `{data.data_fingerprint}` |",
+        f"| fingerprint of the training pairs | `{data.pairs.fingerprint}` |",
         "| optimiser | `torch.optim.AdamW`, learning rate `0.01` |",
         "| steps | 6, of `6` pairs each |",
-        f"| times through the pairs | {36 / len(data._pairs['train']):.2f} |",
+        f"| times through the pairs | {36 / len(data.pairs.of['train']):.2f} |",
         "| seed | `1` |",
         f"| training | `loss` | {log['train/loss'].dropna().iloc[-1]:.4g} | 6 |",
         f"| validation | `loss` | {log['val/loss'].dropna().iloc[-1]:.4g} | 6 |",

@@ -643,7 +643,7 @@ def try_settings(tmp_path, tiny_tokenizer, monkeypatch, capsys):
         if status:
             assert status == 2
             return error
-        facts = cli.datamodule.describe()
+        facts = cli.datamodule.pairs.describe()
         split, rows = (
             ("train[:3]", 3) if ("data.train_split", "train[:3]") in settings else ("train", 40)
         )

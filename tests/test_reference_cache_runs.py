@@ -143,7 +143,7 @@ def test_two_ranks_fill_one_cache_and_miss_nothing(config):
         for file in (config.parent / "home").rglob("*.arrow")
         for key in pa.ipc.open_file(str(file)).read_all().column("key").to_pylist()
     ]
-    pairs = one.datamodule.describe()
+    pairs = one.datamodule.pairs.describe()
     assert len(set(keys)) == 2 * (pairs["pairs/train"] + pairs["pairs/validation"])
 
 

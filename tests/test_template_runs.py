@@ -30,7 +30,9 @@ def config(tmp_path, tiny_tokenizer):
 
 
 def prompt_text(data, place: int = 0) -> str:
-    return data.encoder.tokenizer.decode(data._tokenized["train"].pairs[place]["prompt"])
+    return data.encoder.tokenizer.decode(
+        data.pairs.loaded["train"].tokenized.pairs[place]["prompt"]
+    )
 
 
 @pytest.mark.slow
@@ -56,7 +58,9 @@ def test_the_hour_of_the_first_fit_is_that_of_all_that_follows(config, tmp_path,
         ]
     ).datamodule
     prompt = json.loads(responses.read_text().splitlines()[0])["prompt"]
-    assert scored.responses.tokens[0]["prompt"] == first.datamodule.encoder.encode_prompt(prompt)
+    assert scored.predicted.responses.tokens[0]["prompt"] == first.datamodule.encoder.encode_prompt(
+        prompt
+    )
 
     shutil.rmtree(tmp_path / "cache")
     main(["export", "--run", str(tmp_path / "runs/version_0"), "--output", str(tmp_path / "out")])

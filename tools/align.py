@@ -165,7 +165,7 @@ def embed(workshop: Workshop, file: Path, responses: dict[str, Path]) -> Path:
         chosen = np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int).tolist()
         for start in range(0, len(chosen), 16):
             part = [rows[i] for i in chosen[start : start + 16]]
-            yield collate(part, data.pad_id, data.layout, 1.0)
+            yield collate(part, data.pad_id, data.batching.layout, 1.0)
 
     points, labels = [], []
     with policy.reference_model() as model:

@@ -48,14 +48,16 @@ class PairScores(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = data_of(trainer)
 
-        def texts(setting: str) -> dict[int, str] | None:
-            column = getattr(data, setting)
+        def texts(column: str | None, setting: str) -> dict[int, str] | None:
             if column is None:
                 return None
-            values = data.column("test", column, f"data.{setting}")
+            values = data.pairs.column("test", column, f"data.{setting}")
             return {row: str(value) for row, value in values.items()}
 
-        metrics = RewardMetrics(texts("accuracy_by"), texts("group_by"))
+        metrics = RewardMetrics(
+            texts(data.pairs.accuracy_by, "accuracy_by"),
+            texts(data.pairs.splits.group_by, "group_by"),
+        )
         self.metrics = metrics.to(pl_module.device)
 
     def on_test_batch_end(
@@ -103,7 +105,7 @@ class PairScores(Callback):
             pairs = metrics.pairs()
         lines = []
         for i, row in enumerate(pairs.rows.tolist() if trainer.is_global_zero else []):
-            preference = data.preference("test", row)
+            preference = data.pairs.preference("test", row)
             lines.append(
                 {
                     "row": row,

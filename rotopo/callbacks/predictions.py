@@ -78,7 +78,7 @@ class PredictionWriter(Callback):
         for row, found in zip(batch.rows.tolist(), outputs, strict=True):
             if not math.isfinite(found.get("score", 0)):
                 raise InputError(f"row {row} scores {found['score']}: the model has diverged.")
-            line = [row, data.prediction_line(row) | found]
+            line = [row, data.predicted.line(row) | found]
             self.part.write(json.dumps(line, ensure_ascii=False) + "\n")
         self.part.flush()
         os.fsync(self.part.fileno())

@@ -1,6 +1,6 @@
 """Fills the cache of reference log-probs before the first step."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -8,6 +8,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from tqdm.auto import tqdm
 
 from rotopo.data.batch import Role
+from rotopo.data.module import PairwiseDataModule
 from rotopo.data.rows import Rows
 from rotopo.errors import InputError
 from rotopo.run.lightning import data_if_any, data_of
@@ -45,13 +46,13 @@ class CacheReference(Callback):
         cache = module.policy.open_cache(module.policy_config.reference_cache, precision)
         for split in splits:
             # One rank decides for all, since another run may be writing to the folder meanwhile.
-            unknown: Any = data.rows_without(split, cache) if trainer.is_global_zero else None
+            unknown: Any = _unknown(data, split, cache) if trainer.is_global_zero else None
             unknown = trainer.strategy.broadcast(unknown)
             if unknown:  # a split that there is not has none
                 cache_rows(trainer, data.rows(split), unknown, f"Reference of {split}")
             else:
                 cache.refresh()  # with what other processes have written meanwhile
-            if trainer.world_size > 1 and data.rows_without(split, cache):
+            if trainer.world_size > 1 and _unknown(data, split, cache):
                 raise InputError(
                     f"{cache.folder} does not hold what other ranks have computed: let "
                     "policy.reference_cache or $ROTOPO_CACHE name a folder that all nodes share."
@@ -78,6 +79,11 @@ def cache_rows(trainer: Trainer, rows: Rows, places: Sequence[int], description:
     module.policy.cache.refresh()
 
 
+def _unknown(data: PairwiseDataModule, split: str, cache: Container[bytes]) -> list[int]:
+    """Places of a split's rows that the cache does not hold; none of a split that there is not."""
+    return data.rows(split).unknown(cache) if data.has(split) else []
+
+
 def _why_not(trainer: Trainer, module: Any) -> str:
     """Why the reference cannot be cached; empty where it can."""
     if Role.REFERENCE_SAMPLE in module.needs.roles:
@@ -92,5 +98,5 @@ def _sees_all_pairs(trainer: Trainer, data: Any, limits: list[Any]) -> bool:
     # A share of 1.0 is all batches; the integer 1 is one of them, and no batch at all costs none.
     if not all(limit is None or limit == 0 or repr(limit) == "1.0" for limit in limits):
         return False
-    pairs = data.describe()["pairs/train"]
-    return trainer.max_steps == -1 or trainer.max_steps * data.pairs_per_step >= pairs
+    pairs = len(data.pairs.training())
+    return trainer.max_steps == -1 or trainer.max_steps * data.batching.pairs_per_step >= pairs

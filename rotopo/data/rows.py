@@ -1,12 +1,12 @@
 """Tokenised pairs -> the rows of a batch, with the responses that the objective asks for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from rotopo.data.batch import Role, TokenizedRow
+from rotopo.data.batch import Role, TokenizedRow, response_key
 from rotopo.data.sampler import PairLength
 from rotopo.errors import InputError
 from rotopo.pretrained import Positions
@@ -80,6 +80,18 @@ class Rows(torch.utils.data.Dataset[TokenizedRow]):
             pair["row"],
             0.0 if self.margins is None else self.margins[index],
         )
+
+    def unknown(self, known: Container[bytes]) -> list[int]:
+        """Places of the rows of which a response's key is not known.
+
+        Args:
+            known: keys as :func:`rotopo.data.batch.response_key` makes them.
+        """
+        return [
+            index
+            for index, row in enumerate(map(self.__getitem__, range(len(self))))
+            if any(response_key(row.prompt, response) not in known for response in row.responses)
+        ]
 
     def select(
         self, kept: Sequence[int], others: Sequence[tuple[int, list[int], list[int]]] = ()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ _PROMPTS_AT_ONCE = 32
 
 def sample_reference(
     policy: Policy,
-    prompts: list[list[int]],
+    prompts: Sequence[list[int]],
     max_new_tokens: int,
     encoder: PairEncoder,
     cache_dir: Path,
@@ -35,7 +36,7 @@ def sample_reference(
 
 def draw(
     policy: Policy,
-    prompts: list[list[int]],
+    prompts: Sequence[list[int]],
     sampling: Sampling,
     encoder: PairEncoder,
     cache_dir: Path,

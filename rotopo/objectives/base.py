@@ -1,7 +1,9 @@
 """PreferenceModule: pairs through the policy, an objective on their log-probs."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,7 +21,9 @@ from rotopo.callbacks import (
     PredictionWriter,
     Speed,
 )
+from rotopo.data.asked import Draw
 from rotopo.data.batch import PairBatch, PromptBatch
+from rotopo.data.module import PairwiseDataModule
 from rotopo.errors import InputError
 from rotopo.models.log_probs import Needs, PairLogProbs
 from rotopo.models.settings import PolicyConfig, Sampling
@@ -123,6 +127,9 @@ class PreferenceModule(PairwiseModule):
         self.observe(outputs["log_probs"], trainer is None or ends_step(trainer, batch_idx))
         return outputs
 
+    def draw(self, data: PairwiseDataModule) -> Draw:
+        return partial(self.sample_reference, data=data)
+
     def predict(self, batch: PromptBatch | PairBatch) -> list[dict[str, Any]]:
         """A response to each prompt; or of given responses the implicit reward."""
         assert self.policy is not None
@@ -147,7 +154,9 @@ class PreferenceModule(PairwiseModule):
             for ids in responses
         ]
 
-    def sample_reference(self, prompts: list[list[int]], data: Any) -> list[list[int]]:
+    def sample_reference(
+        self, prompts: Sequence[list[int]], data: PairwiseDataModule
+    ) -> list[list[int]]:
         """A response drawn from the reference for each prompt, the end of turn included.
 
         Args:
@@ -172,7 +181,7 @@ class PreferenceModule(PairwiseModule):
             self.sample_tokens,
             data.encoder,
             data.cache_dir / "reference_samples",
-            data.seed,
+            data.batching.seed,
         )
 
     def _step(self, batch: PairBatch) -> dict[str, Any]:

@@ -85,9 +85,9 @@ class KTO(ReferenceObjective):
         super().on_train_start()
         data = data_if_any(self.trainer)
         accumulation = self.trainer.accumulate_grad_batches
-        if data is not None and data.pairs_per_step < 2 * accumulation:
+        if data is not None and data.batching.pairs_per_step < 2 * accumulation:
             raise InputError(
-                f"KTO: data.pairs_per_step ({data.pairs_per_step}) over "
+                f"KTO: data.pairs_per_step ({data.batching.pairs_per_step}) over "
                 f"trainer.accumulate_grad_batches ({accumulation}) leaves fewer than two rows at a "
                 "time, from which z0 cannot be estimated: raise the one or lower the other."
             )

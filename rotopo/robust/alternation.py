@@ -71,7 +71,7 @@ class Alternation(Callback):
         data = data_of(trainer)
         if trainer.current_epoch == 0:  # else the same Trainer goes on
             self.decisions = []
-        data.selector = self
+        data.let_choose(self)
         remake_loaders_every_epoch(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -80,12 +80,12 @@ class Alternation(Callback):
         require_pairs(rows, "Alternation")
         self._check_rounds(trainer)
         kept = n_kept(len(rows), self.rho)
-        if kept < data.pairs_per_step:
+        if kept < data.batching.pairs_per_step:
             raise InputError(
                 f"rho is {self.rho}, which keeps {kept} of {len(rows)} pairs: fewer than "
-                f"data.pairs_per_step ({data.pairs_per_step})."
+                f"data.pairs_per_step ({data.batching.pairs_per_step})."
             )
-        shortest = kept // data.pairs_per_step * trainer.accumulate_grad_batches
+        shortest = kept // data.batching.pairs_per_step * trainer.accumulate_grad_batches
         every = trainer.val_check_interval
         if isinstance(every, int) and trainer.check_val_every_n_epoch and every > shortest:
             raise InputError(
@@ -176,7 +176,7 @@ class Alternation(Callback):
 
     def _log(self, trainer: Trainer) -> None:
         data = data_of(trainer)
-        found = self.decisions[-1].numbers(data.flipped(), self.rho)
+        found = self.decisions[-1].numbers(data.pairs.flipped(), self.rho)
         for logger in trainer.loggers:
             logger.log_metrics(
                 {f"round/{name}": value for name, value in found.items()}, trainer.global_step

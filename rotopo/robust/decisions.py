@@ -136,7 +136,7 @@ def write(decisions: list[Decision], data: Any, rho: float, folder: Path) -> Non
         rho: ρ, the share that was dropped.
         folder: where to.
     """
-    flipped = data.flipped()
+    flipped = data.pairs.flipped()
     numbers = data.rows("train").pairs["row"][:]
     decode = data.encoder.tokenizer.decode
     rounds, accepted, table = [], [], io.StringIO()
@@ -164,7 +164,7 @@ def write(decisions: list[Decision], data: Any, rho: float, folder: Path) -> Non
         for place, pair in decision.accepted.items():
             texts = (decode(i, skip_special_tokens=True) for i in (pair.chosen, pair.rejected))
             chosen, rejected = texts
-            preference = data.preference("train", numbers[place])
+            preference = data.pairs.preference("train", numbers[place])
             accepted.append(
                 {
                     "round": t,

@@ -40,7 +40,7 @@ class NoiseDetection(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = data_of(trainer)
-        if data.flipped() is None:
+        if data.pairs.flipped() is None:
             raise InputError("NoiseDetection: no label is known to be flipped: set data.noise.")
         require_pairs(data.rows("train"), "NoiseDetection")
 
@@ -50,7 +50,7 @@ class NoiseDetection(Callback):
         if done % self.every_n_epochs and not last and not trainer.should_stop:
             return
         data = data_of(trainer)
-        flipped = torch.from_numpy(data.flipped())
+        flipped = torch.from_numpy(data.pairs.flipped())
         self.metric.reset()
         for places, values in scored(trainer, data.rows("train"), "Looking for flipped labels"):
             self.metric.update(places, values[:, 1] - values[:, 2], flipped[places])

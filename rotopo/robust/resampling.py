@@ -117,17 +117,17 @@ def check(trainer: Trainer, rows: Rows, settings: Resampling) -> None:
             "configs/strategies/fsdp2.yaml."
         )
     data = data_of(trainer)
-    if data.token_budget is None:
+    if data.batching.token_budget is None:
         return
     longest = []
     for prompt, responses in rows.lengths():
         sampled = min(settings.max_new_tokens, data.encoder.max_length - prompt)
         longest.append((prompt, [max(sampled, *responses)] * 2))
-    sizes = Sizes(longest, data.layout)
+    sizes = Sizes(longest, data.batching.layout)
     largest = max(sizes.tokens([i]) for i in range(len(longest)))
-    if largest > data.token_budget:
+    if largest > data.batching.token_budget:
         raise InputError(
-            f"data.token_budget is {data.token_budget}, but with responses of "
+            f"data.batching.token_budget is {data.batching.token_budget}, but with responses of "
             f"resampling.max_new_tokens ({settings.max_new_tokens}) a new pair may take {largest} "
             "tokens: raise the one, or lower the other."
         )

@@ -179,7 +179,7 @@ class LanguageModelRuns:
         callbacks = callbacks_of(trainer)
         (margins,) = (c.margins for c in callbacks if isinstance(c, TrainingMargins))
         decisions = [d for c in callbacks if isinstance(c, Alternation) for d in c.decisions]
-        flipped = cli.datamodule.flipped()
+        flipped = cli.datamodule.pairs.flipped()
         rounds = [
             Round(
                 number,

@@ -13,10 +13,12 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
+from rotopo.data.asked import Ask, margins
 from rotopo.data.module import PairwiseDataModule
 from rotopo.data.responses import Responses
 from rotopo.data.sources import load_rows
 from rotopo.errors import InputError
+from rotopo.reward import RewardModule
 
 CASES = Path(__file__).parents[1] / "cases"
 PLAIN = (CASES / "three_roles.jinja").read_text()
@@ -51,7 +53,7 @@ def load(tiny_tokenizer_dir, tmp_path):
 
 def spelled(data: PairwiseDataModule, place: int = 0) -> tuple[str, str, str]:
     """Prompt, chosen and rejected of a source row, as their tokens spell them."""
-    (tokenized,) = data._tokenized.values()
+    (tokenized,) = (one.tokenized for one in data.pairs.loaded.values())
     pair = tokenized.pairs[place]
     decode = data.encoder.tokenizer.decode
     return tuple(decode(pair[name]) for name in ("prompt", "chosen", "rejected"))
@@ -82,7 +84,7 @@ def of_trl(data: PairwiseDataModule, rows: list[dict]) -> Dataset:
 def assert_as_trl(data: PairwiseDataModule, rows: list[dict]) -> None:
     """The same tokens, up to the end of turn: TRL also trains on the line feed that the template
     writes after it, which no model generates."""
-    (tokenized,) = data._tokenized.values()
+    (tokenized,) = (one.tokenized for one in data.pairs.loaded.values())
     for ours, theirs in zip(tokenized.pairs, of_trl(data, rows), strict=True):
         assert ours["prompt"] == theirs["prompt_ids"]
         for name in ("chosen", "rejected"):
@@ -158,7 +160,7 @@ def test_an_argument_may_be_nothing(load, value):
     call = {"function": {"name": "f", "arguments": {"a": value}}}
     rows = [pair([user(f"{n}?")], [assistant(tool_calls=[call])], "no") for n in range(4)]
     data = load(rows, "tools.jinja")
-    assert data.left_out() == {}
+    assert data.pairs.left_out() == {}
     assert json.dumps({"a": value}) in spelled(data)[1]
 
 
@@ -193,7 +195,7 @@ def test_arguments_that_are_texts_are_not_written_twice_over(load):
 
 def test_tools_that_are_none(load):
     for tools in ("null", "[]", "", None, []):
-        assert load([pair(tools=tools)] * 4).left_out() == {}
+        assert load([pair(tools=tools)] * 4).pairs.left_out() == {}
     texts = [json.dumps({"type": "function", "function": {"name": "f", "parameters": {}}})]
     rows = [pair([user(f"{n}?")], tools=texts) for n in range(4)]
     assert '"name": "f"' in spelled(load(rows, "tools.jinja"))[0]
@@ -228,12 +230,12 @@ def test_what_a_prompt_holds_beside_its_content_is_counted(load, caplog):
         for n in range(4)
     ]
     data = load(rows)
-    (label,) = data.left_out()
+    (label,) = data.pairs.left_out()
     assert label == "name of the tool in the prompt"
-    assert data.left_out()[label].rows == 4
-    assert not data.left_out()[label].refused
-    assert data.describe()[f"left_out/{label}"] == 4
-    assert load(rows, "tools.jinja").left_out() == {}
+    assert data.pairs.left_out()[label].rows == 4
+    assert not data.pairs.left_out()[label].refused
+    assert data.pairs.describe()[f"left_out/{label}"] == 4
+    assert load(rows, "tools.jinja").pairs.left_out() == {}
 
 
 def test_an_unwritten_field_of_a_response_is_refused(load):
@@ -241,15 +243,15 @@ def test_an_unwritten_field_of_a_response_is_refused(load):
     with pytest.raises(InputError, match=r"row 0 .*'chosen'.*the assistant's name \(4 rows\)"):
         load(rows)
     data = load(rows, on_unwritten="warn")
-    assert data.left_out()["name of the assistant in a response"].rows == 4
+    assert data.pairs.left_out()["name of the assistant in a response"].rows == 4
     dropped = load([*rows, pair("r?"), pair("s?")], on_bad_row="drop")
-    assert dropped._tokenized["train"].counts["bad"] == 4
+    assert dropped.pairs.loaded["train"].tokenized.counts["bad"] == 4
 
 
 def test_null_and_empty_fields_are_nothing(load):
     nothing = {"refusal": None, "audio": None, "annotations": [], "function_call": None}
     rows = [pair([user("q?")], [assistant("a", **nothing)], [assistant("b", **nothing)])] * 4
-    assert load(rows).left_out() == {}
+    assert load(rows).pairs.left_out() == {}
 
 
 # Reasoning and the template's arguments
@@ -267,7 +269,7 @@ def test_reasoning_of_earlier_turns_is_counted(load):
     history = [user("1?"), assistant("2", reasoning_content="because"), user("3?")]
     inline = [user("1?"), assistant("<think>\nbecause\n</think>\n\n2"), user("3?")]
     rows = [pair(history), pair(inline), pair("q"), pair("r")]
-    found = load(rows, "thinking.jinja").left_out()
+    found = load(rows, "thinking.jinja").pairs.left_out()
     assert {label: part.rows for label, part in found.items()} == {
         "reasoning_content of the assistant in the prompt": 1,
         "reasoning in the content of the assistant in the prompt": 1,
@@ -278,7 +280,7 @@ def test_an_answer_may_speak_of_the_marks_of_reasoning(load):
     text = "Use s.split('</think>') for that."
     history = [user("1?"), assistant(text), user("2?")]
     data = load([pair(history), pair("a"), pair("b"), pair("c")], "{{ bos_token }}" + PLAIN)
-    assert data.left_out() == {}
+    assert data.pairs.left_out() == {}
     assert text in spelled(data)[0]
 
 
@@ -302,7 +304,7 @@ def test_no_thinking_belongs_to_the_prompt(load):
     # The same in generation, scoring and an export.
     (question, *_) = load_rows(str(CASES / "no_thinking.jsonl"))
     messages = [user(question["prompt"])]
-    ids = data._tokenized["train"].pairs[0]["prompt"]
+    ids = data.pairs.loaded["train"].tokenized.pairs[0]["prompt"]
     assert data.encoder.encode_prompt(messages) == ids
     exported = data.encoder.tokenizer.apply_chat_template(
         messages,
@@ -337,11 +339,11 @@ def test_a_row_has_the_last_word_on_arguments(load):
 
 def test_a_file_of_responses_is_tokenised_as_in_training(load, tmp_path):
     data = load("tool_history.jsonl", "tools.jinja", test=0.3)
-    line = data.prediction_line(data._predict_rows[0].row)
+    line = data.predicted.line(data.predicted.rows[0].row)
     file = tmp_path / "responses.jsonl"
     file.write_text(json.dumps(line | {"response": "It is warm."}))
     scored = Responses(str(file), data.encoder)
-    assert scored.tokens[0]["prompt"] == data._predict_rows[0].prompt
+    assert scored.tokens[0]["prompt"] == data.predicted.rows[0].prompt
     assert "get_temp" in data.encoder.tokenizer.decode(scored.tokens[0]["prompt"])
 
 
@@ -353,7 +355,7 @@ def test_a_template_that_reads_the_clock_gets_one_time(load, written, tmp_path, 
     template = (CASES / "todays_date.jinja").read_text().replace("%d %b %Y", written)
     first = load("json_text.jsonl", template)
     time = first.state_dict()["template_time"]
-    assert first.describe()["template_time"] == time
+    assert first.pairs.describe()["template_time"] == time
 
     kept = next((tmp_path / "cache" / "tokens").glob("*.time"))
     kept.write_text("2024-02-29T08:09:10")  # as if the first time were long ago
@@ -363,7 +365,7 @@ def test_a_template_that_reads_the_clock_gets_one_time(load, written, tmp_path, 
     assert spelled(load("json_text.jsonl", template)) == spelled(again)
     assert (
         again.encoder.encode_prompt([user("Where is Oslo?")])
-        == again._tokenized["train"].pairs[0]["prompt"]
+        == again.pairs.loaded["train"].tokenized.pairs[0]["prompt"]
     )
 
     # Without the cache the checkpoint knows.
@@ -377,7 +379,7 @@ def test_a_template_that_reads_the_clock_gets_one_time(load, written, tmp_path, 
     resumed.take_clock({"PairwiseDataModule": again.state_dict()})
     resumed.prepare_data()
     resumed.setup()
-    assert resumed.data_fingerprint is not None
+    assert resumed.pairs.fingerprint is not None
     assert spelled(resumed) == spelled(again)
 
 
@@ -423,7 +425,7 @@ def test_one_of_several_templates_is_named(several, tmp_path):
         add_generation_prompt=True,
         return_dict=False,
     )
-    assert ids == data._tokenized["train"].pairs[0]["prompt"]
+    assert ids == data.pairs.loaded["train"].tokenized.pairs[0]["prompt"]
     with pytest.raises(InputError, match=r"reads no 'tools'"):
         load()
     with pytest.raises(InputError, match=r"none is called 'tool_us'.*default, tool_use"):
@@ -439,7 +441,7 @@ def test_one_of_several_templates_is_named(several, tmp_path):
 def test_a_turn_that_the_template_passes_over_is_refused(load, file, role):
     with pytest.raises(InputError, match=rf"row 0 .*'prompt'.*the {role}'s content \(8 rows\)"):
         load(file, "three_roles.jinja")
-    assert load(file).left_out() == {}  # ChatML writes any role
+    assert load(file).pairs.left_out() == {}  # ChatML writes any role
 
 
 def test_the_doctor_counts_turns_by_role(load):
@@ -468,7 +470,7 @@ def test_media_are_refused_by_name(load, column):
 def test_media_of_a_message_are_refused_by_name(load, name):
     with pytest.raises(InputError, match=rf"row 0 .*'prompt'.*a message has '{name}'"):
         load([pair([user("<image>q") | {name: ["a"]}])] * 4)
-    assert load([pair([user("q") | {name: [None]}])] * 4).left_out() == {}
+    assert load([pair([user("q") | {name: [None]}])] * 4).pairs.left_out() == {}
 
 
 def test_parts_of_a_content(load):
@@ -494,7 +496,7 @@ def test_parts_of_a_content(load):
 def test_weights_of_turns_are_obeyed_or_refused(load, name):
     prompt = [user("a?"), assistant("b", **{name: 0}), user("c?")]
     obeyed = pair(prompt, [assistant("d", **{name: 1})], [assistant("e", **{name: True})])
-    assert load([obeyed] * 4, "three_roles.jinja").left_out() == {}
+    assert load([obeyed] * 4, "three_roles.jinja").pairs.left_out() == {}
     with pytest.raises(InputError, match=rf"row 0 .*'chosen'.*'{name}'.*not obeyed"):
         load([obeyed | {"chosen": [assistant("d", **{name: 0})]}] * 4)
     with pytest.raises(InputError, match=rf"row 0 .*'prompt'.*'{name}'.*not obeyed"):
@@ -506,7 +508,7 @@ def test_columns_that_nothing_reads_are_named_once(load):
     sound |= {"system": "be brief", "history": [["a", "b"]], "film": 1, "gap": 2.0}
     data = load([pair(f"{n}?", **sound) for n in range(8)], group_by=None, accuracy_by="film")
     named = "prompt_id, score_chosen, score_rejected, source, system, history, gap"
-    assert data.describe()["columns/unread"] == named
+    assert data.pairs.describe()["columns/unread"] == named
     (finding,) = (f for f in data.findings() if f.check == "columns")
     assert finding.numbers == {"that nothing reads": named}
     assert finding.severity == "ok"
@@ -556,11 +558,11 @@ def test_a_response_may_be_json(load):
 
 def test_labels_and_numbers_of_a_csv_file(load, tmp_path):
     data = load("kto_labels.csv")
-    (tokenized,) = data._tokenized.values()
+    (tokenized,) = (one.tokenized for one in data.pairs.loaded.values())
     assert [bool(ids) for ids in tokenized.pairs["chosen"][:]] == [True, False] * 3 + [True]
     data = load("margin.csv", margin="gap")
-    assert data._margins("train", "RewardModule", True)[:2] == [
-        0.5 * row for row in data._pairs["train"]["row"][:2]
+    assert margins(data.pairs, "train", Ask(RewardModule.needs, "RewardModule"))[:2] == [
+        0.5 * row for row in data.pairs.of["train"]["row"][:2]
     ]
     file = tmp_path / "labels.csv"
     file.write_text(
@@ -569,14 +571,18 @@ def test_labels_and_numbers_of_a_csv_file(load, tmp_path):
             f"q,a {n},{t}\n" for n, t in enumerate(["1", "0", "TRUE", "false", " True ", "0.0"])
         )
     )
-    (tokenized,) = load(str(file))._tokenized.values()
+    (tokenized,) = (one.tokenized for one in load(str(file)).pairs.loaded.values())
     assert [bool(ids) for ids in tokenized.pairs["chosen"][:]] == [True, False] * 3
     file.write_text("prompt,completion,label\nq,a,maybe\n")
     with pytest.raises(InputError, match=r"kto: row 0 .*'label': 'maybe' is not true or false"):
         load(str(file))
     file.write_text("prompt,chosen,rejected,gap\nq,a,b,1e-1\nq,c,d,wide\n")
     with pytest.raises(InputError, match=r"data\.margin.*row 1 .*gap is 'wide'"):
-        load(str(file), margin="gap", validation=0)._margins("train", "RewardModule", True)
+        margins(
+            load(str(file), margin="gap", validation=0).pairs,
+            "train",
+            Ask(RewardModule.needs, "RewardModule"),
+        )
 
 
 def test_what_fits_no_format_is_told_row_and_field(load):
@@ -600,7 +606,9 @@ def test_a_dialogue_inside_a_turn_is_split_on_demand(load):
     data = load("dialogue_in_prompt.jsonl", split_dialogues=True)
     prompt, chosen, _ = spelled(data)
     turns = [user("Where is Oslo?"), assistant("In a country."), user("Which?")]
-    assert data.encoder.encode_prompt(turns) == data._tokenized["train"].pairs[0]["prompt"]
+    assert (
+        data.encoder.encode_prompt(turns) == data.pairs.loaded["train"].tokenized.pairs[0]["prompt"]
+    )
     assert prompt.count("<|im_start|>user") == 2
     assert chosen == "Oslo is far.<|im_end|>"
     for data_, found in ((data, 0), (load("dialogue_in_prompt.jsonl"), 1)):

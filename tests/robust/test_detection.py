@@ -1,5 +1,6 @@
 """Noise detection through the command line."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +32,13 @@ def test_what_is_logged_is_what_the_margins_say(config):
     assert len(logged(run)) == 3
     # Straight from the policy, a row at a time.
     data, module = run.datamodule, run.model.eval()
-    loader = data.batches(data.rows("train"), range(len(data.flipped())))
-    margins = np.empty(len(data.flipped()))
+    loader = data.batches(data.rows("train"), range(len(data.pairs.flipped())))
+    margins = np.empty(len(data.pairs.flipped()))
     with torch.no_grad():
         for places, batch in zip(loader.batch_sampler.batches, loader, strict=True):
             log_probs = module.policy(batch, module.needs)
             margins[places] = 0.3 * (log_probs.chosen_log_ratio - log_probs.rejected_log_ratio)
-    expected = flip_detection(margins, data.flipped())
+    expected = flip_detection(margins, data.pairs.flipped())
     last = logged(run).iloc[-1]
     assert {name: last[f"noise/{name}"] for name in expected} == pytest.approx(expected, abs=1e-6)
 
@@ -56,7 +57,7 @@ def test_scores_do_not_depend_on_the_batches(config):
     run = fit(config, "run", "--model.policy.dtype=float64", "--trainer.max_epochs=1")
     data = run.datamodule
     many = score(run.trainer, data.rows("train"), "")
-    data.eval_pairs_per_batch = 3
+    data.batching = replace(data.batching, eval_pairs_per_batch=3)
     few = score(run.trainer, data.rows("train"), "")
     np.testing.assert_allclose(many.losses, few.losses, rtol=1e-9)
     np.testing.assert_allclose(many.margins, few.margins, rtol=1e-7, atol=1e-9)

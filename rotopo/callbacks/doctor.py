@@ -1,0 +1,47 @@
+"""The data doctor's checks at the beginning of a fit."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from rotopo.data.doctor import refusal, render
+from rotopo.data.doctor.examination import Finding
+from rotopo.data.module import PairwiseDataModule
+from rotopo.errors import InputError
+from rotopo.files import to_json, write_whole
+from rotopo.run.lightning import data_if_any
+
+
+class DataDoctor(Callback):
+    """Has every fit begin with the checks of ``rotopo doctor``, unless ``data.doctor`` is false.
+
+    Before the model is loaded. It writes what it finds to ``doctor.json`` in the run's folder.
+
+    Raises:
+        InputError: there is an error in the data; on all ranks.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        data = data_if_any(trainer)
+        if stage != "fit" or not isinstance(data, PairwiseDataModule) or not data.doctor:
+            return
+        found: list[Finding] | InputError | None = None
+        if trainer.is_global_zero:
+            try:
+                found = data.findings(pl_module.needs)
+            except InputError as error:
+                found = error
+        found = trainer.strategy.broadcast(found)
+        if isinstance(found, InputError):
+            raise found
+        assert found is not None
+        folder = trainer.log_dir  # asked on every rank
+        if trainer.is_global_zero and trainer.logger is not None and folder is not None:
+            write_whole(Path(folder) / "doctor.json", to_json([asdict(f) for f in found]))
+        rank_zero_info(render(found, complete=False))
+        refused = refusal(found)
+        if refused is not None:
+            raise InputError(refused)
