@@ -11,11 +11,11 @@ import random
 from typing import Any
 
 import torch
+from on_gpu.journal import Case, Ended, NotHereError, WrongResultError
+from on_gpu.part import Place
 from peft import LoraConfig
 from torch import Tensor
 
-from on_gpu.journal import Case, Ended, NotHereError, WrongResultError
-from on_gpu.part import Place
 from rotopo.data.batch import Layout, Role, TokenizedRow, collate
 from rotopo.models.log_probs import Needs
 from rotopo.models.policy import Policy, PolicyConfig

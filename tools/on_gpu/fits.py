@@ -19,9 +19,9 @@ from typing import Any
 import pandas as pd
 import torch
 from lightning.pytorch import Callback
-
 from on_gpu.journal import Case, Ended, NotHereError, WrongResultError
 from on_gpu.part import Place, require
+
 from rotopo.cli import main, run
 from tests.byte_tokenizer import save_tiny_tokenizer
 from tests.small_run import save_config, save_model

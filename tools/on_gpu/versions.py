@@ -8,7 +8,6 @@ from importlib import metadata
 from typing import Any
 
 import torch
-
 from on_gpu.journal import Case, Ended, WrongResultError
 from on_gpu.part import Place
 
