@@ -11,8 +11,6 @@ import random
 from typing import Any
 
 import torch
-from on_gpu.journal import Case, Ended, NotHereError, WrongResultError
-from on_gpu.part import Place
 from peft import LoraConfig
 from torch import Tensor
 
@@ -21,6 +19,8 @@ from rotopo.models.log_probs import Needs
 from rotopo.models.policy import Policy, PolicyConfig
 from rotopo.rotation import RotationConfig
 from tests.models.families import VOCABULARY, make
+from tools.on_gpu.journal import Case, Ended, NotHereError, WrongResultError
+from tools.on_gpu.part import Place
 
 FAMILIES = ("llama", "qwen2", "mistral-window", "gemma2", "gemma3_text", "gpt2")
 LAYOUTS: tuple[Layout, ...] = ("packed", "shared_prompt", "padded")

@@ -12,16 +12,16 @@ from collections import Counter
 from typing import Any
 
 import torch
-from on_gpu import speed, steps
-from on_gpu.journal import Case, Ended, Journal
-from on_gpu.kinds import KINDS, kind, union
-from on_gpu.part import Place
-from on_gpu.steps import Row
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, record_function
 
 from tools.bench.peers import Rotopo
 from tools.bench.profile import profile_step
+from tools.on_gpu import speed, steps
+from tools.on_gpu.journal import Case, Ended, Journal
+from tools.on_gpu.kinds import KINDS, kind, union
+from tools.on_gpu.part import Place
+from tools.on_gpu.steps import Row
 
 _STEP = "the whole step"
 

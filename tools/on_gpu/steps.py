@@ -7,8 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from on_gpu.journal import NotHereError
-from on_gpu.part import Place, require
 from peft import PeftModel
 
 from rotopo.callbacks.arithmetic import Decoder
@@ -17,6 +15,8 @@ from rotopo.data.batch import collate
 from rotopo.models.settings import DtypeName
 from tools.bench.peers import LORA, Entry, Peer, build
 from tools.bench.setting import RANDOM, Load, Setting, begin
+from tools.on_gpu.journal import NotHereError
+from tools.on_gpu.part import Place, require
 
 GIB = 2**30
 
