@@ -35,14 +35,8 @@ from rotopo.data.responses import Responses
 from rotopo.data.rows import Rows, pair_lengths, refuse_beyond, unpaired_rows
 from rotopo.data.sampler import EvalSampler, PairLength, StatefulLoader, StepSampler
 from rotopo.data.schemas import Format, Preference, read_row, resolve_format
-from rotopo.data.tokens import (
-    OnBadRow,
-    OnUnwritten,
-    Outcome,
-    PairEncoder,
-    TokenizedPair,
-    Truncation,
-)
+from rotopo.data.tokenized import Outcome, TokenizedPair, Truncation
+from rotopo.data.tokens import OnBadRow, OnUnwritten, PairEncoder
 from rotopo.data.values import number
 from rotopo.errors import InputError
 from rotopo.files import sha256, to_json, write_whole

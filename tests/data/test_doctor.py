@@ -20,7 +20,8 @@ from rotopo.data.doctor.examination import Patient, Severity
 from rotopo.data.doctor.pair_checks import wilson_interval
 from rotopo.data.noise import with_flips
 from rotopo.data.schemas import FORMATS, Preference
-from rotopo.data.tokens import Outcome, PairEncoder
+from rotopo.data.tokenized import Outcome
+from rotopo.data.tokens import PairEncoder
 from rotopo.errors import InputError
 from rotopo.models.policy import Policy
 from rotopo.models.scorer import Scorer
