@@ -28,7 +28,7 @@ from rotopo.data.batch import (
     collate_prompts,
     response_key,
 )
-from rotopo.data.doctor import diagnose, refusal, render
+from rotopo.data.doctor.diagnosis import diagnose, refusal, render
 from rotopo.data.doctor.examination import Finding, Patient
 from rotopo.data.noise import LabelNoise, TrainingPairs, with_flips
 from rotopo.data.responses import Responses
@@ -132,7 +132,7 @@ class PairwiseDataModule(LightningDataModule):
         seed: seed of the held-out rows and of the order of training.
         cache_dir: folder for the tokenised data; None takes $ROTOPO_CACHE or ~/.cache/rotopo.
         doctor: have every fit begin with the checks of ``rotopo doctor``, of which errors stop it;
-            see :mod:`rotopo.data.doctor`. False is for data that is wrong on purpose.
+            see :mod:`rotopo.data.doctor.diagnosis`. False is for data that is wrong on purpose.
     """
 
     def __init__(

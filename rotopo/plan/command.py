@@ -3,7 +3,7 @@
 import argparse
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from rotopo.plan.cards import CARDS, Card
 from rotopo.plan.fakes import model_config, without_values
 from rotopo.plan.load import Load
 from rotopo.plan.memory import StepMemory, Strategy, planner
+from rotopo.plan.result import Plan, Row
 from rotopo.plan.search import most_pairs
 from rotopo.plan.settings import Lengths, load_of, reference_cached, refuse_rounds, strategy_of
 from rotopo.plan.text import render
@@ -36,56 +37,6 @@ no weights, and of the data nothing: lengths are the longest that
 data.max_length allows, unless they are given. It runs the fit's own step on
 tensors without values, and counts what is alive at every moment.
 """
-
-
-@dataclass(frozen=True)
-class Row:
-    """One way to run the fit.
-
-    Attributes:
-        strategy: among the ranks.
-        checkpointing: whether activations are computed again.
-        memory: of a step on the plan's micro-batch.
-        pairs: the most pairs of a micro-batch that fit the card; None without a card.
-        token_budget: tokens of so many pairs.
-    """
-
-    strategy: Strategy
-    checkpointing: bool
-    memory: StepMemory
-    pairs: int | None = None
-    token_budget: int | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that is printed.
-
-    Attributes:
-        model: what is trained, in words.
-        weights: parameters in all, and those that train.
-        load: the micro-batch that ``rows`` are of, and in words where it comes from.
-        pairs_per_step: over all ranks and micro-batches.
-        accumulation: micro-batches of a step.
-        rows: ways to run it; the first is the settings' own.
-        flops: floating-point operations of an optimiser step; None where not all are known.
-        seconds: of an optimiser step at ``mfu``; None where the card's peak is not known.
-    """
-
-    model: str
-    weights: tuple[int, int]
-    load: Load
-    load_from: str
-    tokens: int
-    pairs_per_step: int
-    accumulation: int
-    cached: bool
-    rows: list[Row]
-    card: Card | None
-    allowance: float
-    flops: float | None
-    mfu: float
-    seconds: float | None
 
 
 def plan(args: list[str]) -> None:

@@ -15,7 +15,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from rotopo.cli import run
-from rotopo.data.doctor import diagnose, limits, refusal, render
+from rotopo.data.doctor import limits
+from rotopo.data.doctor.diagnosis import diagnose, refusal, render
 from rotopo.data.doctor.examination import Patient, Severity
 from rotopo.data.doctor.pair_checks import wilson_interval
 from rotopo.data.noise import with_flips
