@@ -25,9 +25,9 @@ def interpolation(table: pd.DataFrame, prompt: Prompt, samples: pd.DataFrame | N
     Where an objective has no single minimiser there is a gap.
 
     Args:
-        table: of :func:`rotopo.studies.desiderata.interpolation`.
+        table: of :func:`rotopo.studies.desiderata_tables.interpolation`.
         prompt: whose.
-        samples: of :func:`rotopo.studies.desiderata.samples_of`, drawn as dots, or None.
+        samples: of :func:`rotopo.studies.desiderata_tables.samples_of`, drawn as dots, or None.
     """
     names = table.objective.unique()
     figure, panels = _panels(len(names), 4, 3.1, 2.7)
@@ -60,7 +60,7 @@ def preservation(
     """KL(π*‖π_θ) over λ on the good and on the bad prompt, a panel for each objective.
 
     Args:
-        table: of :func:`rotopo.studies.desiderata.preservation`.
+        table: of :func:`rotopo.studies.desiderata_tables.preservation`.
         reference_kl: KL(π*‖π_ref) on the bad prompt, of the convention; on the good one it is 0.
         convention: of the table; ``official`` divides every KL by the number of responses.
     """
@@ -89,7 +89,7 @@ def constraint(table: pd.DataFrame) -> Figure:
     """π_θ under DPO and under the RLHF loss, over α.
 
     Args:
-        table: of :func:`rotopo.studies.desiderata.constraint`.
+        table: of :func:`rotopo.studies.desiderata_tables.constraint`.
     """
     figure, panels = _panels(1, 1, 5.2, 3.4)
     axes = panels[0]
