@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from rotopo.cli import run as rotopo
 from rotopo.data import films
 from rotopo.data.batch import Role, collate
 from rotopo.data.responses import Responses
@@ -29,6 +28,7 @@ from rotopo.evaluation.judge import judge
 from rotopo.evaluation.report import report
 from rotopo.evaluation.runs import read_training
 from rotopo.files import to_json, write_whole, writing_whole
+from rotopo.lightning_cli import run as rotopo
 from rotopo.run.continued import ContinuedRun, from_last_checkpoint, short_hash
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -24,6 +24,7 @@ from rotopo.plan.result import Plan, Row
 from rotopo.plan.search import most_pairs
 from rotopo.plan.settings import Lengths, load_of, reference_cached, refuse_rounds, strategy_of
 from rotopo.plan.text import render
+from rotopo.training import PairwiseModule
 
 GIB = 2**30
 
@@ -153,7 +154,7 @@ def _card(options: argparse.Namespace) -> Card | None:
     return Card.of(f"{options.memory_gib:g}GiB")
 
 
-def _words(module: Any) -> str:
+def _words(module: PairwiseModule) -> str:
     settings = module.model_config
     adapter = "every weight" if settings.adapter is None else type(settings.adapter).__name__
     model = module.language_model
@@ -164,7 +165,7 @@ def _words(module: Any) -> str:
     return words
 
 
-def _computed_in(module: Any) -> torch.dtype:
+def _computed_in(module: PairwiseModule) -> torch.dtype:
     """The dtype of the products."""
     name = module.model_config.compute_dtype
     return module.language_model.dtype if name is None else getattr(torch, name)

@@ -1,7 +1,6 @@
 """Pictures of the desiderata study."""
 
 import math
-from typing import Any
 
 import matplotlib
 import pandas as pd
@@ -122,8 +121,6 @@ def losses(surfaces: dict[str, Tensor], log_ratios: Tensor) -> Figure:
     """
     columns = 6
     figure, panels = _panels(len(surfaces), columns, 2.1, 2.15)
-    arrows: dict[str, Any] = {"color": "white", "edgecolor": "black", "linewidth": 0.4}
-    arrows |= {"scale": 9, "width": 0.012, "pivot": "mid"}
     x = log_ratios.numpy()
     some = torch.arange(len(x))[_ARROWS // 2 :: _ARROWS]
     for i, (axes, (name, values)) in enumerate(zip(panels, surfaces.items(), strict=True)):
@@ -132,7 +129,17 @@ def losses(surfaces: dict[str, Tensor], log_ratios: Tensor) -> Figure:
         length = down.norm(dim=0)
         # The square root keeps short arrows visible beside long ones.
         down = down / length.clamp(min=1e-300) * (length / length.max()).sqrt()
-        axes.quiver(x[some], x[some], *down.numpy(), **arrows)
+        axes.quiver(
+            x[some],
+            x[some],
+            *down.numpy(),
+            color="white",
+            edgecolor="black",
+            linewidth=0.4,
+            scale=9,
+            width=0.012,
+            pivot="mid",
+        )
         axes.plot(x, x, color="white", linewidth=0.6, linestyle=":")
         axes.set_title(name, fontsize=8)
         axes.set(xticks=[-4, 0, 4], yticks=[-4, 0, 4])

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 
-from rotopo.cli import run
+from rotopo.lightning_cli import run
 from rotopo.robust.scoring import score
 from tools.bench.measure import clock
 
