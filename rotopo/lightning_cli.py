@@ -22,7 +22,7 @@ import rotopo.objectives
 import rotopo.reward  # (classes are known by their short names once imported)
 import rotopo.robust  # noqa: F401
 from rotopo.callbacks.monitors import Monitors
-from rotopo.data.doctor import refusal, render
+from rotopo.data.doctor.diagnosis import refusal, render
 from rotopo.data.module import PairwiseDataModule
 from rotopo.errors import InputError, input_error
 from rotopo.files import full_disk

@@ -1,9 +1,6 @@
-"""tools/bench.py on a tiny random model: that it measures what it says it measures."""
+"""tools/bench on a tiny random model: that it measures what it says it measures."""
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,29 +8,24 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from rotopo.errors import InputError
+from tools.bench import __main__ as bench
+from tools.bench import compare, peers, profile, setting
+from tools.bench.peers import Entry
+from tools.bench.setting import Load
 
-TOOLS = Path(__file__).parents[1] / "tools"
-# The scripts import each other as they do when one of them is run.
-sys.path.append(str(TOOLS))
-bench = importlib.import_module("bench")
-compare = importlib.import_module("bench_compare")
-peers = importlib.import_module("bench_peers")
-profile = importlib.import_module("bench_profile")
-
-Entry, Load = peers.Entry, peers.Load
 TINY = ["--model", "random:tiny", "--dtype", "float32", "--rounds", "2", "--context", "24"]
 
 
-def setting(*loads):
-    vocabulary = peers.SHAPES["tiny"]["vocab_size"]
-    return peers.Setting(
+def of_random_pairs(*loads):
+    vocabulary = setting.SHAPES["tiny"]["vocab_size"]
+    return setting.Setting(
         "random:tiny",
         "float32",
         "cpu",
         "shared_prompt",
         {},
-        peers._no_tokenizer(),
-        list(peers._random_batches(vocabulary, loads)),
+        setting._no_tokenizer(),
+        list(setting._random_batches(vocabulary, loads)),
     )
 
 
@@ -69,7 +61,7 @@ def test_the_tables(tmp_path, capsys):
 @pytest.mark.parametrize("reference", ["online", "cached"])
 @pytest.mark.parametrize("adapter", [peers.LORA, peers.ROTATION, peers.FULL])
 def test_peers_take_the_same_step(adapter, reference):
-    here = setting(Load(2, 24, 1.0))
+    here = of_random_pairs(Load(2, 24, 1.0))
     built = {
         entry: peers.build(entry, here)
         for entry in (Entry(name, adapter, reference) for name in ("rotopo", "plain", "trl"))
@@ -88,7 +80,7 @@ def test_peers_take_the_same_step(adapter, reference):
 
 
 def test_other_losses_end_the_run():
-    here = setting(Load(2, 24, 1.0))
+    here = of_random_pairs(Load(2, 24, 1.0))
     built = {e: peers.build(e, here) for e in (Entry("rotopo"), Entry("plain"))}
     with torch.no_grad():
         next(iter(built[Entry("plain")].trained().values())).add_(1.0)
@@ -98,7 +90,7 @@ def test_other_losses_end_the_run():
 
 @pytest.mark.parametrize("ratio", [0.25, 1.0, 4.0])
 def test_the_prompt_ratio_leaves_the_context(ratio):
-    (rows,) = setting(Load(200, 100, ratio)).batches
+    (rows,) = of_random_pairs(Load(200, 100, ratio)).batches
     prompts = [len(row.prompt) for row in rows]
     responses = [len(response) for row in rows for response in row.responses]
     prompt, response = sum(prompts) / len(prompts), sum(responses) / len(responses)
@@ -107,7 +99,7 @@ def test_the_prompt_ratio_leaves_the_context(ratio):
 
 
 def test_a_pair_by_itself_makes_the_floors_passes_only():
-    here = setting(Load(1, 40, 1.0))
+    here = of_random_pairs(Load(1, 40, 1.0))
     peer = peers.build(Entry("rotopo", reference="cached"), here)
     products = profile.Products(here, full=False)
     assert products.parts["layers"][1] == peer.tokens(peer.batches[0])
@@ -115,7 +107,7 @@ def test_a_pair_by_itself_makes_the_floors_passes_only():
 
 @pytest.mark.parametrize("full", [False, True])
 def test_the_products_do_the_arithmetic_that_they_count(full):
-    products = profile.Products(setting(Load(3, 400, 1.0)), full)
+    products = profile.Products(of_random_pairs(Load(3, 400, 1.0)), full)
     for part in products.parts:
         with FlopCounterMode(display=False) as counter:
             products.run(part)
@@ -150,7 +142,7 @@ def _busy_attention(function):
 
 @pytest.mark.parametrize("place", ["attention", "the product behind it"])
 def test_backward_passes_count_where_their_forward_passes_were(place, monkeypatch):
-    peer = peers.build(Entry("rotopo"), setting(Load(2, 24, 1.0)))
+    peer = peers.build(Entry("rotopo"), of_random_pairs(Load(2, 24, 1.0)))
     peer.step(peer.batches[0])
     if place == "attention":
         functions = profile.ALL_ATTENTION_FUNCTIONS

@@ -14,7 +14,8 @@ from rotopo.data.messages import texts_in
 from rotopo.data.schemas import FORMATS, naming_row, read_row, resolve_format
 from rotopo.data.sources import load_rows
 from rotopo.data.token_cache import fingerprint_rows, tokenize_rows
-from rotopo.data.tokens import Outcome, PairEncoder
+from rotopo.data.tokenized import Outcome
+from rotopo.data.tokens import PairEncoder
 from rotopo.errors import InputError
 from rotopo.files import read_jsonl
 from rotopo.lightning_cli import RotopoCLI, run

@@ -1,6 +1,5 @@
 """tools/gpu: that parts that fail, hang or die cost no other, and that it runs on a processor."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -9,18 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-TOOLS = Path(__file__).parents[1] / "tools"
-sys.path.append(str(TOOLS))  # as tools/gpu does it
-on_gpu = importlib.import_module("on_gpu.__main__")
-runner = importlib.import_module("on_gpu.runner")
-journal = importlib.import_module("on_gpu.journal")
-kinds = importlib.import_module("on_gpu.kinds")
+from tools.on_gpu import __main__ as on_gpu
+from tools.on_gpu import journal, kinds, runner
+from tools.on_gpu.part import Place
+
+ROOT = Path(__file__).parents[1]
 
 # A part without torch: CASES are Python, and BROKEN is what it takes CUDA to be.
 PART = """
 import os, signal, sys, time
 from pathlib import Path
-from on_gpu.journal import Journal, NotHereError, WrongResultError
+from tools.on_gpu.journal import Journal, NotHereError, WrongResultError
 
 def raises(error):
     raise error
@@ -34,7 +32,7 @@ sys.exit(75 if rest else 0)
 def part(name: str, seconds: float = 20.0, broken: bool = False, **cases: str):
     functions = ", ".join(f"{case!r}: lambda: {does}" for case, does in cases.items())
     text = PART.replace("CASES", "{" + functions + "}").replace("BROKEN", str(broken))
-    return runner.Part(name, [sys.executable, "-c", text], seconds, {"PYTHONPATH": str(TOOLS)})
+    return runner.Part(name, [sys.executable, "-c", text], seconds, {"PYTHONPATH": str(ROOT)})
 
 
 def ran(tmp_path: Path, *parts, seconds: float = 60.0):
@@ -189,9 +187,10 @@ def test_the_gpu_is_idle_where_no_kernel_runs():
 
 
 def test_a_log_prob_that_is_off_fails_its_cell(monkeypatch):
-    exactness = importlib.import_module("on_gpu.exactness")
+    from tools.on_gpu import exactness
+
     cell = ("llama", "LoRA", "packed", "segments", "float32", False)
-    place = importlib.import_module("on_gpu.part").Place("cpu", True, Path())
+    place = Place("cpu", True, Path())
     exactness.compare(cell, place)
     compute = exactness.compute
 
@@ -209,7 +208,7 @@ def test_a_log_prob_that_is_off_fails_its_cell(monkeypatch):
 def test_all_of_it_on_a_processor(tmp_path):
     settings = ["--device", "cpu", "--tiny", "--minutes", "30", "--output", str(tmp_path)]
     done = subprocess.run(
-        [sys.executable, str(TOOLS / "gpu"), *settings], capture_output=True, text=True
+        [sys.executable, str(ROOT / "tools" / "gpu"), *settings], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     written = json.loads((tmp_path / "results.json").read_text())

@@ -8,7 +8,6 @@ interrupted, and it goes on where it stopped.
 
 import argparse
 import gc
-import hashlib
 import json
 import time
 from pathlib import Path
@@ -18,7 +17,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from rotopo.cli import run as rotopo
 from rotopo.data import films
 from rotopo.data.batch import Role, collate
 from rotopo.data.responses import Responses
@@ -29,8 +27,9 @@ from rotopo.evaluation.embeddings import response_embeddings
 from rotopo.evaluation.judge import judge
 from rotopo.evaluation.report import report
 from rotopo.evaluation.runs import read_training
-from rotopo.files import to_json, write_whole
-from rotopo.run.checkpoints import last_good
+from rotopo.files import to_json, write_whole, writing_whole
+from rotopo.lightning_cli import run as rotopo
+from rotopo.run.continued import ContinuedRun, from_last_checkpoint, short_hash
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 REWARD_MODEL = ["reward_model.yaml", "align.yaml"]
@@ -84,27 +83,27 @@ class Workshop:
 
     def run(self, command: str, name: str, configs: list[str], *options: str) -> Path:
         """The folder ``version_N`` of a run."""
-        files = [str(CONFIGS / file) for file in ["quickstart.yaml", *configs]]
+        files = [CONFIGS / file for file in ["quickstart.yaml", *configs]]
         arguments = [command, *(f"--config={file}" for file in files), *self.settings, *options]
         arguments += self.own  # last, so that they hold
         if self.long_texts:  # else the activations of a step take 10 GB and more
             model = "backbone" if "reward_model.yaml" in configs else "policy"
             arguments.append(f"--model.{model}.activation_checkpointing=true")
-        contents = [Path(file).read_text("utf-8") for file in files]
-        key = hashlib.sha256(json.dumps([arguments, contents, self.stamp]).encode()).hexdigest()[:8]
-        folder = self.output / "runs" / f"{name}-{command}-{key}"
-        done = folder / "done.json"
-        if done.exists():
+        place = self.output / "runs" / f"{name}-{command}"
+        this = ContinuedRun.of(place, "done.json", arguments, files, self.stamp)
+        folder = this.folder
+        if this.is_done:
             print(f"{self.clock()}  {command} {name}: done before", flush=True)
-            return folder / json.loads(done.read_text("utf-8"))["run"]
+            return folder / this.outcome()["run"]
         print(f"{self.clock()}  {command} {name} ...", flush=True)
-        cli = rotopo([*arguments, f"--trainer.default_root_dir={folder}", *checkpoint(folder)])
+        own_folder = f"--trainer.default_root_dir={folder}"
+        cli = rotopo([*arguments, own_folder, *from_last_checkpoint(folder)])
         found = Path(cli.trainer.log_dir)
         if command == "fit":
             join_logs(sorted(folder.glob("version_*"), key=lambda f: int(f.name[8:])))
         del cli
         gc.collect()
-        write_whole(done, to_json({"run": str(found.relative_to(folder))}))
+        this.finish({"run": str(found.relative_to(folder))})
         return found
 
     def clock(self) -> str:
@@ -118,12 +117,6 @@ def join_logs(versions: list[Path]) -> None:
     for i in range(len(logs) - 1):
         logs[i] = logs[i][logs[i]["step"] < logs[i + 1]["step"].min()]
     pd.concat(logs).to_csv(versions[-1] / "metrics.csv", index=False)
-
-
-def checkpoint(folder: Path) -> list[str]:
-    """The option that loads the last checkpoint of a training, if it has one."""
-    last = last_good(folder)
-    return [f"--ckpt_path={last}"] if last is not None else []
 
 
 def data_settings(source: str, pairs: int) -> tuple[list[str], bool]:
@@ -178,8 +171,8 @@ def embed(workshop: Workshop, file: Path, responses: dict[str, Path]) -> Path:
             )
             points.append(x)
             labels += [name] * len(x)
-    np.savez(file.with_suffix(".part.npz"), x=torch.cat(points).numpy(), labels=np.array(labels))
-    file.with_suffix(".part.npz").replace(file)
+    with writing_whole(file) as stream:
+        np.savez(stream, x=torch.cat(points).numpy(), labels=np.array(labels))
     return file
 
 
@@ -219,7 +212,7 @@ def main() -> None:
     }
     reward_tests = {"untrained": run("test", "untrained", REWARD_MODEL)}
     for name, folder in reward_training.items():
-        reward_tests[name] = run("test", name, REWARD_MODEL, *checkpoint(folder))
+        reward_tests[name] = run("test", name, REWARD_MODEL, *from_last_checkpoint(folder))
 
     print("Policies")
     text = output / "plots.txt"
@@ -234,7 +227,7 @@ def main() -> None:
     knowledge = ["--trainer.callbacks+=rotopo.callbacks.Perplexity"]
     knowledge += [f"--trainer.callbacks.file={text}"]
     tests = {
-        name: run("test", name, POLICIES[name], cached, *knowledge, *checkpoint(folder))
+        name: run("test", name, POLICIES[name], cached, *knowledge, *from_last_checkpoint(folder))
         for name, folder in training.items()
     }
 
@@ -242,14 +235,16 @@ def main() -> None:
     sampling = "--model.sampling.max_new_tokens=96"
     predictions = {"base": run("predict", "base", POLICIES["DPO"], sampling)}
     for name, folder in training.items():
-        predictions[name] = run("predict", name, POLICIES[name], sampling, *checkpoint(folder))
+        predictions[name] = run(
+            "predict", name, POLICIES[name], sampling, *from_last_checkpoint(folder)
+        )
     responses = {name: folder / "responses.jsonl" for name, folder in predictions.items()}
     scores: dict[str, dict[str, Path]] = {}
     for name, file in responses.items():
         scores[name] = {}
         for judging, folder in reward_training.items():
             label, score = f"{name}-by-{judging}", f"--data.score={file}"
-            scored = run("predict", label, REWARD_MODEL, score, *checkpoint(folder))
+            scored = run("predict", label, REWARD_MODEL, score, *from_last_checkpoint(folder))
             scores[name][judging] = scored / "scores.jsonl"
 
     print("Judgement and report")
@@ -257,7 +252,7 @@ def main() -> None:
     perplexity["base"] = output / "base_perplexity.json"
     write_reference_perplexity(perplexity["DPO"], perplexity["base"])
     judge(scores=scores, baseline="base", output=output / "judge", perplexity=perplexity)
-    key = hashlib.sha256("".join(map(str, responses.values())).encode()).hexdigest()[:8]
+    key = short_hash("".join(map(str, responses.values())))
     embeddings = embed(workshop, output / f"embeddings-{key}.npz", responses)
     page = output / "report.html"
     report(

@@ -12,11 +12,11 @@ from pathlib import Path
 import pandas as pd
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from rotopo.cli import run as rotopo
 from rotopo.data import films
 from rotopo.data.batch import collate_prompts
 from rotopo.evaluation import plots
 from rotopo.export import export
+from rotopo.lightning_cli import run as rotopo
 from rotopo.models.policy import Sampling
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from rotopo.data.doctor import refusal, render
+from rotopo.data.doctor.diagnosis import refusal, render
 from rotopo.data.doctor.examination import Finding
 from rotopo.data.module import PairwiseDataModule
 from rotopo.errors import InputError

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from rotopo.data.asked import Ask, Draw, rows_for
 from rotopo.data.batch import Layout, PairBatch, PromptBatch, collate
-from rotopo.data.doctor import diagnose
+from rotopo.data.doctor.diagnosis import diagnose
 from rotopo.data.doctor.examination import Finding
 from rotopo.data.examined import patient
 from rotopo.data.loaders import Batching, Loaders
@@ -24,7 +24,8 @@ from rotopo.data.resumed import check_same_order
 from rotopo.data.rows import Rows, refuse_beyond
 from rotopo.data.sampler import StatefulLoader
 from rotopo.data.splits import Splits
-from rotopo.data.tokens import OnBadRow, OnUnwritten, PairEncoder, Truncation
+from rotopo.data.tokenized import Truncation
+from rotopo.data.tokens import OnBadRow, OnUnwritten, PairEncoder
 from rotopo.errors import InputError
 from rotopo.models.log_probs import Needs
 from rotopo.pretrained import Positions, positions

@@ -18,7 +18,8 @@ from rotopo.data.rows import Rows, pair_lengths
 from rotopo.data.schemas import Format, Preference, read_row, resolve_format
 from rotopo.data.settings import at_least, one_of
 from rotopo.data.splits import Splits
-from rotopo.data.tokens import OnBadRow, OnUnwritten, Outcome, PairEncoder, TokenizedPair
+from rotopo.data.tokenized import Outcome, TokenizedPair
+from rotopo.data.tokens import OnBadRow, OnUnwritten, PairEncoder
 from rotopo.errors import InputError
 from rotopo.pretrained import load_tokenizer
 

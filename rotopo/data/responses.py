@@ -3,7 +3,8 @@
 from typing import Any
 
 from rotopo.data.schemas import read_response
-from rotopo.data.tokens import Outcome, PairEncoder
+from rotopo.data.tokenized import Outcome
+from rotopo.data.tokens import PairEncoder
 from rotopo.errors import InputError
 from rotopo.files import read_jsonl
 

@@ -19,7 +19,8 @@ from datasets import Dataset, Features, LargeList, List, Value
 from rotopo.data import dialogue, formats, messages, schemas
 from rotopo.data import values as values_of_texts
 from rotopo.data.schemas import Format, Preference, naming_row, read_row
-from rotopo.data.tokens import OnBadRow, OnUnwritten, Outcome, PairEncoder, TokenizedPair
+from rotopo.data.tokenized import Outcome, TokenizedPair
+from rotopo.data.tokens import OnBadRow, OnUnwritten, PairEncoder
 from rotopo.errors import InputError
 from rotopo.files import sha256, writing_whole_folder
 

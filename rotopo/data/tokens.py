@@ -1,12 +1,11 @@
-"""Preference -> tokens: chat template, beginning and end of a turn, truncation, and the cache."""
+"""Preference -> tokens: chat template, beginning and end of a turn."""
 
 import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
-from enum import IntEnum
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -14,34 +13,20 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from rotopo.data import template, unwritten
+from rotopo.data import template, tokenized, unwritten
 from rotopo.data.messages import Message, texts_in
 from rotopo.data.preference import Preference, TemplateInputs
 from rotopo.data.template import ChatTemplate
+from rotopo.data.tokenized import Outcome, TokenizedPair, Truncation, truncate
 from rotopo.data.unwritten import Unwritten
 from rotopo.errors import InputError
 
-Truncation = Literal["prompt_left", "response_right", "drop"]
 OnBadRow = Literal["error", "drop"]
 OnUnwritten = Literal["error", "warn"]
 
 _NO_INPUTS = TemplateInputs()
-_CODE = (__file__, template.__file__, unwritten.__file__)  # which decide what is written
-
-
-@dataclass(frozen=True)
-class TokenizedPair:
-    """Token ids of a prompt and of its responses; a response that is not there has none."""
-
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
-    extra: dict[str, list[int]] = field(default_factory=dict)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest response."""
-        return max(map(len, (self.chosen, self.rejected, *self.extra.values())))
+# Which decides what tokens a preference becomes.
+_CODE = (__file__, template.__file__, tokenized.__file__, unwritten.__file__)
 
 
 @dataclass(frozen=True)
@@ -51,16 +36,6 @@ class Written:
 
     prompt: str
     responses: dict[str, str]
-
-
-class Outcome(IntEnum):
-    """What became of a row."""
-
-    WHOLE = 0
-    PROMPT_CUT = 1
-    RESPONSE_CUT = 2  # and the prompt too, where the policy cuts prompts
-    TOO_LONG = 3  # dropped
-    BAD = 4  # dropped
 
 
 class PairEncoder:
@@ -79,15 +54,6 @@ class PairEncoder:
     the template writes) is refused: the tokenizer would read the end of a turn in the middle of
     one. Other special tokens are the user's own and are tokenised as such.
 
-    Truncation, where the prompt and the longer response together are over ``max_length``:
-
-    - ``prompt_left``: the prompt loses tokens from its left, but not a leading BOS. Only a
-      response that does not fit behind one last prompt token is cut on its right.
-    - ``response_right``: the prompt stays whole and both responses are cut on their right.
-    - ``drop``: the row is dropped.
-
-    A cut response has no end-of-turn token: nothing ends there.
-
     Attributes:
         template: the chat template with its arguments, its clock and the system message.
         tokenizer: a copy of the given one, with the template and the pad token in effect.
@@ -104,7 +70,8 @@ class PairEncoder:
         system_message: put before prompts that have no system turn of their own.
         pad_token: a token of the vocabulary to pad with; None takes the tokenizer's.
         max_length: tokens of the prompt and the longer response at most.
-        truncation: what happens to longer rows, see above.
+        truncation: what happens to longer rows, see
+            :func:`~rotopo.data.tokenized.truncate`.
 
     Raises:
         InputError: no chat template or one that does not fit the job, no pad token or one that
@@ -253,31 +220,7 @@ class PairEncoder:
             InputError: under ``response_right``, the prompt leaves no room for a response; or
                 nothing of the difference between the responses is left.
         """
-        prompt, longest = pair.prompt, pair.longest
-        room, outcome = longest, Outcome.WHOLE
-        if len(prompt) + longest > self.max_length:
-            if self.truncation == "drop":
-                return pair, Outcome.TOO_LONG
-            if self.truncation == "prompt_left":
-                head = int(prompt[0] == self._leading_bos)
-                length = min(len(prompt), max(self.max_length - longest, head + 1))
-                prompt = prompt[:head] + prompt[len(prompt) - length + head :]
-            room = self.max_length - len(prompt)
-            if room < 1:
-                raise InputError(
-                    f"the prompt takes {len(prompt)} tokens, which leaves no room for a response "
-                    f"in data.max_length ({self.max_length}): raise it, or set data.truncation to "
-                    "'prompt_left' or 'drop'."
-                )
-            outcome = Outcome.RESPONSE_CUT if room < longest else Outcome.PROMPT_CUT
-        extra = {role: ids[:room] for role, ids in pair.extra.items()}
-        cut = TokenizedPair(prompt, pair.chosen[:room], pair.rejected[:room], extra)
-        if cut.chosen == cut.rejected:
-            raise InputError(
-                "chosen and rejected are the same tokens within data.max_length "
-                f"({self.max_length}): there is no preference left."
-            )
-        return cut, outcome
+        return truncate(pair, self.max_length, self.truncation, self._leading_bos)
 
     def fingerprint(self, clock: bool = True) -> str:
         """Hash of everything that decides which tokens a preference becomes.

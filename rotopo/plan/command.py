@@ -3,7 +3,7 @@
 import argparse
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from rotopo.plan.cards import CARDS, Card
 from rotopo.plan.fakes import model_config, without_values
 from rotopo.plan.load import Load
 from rotopo.plan.memory import StepMemory, Strategy, planner
+from rotopo.plan.result import Plan, Row
 from rotopo.plan.search import most_pairs
 from rotopo.plan.settings import Lengths, load_of, reference_cached, refuse_rounds, strategy_of
 from rotopo.plan.text import render
+from rotopo.training import PairwiseModule
 
 GIB = 2**30
 
@@ -36,56 +38,6 @@ no weights, and of the data nothing: lengths are the longest that
 data.max_length allows, unless they are given. It runs the fit's own step on
 tensors without values, and counts what is alive at every moment.
 """
-
-
-@dataclass(frozen=True)
-class Row:
-    """One way to run the fit.
-
-    Attributes:
-        strategy: among the ranks.
-        checkpointing: whether activations are computed again.
-        memory: of a step on the plan's micro-batch.
-        pairs: the most pairs of a micro-batch that fit the card; None without a card.
-        token_budget: tokens of so many pairs.
-    """
-
-    strategy: Strategy
-    checkpointing: bool
-    memory: StepMemory
-    pairs: int | None = None
-    token_budget: int | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that is printed.
-
-    Attributes:
-        model: what is trained, in words.
-        weights: parameters in all, and those that train.
-        load: the micro-batch that ``rows`` are of, and in words where it comes from.
-        pairs_per_step: over all ranks and micro-batches.
-        accumulation: micro-batches of a step.
-        rows: ways to run it; the first is the settings' own.
-        flops: floating-point operations of an optimiser step; None where not all are known.
-        seconds: of an optimiser step at ``mfu``; None where the card's peak is not known.
-    """
-
-    model: str
-    weights: tuple[int, int]
-    load: Load
-    load_from: str
-    tokens: int
-    pairs_per_step: int
-    accumulation: int
-    cached: bool
-    rows: list[Row]
-    card: Card | None
-    allowance: float
-    flops: float | None
-    mfu: float
-    seconds: float | None
 
 
 def plan(args: list[str]) -> None:
@@ -202,7 +154,7 @@ def _card(options: argparse.Namespace) -> Card | None:
     return Card.of(f"{options.memory_gib:g}GiB")
 
 
-def _words(module: Any) -> str:
+def _words(module: PairwiseModule) -> str:
     settings = module.model_config
     adapter = "every weight" if settings.adapter is None else type(settings.adapter).__name__
     model = module.language_model
@@ -213,7 +165,7 @@ def _words(module: Any) -> str:
     return words
 
 
-def _computed_in(module: Any) -> torch.dtype:
+def _computed_in(module: PairwiseModule) -> torch.dtype:
     """The dtype of the products."""
     name = module.model_config.compute_dtype
     return module.language_model.dtype if name is None else getattr(torch, name)

@@ -204,7 +204,7 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
-def _fake(tensor: Tensor) -> Any:
+def _fake(tensor: Tensor) -> Tensor:
     empty = torch.empty_like(_local(tensor), device="cpu")
     if not isinstance(tensor, DTensor):
         return empty

@@ -7,7 +7,8 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -56,7 +57,7 @@ class Ledger(TorchDispatchMode):
         self._moments: list[Moment] = []
         self._total = self._highest = 0
         # By the storage's id: it, its bytes and its label.
-        self._alive: dict[int, tuple[Any, int, str]] = {}
+        self._alive: dict[int, tuple[weakref.ref[UntypedStorage], int, str]] = {}
 
     def enter(self, phase: str, where: Iterable[int | str]) -> None:
         """A moment begins, which may have two names."""
@@ -77,7 +78,7 @@ class Ledger(TorchDispatchMode):
         self._note()
 
     def __torch_dispatch__(
-        self, function: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
+        self, function: OpOverload, types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         if DTensor in types:
             return NotImplemented  # which has it come apart, and come here again in parts
@@ -102,14 +103,14 @@ class Ledger(TorchDispatchMode):
         self._note()
         return result
 
-    def _is_at_large(self, value: Any) -> bool:
+    def _is_at_large(self, value: object) -> bool:
         """Whether it is a tensor that FSDP2 has just made for a collective."""
         if not isinstance(value, Tensor):
             return False
         known = self._alive.get(id(_storage(value)))
         return known is not None and known[2] == self.label
 
-    def _enter(self, storage: Any, label: str) -> None:
+    def _enter(self, storage: UntypedStorage, label: str) -> None:
         key, size = id(storage), storage.nbytes()
         self._alive[key] = (weakref.ref(storage, lambda _: self._leave(key)), size, label)
         self.now[label] += size
@@ -130,9 +131,9 @@ class Ledger(TorchDispatchMode):
     @contextmanager
     def following_resizes(self) -> Iterator[None]:
         """Within it a storage that is resized, which no operator says, is counted anew."""
-        original = torch.UntypedStorage.resize_
+        original = UntypedStorage.resize_
 
-        def resize_(storage: Any, size: int) -> Any:
+        def resize_(storage: UntypedStorage, size: int) -> UntypedStorage:
             result = original(storage, size)
             if id(storage) in self._alive:
                 self._leave(id(storage))
@@ -140,11 +141,11 @@ class Ledger(TorchDispatchMode):
                 self._note()
             return result
 
-        torch.UntypedStorage.resize_ = resize_  # type: ignore[assignment,method-assign]
+        UntypedStorage.resize_ = resize_  # type: ignore[assignment,method-assign]
         try:
             yield
         finally:
-            torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]
+            UntypedStorage.resize_ = original  # type: ignore[method-assign]
 
 
 def _places_of_masks(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -159,6 +160,6 @@ def _places_of_masks(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
     return found
 
 
-def _storage(tensor: Tensor) -> Any:
-    local: Any = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def _storage(tensor: Tensor) -> UntypedStorage:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return local.untyped_storage()

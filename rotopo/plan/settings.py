@@ -66,7 +66,7 @@ def strategy_of(trainer: Namespace, ranks: int | None) -> Strategy:
     )
 
 
-def _devices(devices: Any) -> int:
+def _devices(devices: int | str | list[int]) -> int:
     if isinstance(devices, list):
         return len(devices)
     text = str(devices)

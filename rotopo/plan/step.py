@@ -64,7 +64,7 @@ class _Cached:
 
     values: Tensor
 
-    def get(self, keys: Any) -> Tensor:
+    def get(self, keys: object) -> Tensor:
         return self.values
 
 
@@ -178,12 +178,12 @@ class Stepper:
         ledger = self.ledger
         assert ledger is not None
         self.phase = FORWARD
-        self._at("before", "embeddings and masks")
+        self._at("embeddings and masks", "before")
         loss = self.module.training_step(batch, 0)["loss"]
         if not self.accumulated:
             self.optimizer.zero_grad()  # as Lightning, only here
         self.phase = BACKWARD
-        self._at("head", "head and loss")
+        self._at("head and loss", "head")
         hooks = [
             p.register_post_accumulate_grad_hook(lambda p: ledger.name([p.grad], GRADIENTS))
             for p in ([] if self.sharded else self.trained)
@@ -194,17 +194,16 @@ class Stepper:
         del loss
         self.phase = UPDATE
         self._name_gradients()
-        self._at("all", "optimiser's step")
+        self._at("optimiser's step", "all")
         self.optimizer.step()
         self.phase = BETWEEN
-        self._at("all", "kept from the step")
+        self._at("kept from the step", "all")
 
-    def _at(self, *where: Any) -> None:
-        """Enter a moment: its places, and behind them the label of what is allocated from then."""
-        *names, label = where
+    def _at(self, label: str, *where: int | str) -> None:
+        """Enter a moment: the label of what is allocated from then, and its places."""
         assert self.ledger is not None
         self.ledger.label = label
-        self.ledger.enter(self.phase, names)
+        self.ledger.enter(self.phase, where)
 
     def _name_gradients(self) -> None:
         assert self.ledger is not None
@@ -241,7 +240,7 @@ class Stepper:
                     part.register_forward_hook(self._entering(None, "layers: rest"))
 
     def _entering(self, where: list[int | str] | None, label: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
+        def hook(*_: object) -> None:
             if self.ledger is None:
                 return
             prefix = "computed again, " if self.phase == BACKWARD else ""
@@ -257,16 +256,16 @@ class Stepper:
     def _leaving(self, where: list[int | str], last: bool) -> Callable[..., None]:
         def backward(_: Tensor) -> None:
             if self.phase == BACKWARD and self.ledger is not None:
-                self._at(*where, "gradients of activations")
+                self._at("gradients of activations", *where)
 
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
+        def hook(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
             if self.ledger is None:
                 return
             if self.phase == BACKWARD:
                 self.ledger.label = "gradients of activations"
                 return
             if last:
-                self._at("head", "head and loss")
+                self._at("head and loss", "head")
             states = output[0] if isinstance(output, tuple) else output
             if states.requires_grad:
                 states.register_hook(backward)

@@ -1,17 +1,15 @@
 """A plan as text of 80 columns."""
 
 import textwrap
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rotopo.plan.command import Plan, Row
+from rotopo.plan.result import Plan, Row
 
 _GIB = 2**30
 _LEFT_OUT = 0.005  # GiB: what would be printed as 0.00 is added up
 ALLOWANCE = "allowance for CUDA's context, nccl and fragmentation (not measured)"
 
 
-def render(plan: "Plan") -> str:
+def render(plan: Plan) -> str:
     """All of a plan."""
     own, load = plan.rows[0], plan.load
     ranks = own.strategy.ranks
@@ -53,7 +51,7 @@ def _line(name: str, gib: float) -> str:
     return f"  {name:<70}{gib:>8.2f}"
 
 
-def _table(plan: "Plan") -> list[str]:
+def _table(plan: Plan) -> list[str]:
     head = f"{'':<30}{_pairs(plan.load.pairs):>12}"
     if plan.card is not None:
         peak = f"{plan.card.gib:g} GiB, the allowance included"
@@ -72,7 +70,7 @@ def _table(plan: "Plan") -> list[str]:
     return lines
 
 
-def _time(plan: "Plan") -> list[str]:
+def _time(plan: Plan) -> list[str]:
     if plan.flops is None:
         return ["No time: not all that this model computes is counted."]
     work = f"{plan.flops / 1e15:.3g} PFLOP a step"
@@ -87,7 +85,7 @@ def _time(plan: "Plan") -> list[str]:
     return textwrap.wrap(text, 80)
 
 
-def _way(row: "Row") -> str:
+def _way(row: Row) -> str:
     ranks = f" on {row.strategy.ranks}" if row.strategy.ranks > 1 else ""
     again = ", checkpointed" if row.checkpointing else ""
     return f"{row.strategy.kind}{ranks}{again}"

@@ -1,7 +1,6 @@
 """Pictures of the desiderata study."""
 
 import math
-from typing import Any
 
 import matplotlib
 import pandas as pd
@@ -25,9 +24,9 @@ def interpolation(table: pd.DataFrame, prompt: Prompt, samples: pd.DataFrame | N
     Where an objective has no single minimiser there is a gap.
 
     Args:
-        table: of :func:`rotopo.studies.desiderata.interpolation`.
+        table: of :func:`rotopo.studies.desiderata_tables.interpolation`.
         prompt: whose.
-        samples: of :func:`rotopo.studies.desiderata.samples_of`, drawn as dots, or None.
+        samples: of :func:`rotopo.studies.desiderata_tables.samples_of`, drawn as dots, or None.
     """
     names = table.objective.unique()
     figure, panels = _panels(len(names), 4, 3.1, 2.7)
@@ -60,7 +59,7 @@ def preservation(
     """KL(π*‖π_θ) over λ on the good and on the bad prompt, a panel for each objective.
 
     Args:
-        table: of :func:`rotopo.studies.desiderata.preservation`.
+        table: of :func:`rotopo.studies.desiderata_tables.preservation`.
         reference_kl: KL(π*‖π_ref) on the bad prompt, of the convention; on the good one it is 0.
         convention: of the table; ``official`` divides every KL by the number of responses.
     """
@@ -89,7 +88,7 @@ def constraint(table: pd.DataFrame) -> Figure:
     """π_θ under DPO and under the RLHF loss, over α.
 
     Args:
-        table: of :func:`rotopo.studies.desiderata.constraint`.
+        table: of :func:`rotopo.studies.desiderata_tables.constraint`.
     """
     figure, panels = _panels(1, 1, 5.2, 3.4)
     axes = panels[0]
@@ -122,8 +121,6 @@ def losses(surfaces: dict[str, Tensor], log_ratios: Tensor) -> Figure:
     """
     columns = 6
     figure, panels = _panels(len(surfaces), columns, 2.1, 2.15)
-    arrows: dict[str, Any] = {"color": "white", "edgecolor": "black", "linewidth": 0.4}
-    arrows |= {"scale": 9, "width": 0.012, "pivot": "mid"}
     x = log_ratios.numpy()
     some = torch.arange(len(x))[_ARROWS // 2 :: _ARROWS]
     for i, (axes, (name, values)) in enumerate(zip(panels, surfaces.items(), strict=True)):
@@ -132,7 +129,17 @@ def losses(surfaces: dict[str, Tensor], log_ratios: Tensor) -> Figure:
         length = down.norm(dim=0)
         # The square root keeps short arrows visible beside long ones.
         down = down / length.clamp(min=1e-300) * (length / length.max()).sqrt()
-        axes.quiver(x[some], x[some], *down.numpy(), **arrows)
+        axes.quiver(
+            x[some],
+            x[some],
+            *down.numpy(),
+            color="white",
+            edgecolor="black",
+            linewidth=0.4,
+            scale=9,
+            width=0.012,
+            pivot="mid",
+        )
         axes.plot(x, x, color="white", linewidth=0.6, linestyle=":")
         axes.set_title(name, fontsize=8)
         axes.set(xticks=[-4, 0, 4], yticks=[-4, 0, 4])

@@ -8,7 +8,6 @@ start and train alike, and what is flipped at one rate is flipped at every highe
 
 import contextlib
 import gc
-import hashlib
 import json
 import logging
 import time
@@ -23,13 +22,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from rotopo import lightning_cli
 from rotopo.errors import InputError
-from rotopo.files import to_json, write_whole
 from rotopo.objectives import DPO, RobustDPO
 from rotopo.objectives.base import ReferenceObjective, positive
 from rotopo.robust import Alternation
 from rotopo.robust.flips import flip_detection
 from rotopo.robust.scoring import score
-from rotopo.run.checkpoints import last_good
+from rotopo.run.continued import ContinuedRun, from_last_checkpoint
 from rotopo.run.lightning import callbacks_of, data_of
 from rotopo.studies.noise_methods import Method, Outcome, Round, TaskSettings
 
@@ -110,18 +108,16 @@ class LanguageModelRuns:
         """
         same = dpo_at_rate_0(method) if flip_rate == 0 else method
         arguments = self._arguments(same, flip_rate, seed)
-        contents = [file.read_text("utf-8") for file in self.settings.files]
-        key = hashlib.sha256(json.dumps([arguments, contents]).encode()).hexdigest()[:8]
-        folder = self.output / f"{same.name}-{flip_rate:g}-{seed}-{key}"
-        done = folder / "outcome.json"
-        if not done.exists():
+        place = self.output / f"{same.name}-{flip_rate:g}-{seed}"
+        this = ContinuedRun.of(place, "outcome.json", arguments, self.settings.files)
+        if not this.is_done:
             began = time.perf_counter()
-            found = self._trained_and_tested(arguments, folder, same)
+            found = self._trained_and_tested(arguments, this.folder, same)
             found["seconds"] = round(time.perf_counter() - began, 1)
-            write_whole(done, to_json(found))
-            for checkpoint in folder.rglob("*.ckpt"):
+            this.finish(found)
+            for checkpoint in this.folder.rglob("*.ckpt"):
                 checkpoint.unlink()
-        found = json.loads(done.read_text("utf-8"))
+        found = this.outcome()
         return Outcome(
             found["accuracy"],
             found["detection"].get("auroc"),
@@ -163,9 +159,7 @@ class LanguageModelRuns:
     ) -> dict[str, Any]:
         """What is written of a run."""
         files = [f"--config={file}" for file in self.settings.files]
-        last = last_good(folder)
-        place = [f"--trainer.default_root_dir={folder}"]
-        place += [f"--ckpt_path={last}"] if last is not None else []
+        place = [f"--trainer.default_root_dir={folder}", *from_last_checkpoint(folder)]
         folder.mkdir(parents=True, exist_ok=True)
         with quiet(folder / "log.txt"):
             try:

@@ -46,7 +46,7 @@ class Method:
                 f"objective: {name}: sampling needs the filter: {alone}+filter+sampling."
             )
         path, _, short = alone.rpartition(".")
-        found: Any = None
+        found: object = None
         if alone == "cDPO":
             found = DPO
         elif path:

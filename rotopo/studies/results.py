@@ -1,13 +1,13 @@
 """Where a study puts its tables and pictures."""
 
-import os
-import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from rotopo.errors import InputError
+from rotopo.files import writing_whole
 
 
 def check(output: Path) -> None:
@@ -27,14 +27,13 @@ def write(
 
     Files appear only when all of them are complete.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output, prefix=".unfinished-") as folder:
+    with ExitStack() as complete:
         for name, table in tables.items():
-            table.to_csv(Path(folder) / f"{name}.csv", index=False)
+            stream = complete.enter_context(writing_whole(output / f"{name}.csv"))
+            table.to_csv(stream, index=False)
         for name, figure in figures.items():
-            figure.savefig(Path(folder) / f"{name}.png", dpi=150)
-        for file in sorted(Path(folder).iterdir()):
-            os.replace(file, output / file.name)
+            stream = complete.enter_context(writing_whole(output / f"{name}.png"))
+            figure.savefig(stream, format="png", dpi=150)
     print(summary)
     print(
         f"In {output}: {', '.join(sorted(f'{n}.csv' for n in tables))}; "

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from rotopo.data import token_cache
 from rotopo.data.schemas import FORMATS, Preference, resolve_format
 from rotopo.data.token_cache import fingerprint_rows, tokenize_rows
-from rotopo.data.tokens import Outcome, PairEncoder, TokenizedPair
+from rotopo.data.tokenized import Outcome, TokenizedPair
+from rotopo.data.tokens import PairEncoder
 from rotopo.errors import InputError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

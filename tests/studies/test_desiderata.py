@@ -14,6 +14,7 @@ import torch
 import rotopo.objectives
 from rotopo.objectives import DPO, SFT, TYPO, Mixture
 from rotopo.studies import desiderata, desiderata_plots
+from rotopo.studies import desiderata_tables as tables
 from rotopo.studies.surfaces import surface
 from rotopo.studies.tabular import Prompt, arms, at_strength, kl
 from tests.studies.refusals import assert_refused, assert_refuses_a_file
@@ -82,27 +83,27 @@ def assert_minimisers(table: pd.DataFrame, printed: dict) -> None:
 
 
 @pytest.fixture(scope="module")
-def paper() -> desiderata.Objectives:
+def paper() -> tables.Objectives:
     return desiderata.paper_objectives()
 
 
 def test_the_minimisers_over_lambda_are_the_projects(paper):
-    table = desiderata.interpolation(paper, PROMPT, (0.01, 0.1, 1, 100))
+    table = tables.interpolation(paper, PROMPT, (0.01, 0.1, 1, 100))
     assert len(table) == len(MINIMISERS)
     assert_minimisers(table, MINIMISERS)
     assert (table.remark == "").all()
 
 
 def test_as_an_expectation_over_labelled_pairs_only_typo_changes(paper):
-    table = desiderata.interpolation(paper, PROMPT, (0.01, 0.1, 1, 100), "labelled_pairs")
+    table = tables.interpolation(paper, PROMPT, (0.01, 0.1, 1, 100), "labelled_pairs")
     assert_minimisers(table, OF_LABELLED_PAIRS)
 
 
 def test_the_official_convention_gives_expos_numbers_and_a_sixth_of_lambda(paper):
-    table = desiderata.interpolation(paper, PROMPT, (0.01, 0.1, 1, 100), "official")
+    table = tables.interpolation(paper, PROMPT, (0.01, 0.1, 1, 100), "official")
     assert_minimisers(table, OFFICIAL)
-    ours = desiderata.interpolation({"TYPO": TYPO()}, PROMPT, (0.6, 6.0))
-    theirs = desiderata.interpolation({"TYPO": TYPO()}, PROMPT, (3.6, 36.0), "official")
+    ours = tables.interpolation({"TYPO": TYPO()}, PROMPT, (0.6, 6.0))
+    theirs = tables.interpolation({"TYPO": TYPO()}, PROMPT, (3.6, 36.0), "official")
     for column in ("pi_1", "pi_2", "pi_3"):
         assert theirs[column].tolist() == pytest.approx(ours[column].tolist(), abs=1e-7)
 
@@ -113,25 +114,25 @@ def test_officially_divergences_are_a_third_and_typos_lambda_a_sixth(paper):
     assert_prints_as(bad / arms(BAD, "official"), ".0349")
     wanted = ("DPO", "IPO")
     some = {name: paper[name] for name in wanted}
-    thirds = desiderata.preservation(some, GOOD, BAD, (-1, 0, 1), "official")
-    whole = desiderata.preservation(some, GOOD, BAD, (-1, 0, 1))
+    thirds = tables.preservation(some, GOOD, BAD, (-1, 0, 1), "official")
+    whole = tables.preservation(some, GOOD, BAD, (-1, 0, 1))
     for column in ("kl_good", "kl_bad"):
         assert (3 * thirds[column]).tolist() == pytest.approx(whole[column].tolist(), abs=1e-8)
     typo = {"TYPO": TYPO()}
-    official = desiderata.preservation(typo, GOOD, BAD, (math.log(6),), "official")
+    official = tables.preservation(typo, GOOD, BAD, (math.log(6),), "official")
     assert 3 * official.kl_bad[0] == pytest.approx(
-        desiderata.preservation(typo, GOOD, BAD, (0.0,)).kl_bad[0], abs=1e-8
+        tables.preservation(typo, GOOD, BAD, (0.0,)).kl_bad[0], abs=1e-8
     )
     assert 3 * official.kl_bad[0] == pytest.approx(0.062, abs=5e-4)
 
 
 def test_the_curves_are_over_the_official_codes_range():
-    assert (min(desiderata.LOG_LAMBDAS), max(desiderata.LOG_LAMBDAS)) == (-5, 5)
+    assert (min(tables.LOG_LAMBDAS), max(tables.LOG_LAMBDAS)) == (-5, 5)
 
 
 def test_the_divergences_on_the_good_and_on_the_bad_prompt_are_the_projects(paper):
     assert_prints_as(kl(BAD.true, BAD.reference.log()), ".1046")
-    table = desiderata.preservation(paper, GOOD, BAD, (-1, 0, 1))
+    table = tables.preservation(paper, GOOD, BAD, (-1, 0, 1))
     table = table.set_index(["objective", "log_lambda"])
     assert len(table) == len(DIVERGENCES)
     for key, (good, bad) in DIVERGENCES.items():
@@ -146,7 +147,7 @@ def test_the_divergences_on_the_good_and_on_the_bad_prompt_are_the_projects(pape
     [("ordered_pairs", (".449", ".358", ".193")), ("official", (".497", ".357", ".146"))],
 )
 def test_a_constraint_parts_dpo_from_rlhf(convention, constrained):
-    table = desiderata.constraint(PROMPT, (0.0, 0.1), convention)
+    table = tables.constraint(PROMPT, (0.0, 0.1), convention)
     table = table.set_index(["loss_name", "alpha"])
     for key, policy in {
         ("DPO", 0.0): (".632", ".316", ".053"),
@@ -159,7 +160,7 @@ def test_a_constraint_parts_dpo_from_rlhf(convention, constrained):
 
 
 def test_the_papers_verdicts(paper):
-    table = desiderata.criteria(paper, PROMPT, GOOD, (-1.0, 0.0, 1.0)).set_index("objective")
+    table = tables.criteria(paper, PROMPT, GOOD, (-1.0, 0.0, 1.0)).set_index("objective")
     for name in ("DPO", "IPO", "f-DPO"):
         row = table.loc[name]
         assert (row.weak, row.strong, row.preservation) == (True, False, False), name
@@ -175,13 +176,13 @@ class Flat(DPO):
 
 
 def test_an_objective_that_does_not_choose_meets_no_criterion():
-    row = desiderata.criteria({"flat": Flat()}, PROMPT, GOOD, (0.0,)).iloc[0]
+    row = tables.criteria({"flat": Flat()}, PROMPT, GOOD, (0.0,)).iloc[0]
     assert not row[["weak", "strong", "preservation"]].any()
     assert "apart" in row.remark
 
 
 def test_population_values_lie_within_the_spread_of_samples(paper):
-    table = desiderata.spread(desiderata.samples_of(paper, PROMPT, (1.0,), 1000, 6))
+    table = tables.spread(tables.samples_of(paper, PROMPT, (1.0,), 1000, 6))
     off = (table["mean"] - table["population"]).abs()
     assert (table["std"] > 1e-4).all()
     assert (off <= 2 * table["std"]).all(), table
@@ -190,7 +191,7 @@ def test_population_values_lie_within_the_spread_of_samples(paper):
 def test_larger_samples_scatter_less():
     typo = {"TYPO": TYPO()}
     small, large = (
-        desiderata.spread(desiderata.samples_of(typo, PROMPT, (1.0,), n, 6))["std"].mean()
+        tables.spread(tables.samples_of(typo, PROMPT, (1.0,), n, 6))["std"].mean()
         for n in (100, 10_000)
     )
     assert small > 3 * large
@@ -206,12 +207,12 @@ def test_larger_samples_scatter_less():
 def test_every_registered_objective_goes_through_the_study(name):
     module = MIXTURE if name == "Mixture" else desiderata.registered()[name]
     prompt = Prompt.of([0.75, 0.25], [0.4, 0.6])
-    table = desiderata.interpolation({name: module}, prompt, (0.5,))
+    table = tables.interpolation({name: module}, prompt, (0.5,))
     assert table[["loss", "gradient"]].map(math.isfinite).all(axis=None)
     assert math.isclose(table.pi_1[0] + table.pi_2[0], 1)
     # None turns the policy against the labels, DPOP's own fear of losing the chosen included.
     assert table.pi_1[0] > 0.4 - 1e-6
-    verdicts = desiderata.criteria({name: module}, prompt, prompt, (0.0,))
+    verdicts = tables.criteria({name: module}, prompt, prompt, (0.0,))
     assert verdicts[["low_to_true", "worst_kl_good"]].map(math.isfinite).all(axis=None)
 
 

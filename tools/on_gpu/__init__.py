@@ -1,4 +1,4 @@
-"""What tools/gpu runs; see on_gpu/__main__.py.
+"""What tools/gpu runs; see __main__.py.
 
 A part is a module with two functions: ``cases(place)``, its cases by name in the order of their
 value, and ``line(ended)``, what those that have ended come to, in one line. The part runs in a

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from on_gpu.runner import Part, run
+from tools.on_gpu.runner import Part, run
 
 DEVICES = ("cuda", "cpu")
 
@@ -89,7 +89,7 @@ def main(args: Sequence[str] | None = None) -> None:
         prepared = [
             Part(
                 name,
-                [sys.executable, "-m", "on_gpu.part", name, *where],
+                [sys.executable, "-m", "tools.on_gpu.part", name, *where],
                 # The limits are a GPU's; a processor that others use too may take longer.
                 arguments.minutes * 60 if arguments.tiny else KNOWN[name].seconds,
                 _OFFLINE | caches | KNOWN[name].environment,

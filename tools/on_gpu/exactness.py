@@ -14,13 +14,13 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from on_gpu.journal import Case, Ended, NotHereError, WrongResultError
-from on_gpu.part import Place
 from rotopo.data.batch import Layout, Role, TokenizedRow, collate
 from rotopo.models.log_probs import Needs
 from rotopo.models.policy import Policy, PolicyConfig
 from rotopo.rotation import RotationConfig
 from tests.models.families import VOCABULARY, make
+from tools.on_gpu.journal import Case, Ended, NotHereError, WrongResultError
+from tools.on_gpu.part import Place
 
 FAMILIES = ("llama", "qwen2", "mistral-window", "gemma2", "gemma3_text", "gpt2")
 LAYOUTS: tuple[Layout, ...] = ("packed", "shared_prompt", "padded")

@@ -20,11 +20,11 @@ import pandas as pd
 import torch
 from lightning.pytorch import Callback
 
-from on_gpu.journal import Case, Ended, NotHereError, WrongResultError
-from on_gpu.part import Place, require
 from rotopo.cli import main, run
 from tests.byte_tokenizer import save_tiny_tokenizer
 from tests.small_run import save_config, save_model
+from tools.on_gpu.journal import Case, Ended, NotHereError, WrongResultError
+from tools.on_gpu.part import Place, require
 
 ROOT = Path(__file__).parents[2]
 # A loss is near ln 2; AdamW's first steps turn rounding of small gradients into whole steps.
@@ -55,7 +55,7 @@ class Fit:
         like: what its losses equal: those on the ``processor``, those on the device without
             ``without``, or of nothing else.
         without: the last so many options.
-        needs: ``compiler``, or as :func:`on_gpu.part.require` has it.
+        needs: ``compiler``, or as :func:`tools.on_gpu.part.require` has it.
         tiny: also in the small run.
     """
 
@@ -251,7 +251,11 @@ def resumed(runs: Runs, options: tuple[str, ...]) -> dict[str, Any]:
         before = set(runs.folder.rglob("last.ckpt"))
         with contextlib.suppress(Killed):
             runs.fit(
-                (*every, "--trainer.callbacks+=on_gpu.fits.Kill", "--trainer.callbacks.batch=4")
+                (
+                    *every,
+                    "--trainer.callbacks+=tools.on_gpu.fits.Kill",
+                    "--trainer.callbacks.batch=4",
+                )
             )
         (last,) = set(runs.folder.rglob("last.ckpt")) - before
         again = runs.fit((*every, f"--ckpt_path={last}"))
@@ -345,7 +349,7 @@ def _not_deterministic(error: BaseException | None) -> str:
 
 
 def _require(needs: tuple[str, ...], place: Place) -> None:
-    """Refuse what the machine lacks, see :func:`on_gpu.part.require`."""
+    """Refuse what the machine lacks, see :func:`tools.on_gpu.part.require`."""
     for need in needs:
         if need != "compiler":
             require(need, place)

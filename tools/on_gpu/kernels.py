@@ -2,7 +2,7 @@
 fastest.
 
 ``share`` is each kind's share of the time that the GPU computes, and ``idle`` of the step's the
-share in which it does not. By ``place`` the step's time is sorted as tools/bench.py does it, which
+share in which it does not. By ``place`` the step's time is sorted as tools/bench does it, which
 tells attention's products from the layers'; for that every call of attention is marked, which a
 compiled layer would break at, so it is only of steps that are not compiled.
 """
@@ -12,16 +12,16 @@ from collections import Counter
 from typing import Any
 
 import torch
-from bench_peers import Rotopo
-from bench_profile import profile_step
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, record_function
 
-from on_gpu import speed, steps
-from on_gpu.journal import Case, Ended, Journal
-from on_gpu.kinds import KINDS, kind, union
-from on_gpu.part import Place
-from on_gpu.steps import Row
+from tools.bench.peers import Rotopo
+from tools.bench.profile import profile_step
+from tools.on_gpu import speed, steps
+from tools.on_gpu.journal import Case, Ended, Journal
+from tools.on_gpu.kinds import KINDS, kind, union
+from tools.on_gpu.part import Place
+from tools.on_gpu.steps import Row
 
 _STEP = "the whole step"
 

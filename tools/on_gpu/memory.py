@@ -6,15 +6,16 @@ import importlib.util
 from dataclasses import replace
 from typing import Any
 
-from bench_measure import peak_memory
-from bench_peers import FULL, ROTATION, SHAPES, Entry, Load, Rotopo
 from transformers import AutoConfig
 
-from on_gpu import speed, steps
-from on_gpu.journal import Case, Ended, WrongResultError
-from on_gpu.part import Place
-from on_gpu.steps import Row, rotopo
 from rotopo.data.batch import Role, TokenizedRow
+from tools.bench.measure import peak_memory
+from tools.bench.peers import FULL, ROTATION, Entry, Rotopo
+from tools.bench.setting import SHAPES, Load
+from tools.on_gpu import speed, steps
+from tools.on_gpu.journal import Case, Ended, WrongResultError
+from tools.on_gpu.part import Place
+from tools.on_gpu.steps import Row, rotopo
 
 ROWS = {
     "LoRA": rotopo(),

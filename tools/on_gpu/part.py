@@ -1,4 +1,4 @@
-"""One part, in a process of its own: ``python -m on_gpu.part NAME DEVICE [--tiny] JOURNAL``."""
+"""One part, in a process of its own: ``-m tools.on_gpu.part NAME DEVICE [--tiny] JOURNAL``."""
 
 import sys
 from dataclasses import dataclass, fields
@@ -6,7 +6,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from on_gpu.journal import Journal, NotHereError
+from tools.on_gpu.journal import Journal, NotHereError
 
 # The exit status of a process that has more to run and cannot: CUDA does not go on in it.
 GO_ON_IN_ANOTHER = 75
@@ -48,7 +48,7 @@ def require(need: str, place: Place) -> None:
 def main() -> None:
     name, device, *tiny, file = sys.argv[1:]
     place = Place(device, bool(tiny), Path(file))
-    module = import_module(f"on_gpu.{name}")
+    module = import_module(f"tools.on_gpu.{name}")
 
     def broken() -> bool:
         """Whether CUDA is: after an error in a kernel it answers every call with that error."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from on_gpu.journal import Ended, Journal
+from tools.on_gpu.journal import Ended, Journal
 
 WIDTH = 100  # of the terminal
 # What results.json is spared and failures.txt holds of a failed part: its last characters.

@@ -18,12 +18,13 @@ import time
 from typing import Any
 
 import torch
-from bench_peers import FULL, LORA, ROTATION, Entry, Load, build, check_losses
 
-from on_gpu import steps
-from on_gpu.journal import Case, Ended, Journal
-from on_gpu.part import Place
-from on_gpu.steps import Row, rotopo
+from tools.bench.peers import FULL, LORA, ROTATION, Entry, build, check_losses
+from tools.bench.setting import Load
+from tools.on_gpu import steps
+from tools.on_gpu.journal import Case, Ended, Journal
+from tools.on_gpu.part import Place
+from tools.on_gpu.steps import Row, rotopo
 
 _BATCHES, _ROUNDS = 4, 4
 FLEX = {"attention": "flex_attention"}

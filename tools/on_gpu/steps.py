@@ -7,15 +7,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from bench_peers import LORA, RANDOM, Entry, Load, Peer, Setting, begin, build
 from peft import PeftModel
 
-from on_gpu.journal import NotHereError
-from on_gpu.part import Place, require
 from rotopo.callbacks.arithmetic import Decoder
 from rotopo.callbacks.speed import count
 from rotopo.data.batch import collate
 from rotopo.models.settings import DtypeName
+from tools.bench.peers import LORA, Entry, Peer, build
+from tools.bench.setting import RANDOM, Load, Setting, begin
+from tools.on_gpu.journal import NotHereError
+from tools.on_gpu.part import Place, require
 
 GIB = 2**30
 

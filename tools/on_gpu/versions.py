@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from on_gpu.journal import Case, Ended, WrongResultError
-from on_gpu.part import Place
+from tools.on_gpu.journal import Case, Ended, WrongResultError
+from tools.on_gpu.part import Place
 
 NEEDED = ("torch", "transformers", "peft", "lightning", "datasets", "jsonargparse")
 OTHERS = ("triton", "trl", "accelerate", "liger-kernel", "bitsandbytes", "flash-attn")

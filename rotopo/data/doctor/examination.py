@@ -14,7 +14,8 @@ from rotopo.data.doctor import limits
 from rotopo.data.doctor.token_columns import TokenColumn, read_column
 from rotopo.data.messages import Message
 from rotopo.data.preference import Preference
-from rotopo.data.tokens import PairEncoder, TokenizedPair
+from rotopo.data.tokenized import TokenizedPair
+from rotopo.data.tokens import PairEncoder
 from rotopo.pretrained import Positions
 
 if TYPE_CHECKING:  # else rotopo --help would wait for it

@@ -2,7 +2,6 @@
 
 import unicodedata
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 
@@ -328,5 +327,5 @@ def round_trip(examined: Examination) -> Iterator[Finding]:
 
 
 def _decoder(examined: Examination) -> Callable[[list[int]], str]:
-    tokenizer: Any = examined.encoder.tokenizer
-    return lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    tokenizer = examined.encoder.tokenizer
+    return lambda ids: str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))

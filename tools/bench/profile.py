@@ -12,8 +12,6 @@ from typing import Any
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from bench_measure import clock, progress
-from bench_peers import FULL, OPTIMISER, Entry, Load, Rotopo, Setting, begin, checked
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, record_function
@@ -21,6 +19,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rotopo.errors import InputError
 from rotopo.models.backbone import DtypeName
+from tools.bench.measure import clock, progress
+from tools.bench.peers import FULL, OPTIMISER, Entry, Rotopo, checked
+from tools.bench.setting import Load, Setting, begin
 
 KINDS = (
     "layers' matrix products",
@@ -204,14 +205,12 @@ def profile(
     }
     runs["step"] = lambda: peer.step(batch)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    now = clock(arguments)
+    now = clock(arguments.device, arguments.threads)
     for turn in range(-arguments.warm_up, arguments.rounds):
         progress(f"profile, {dtype}, {adapter}: round {turn + 1} of {arguments.rounds}")
         for name, run in runs.items():
             began = now()
             run()
-            if arguments.device == "cuda":
-                torch.cuda.synchronize()
             if turn >= 0:
                 seconds[name].append(now() - began)
     shares = profile_step(peer, batch)

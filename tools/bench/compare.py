@@ -5,10 +5,11 @@ import statistics
 from typing import Any
 
 import pandas as pd
-from bench_measure import clock, fresh, peak_memory, progress
-from bench_peers import ADAPTERS, FULL, Entry, Load, Peer, begin, build, check_losses
 
 from rotopo.models.backbone import DtypeName
+from tools.bench.measure import clock, fresh, peak_memory, progress
+from tools.bench.peers import ADAPTERS, FULL, Entry, Peer, build, check_losses
+from tools.bench.setting import Load, begin
 
 KEYS = (
     "peer",
@@ -120,7 +121,7 @@ def _times(
         peers[entry] = build(entry, setting)
     if dtype == "float32" and len({entry.adapter for entry in rows}) == 1:
         check_losses(peers)
-    now = clock(arguments)
+    now = clock(arguments.device, arguments.threads)
     seconds: dict[Entry, list[float]] = {entry: [] for entry in rows}
     losses: dict[Entry, list[float]] = {entry: [] for entry in rows}
     tokens = dict.fromkeys(rows, 0)

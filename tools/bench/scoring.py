@@ -13,17 +13,17 @@ The defaults take some three minutes on a slow core.
 import argparse
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback
 
-from rotopo.cli import run
+from rotopo.lightning_cli import run
 from rotopo.robust.scoring import score
+from tools.bench.measure import clock
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 ADAPTERS = {
     "lora": ["quickstart.yaml", "objectives/ropo.yaml", "adapters/lora.yaml"],
     "rotation": ["quickstart.yaml", "objectives/ropo.yaml"],
@@ -39,29 +39,24 @@ class Timing(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         data, policy = trainer.datamodule, pl_module.policy
+        now = clock(trainer.strategy.root_device.type, torch.get_num_threads())
         rows, cache = data.rows("train"), policy.cache
         for turn in range(-1, self.rounds):  # the first turn warms up
             with tempfile.TemporaryDirectory() as folder:
                 policy.open_cache(folder)
-                began = _now()
+                began = now()
                 policy.cache_reference(data.batches(rows, range(len(rows))))
-                passed = _now() - began
+                passed = now() - began
             policy.cache = cache
-            began = _now()
+            began = now()
             score(trainer, rows, "Scoring")
             if turn >= 0:
-                self.seconds.append((_now() - began, passed))
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+                self.seconds.append((now() - began, passed))
 
 
 def main(args: list[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(
+        prog="python -m tools.bench.scoring",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Further options go to rotopo fit, e.g. --data.source=FILE.",
@@ -88,7 +83,7 @@ def main(args: list[str] | None = None) -> list[float]:
                 "--trainer.enable_progress_bar=false",
                 *options,
                 # By a name that can be imported, whoever runs this.
-                "--trainer.callbacks+=bench_scoring.Timing",
+                "--trainer.callbacks+=tools.bench.scoring.Timing",
                 f"--trainer.callbacks.rounds={arguments.rounds}",
             ]
         )

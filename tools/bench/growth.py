@@ -6,11 +6,12 @@ from functools import partial
 
 import numpy as np
 import pandas as pd
-from bench_measure import clock, peak_memory, progress
-from bench_peers import Entry, Load, Rotopo, begin, checked
-from bench_profile import profile_step
 
 from rotopo.models.backbone import DtypeName
+from tools.bench.measure import clock, peak_memory, progress
+from tools.bench.peers import Entry, Rotopo, checked
+from tools.bench.profile import profile_step
+from tools.bench.setting import Load, begin
 
 
 def loads_of(ratio: float, arguments: argparse.Namespace) -> tuple[list[Load], list[Load]]:
@@ -46,7 +47,7 @@ def growth(
         progress(f"growth, {dtype}, {adapter}: memory of {number} of {len(loads)}")
         one_step = partial(peer.step, batch)
         peaks.append(peak_memory(one_step, peer.frozen, arguments.device))
-    now = clock(arguments)
+    now = clock(arguments.device, arguments.threads)
     seconds: list[list[float]] = [[] for _ in loads]
     for turn in range(arguments.rounds):
         for number, batch in enumerate(peer.batches):

@@ -1,6 +1,6 @@
 """Memory of each rank under FSDP2, against the shares it ought to hold.
 
-    python tools/bench_memory.py [--width 1024] [--layers 24] [--ranks 2] [--dtype float32]
+    python -m tools.bench.memory [--width 1024] [--layers 24] [--ranks 2] [--dtype float32]
 
 Makes a Llama of random weights in bfloat16 with LoRA, loads it whole in one process and divided
 among ranks, trains a few steps of DPO on processors over gloo, and prints for each rank what it
@@ -10,24 +10,19 @@ gradients and moments. Beside these a rank needs the process itself, one or two 
 the embeddings while they are computed, and the activations.
 """
 
-import os
-
-# Freed tensors go back to the system at once, so that memory says what is held.
-os.environ |= {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+# Before torch: it sets what is read when torch starts.
+from tools.bench.own_memory import MIB, Peak, llama, own_memory  # noqa: I001
 
 import argparse
-import re
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from peft import LoraConfig
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from rotopo.data.batch import Role, TokenizedRow, collate
 from rotopo.models.log_probs import Needs
@@ -35,35 +30,6 @@ from rotopo.models.policy import Policy
 from rotopo.models.settings import DtypeName, PolicyConfig
 from rotopo.models.sharding import Sharding
 from rotopo.objectives import DPO
-
-MIB = 2**20
-
-
-def own_memory() -> float:
-    """MiB that this process holds and no file backs."""
-    status = Path("/proc/self/status").read_text("utf-8")
-    found = re.search(r"RssAnon:\s+(\d+) kB", status)
-    assert found is not None
-    return int(found.group(1)) / 1024
-
-
-class Peak:
-    """The most memory held within a block, looked at every two milliseconds."""
-
-    def __enter__(self) -> "Peak":
-        self.most, self.running = own_memory(), True
-        self.thread = threading.Thread(target=self._watch)
-        self.thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while self.running:
-            self.most = max(self.most, own_memory())
-            time.sleep(0.002)
-
-    def __exit__(self, *_: object) -> None:
-        self.running = False
-        self.thread.join()
 
 
 def measure(rank: int, ranks: int, model: str, dtype: DtypeName, store: str, results: str) -> None:
@@ -104,7 +70,9 @@ def measure(rank: int, ranks: int, model: str, dtype: DtypeName, store: str, res
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m tools.bench.memory",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=24)
@@ -116,15 +84,7 @@ def main() -> None:
         help="of the base, which is converted from the file's bfloat16 as it is loaded",
     )
     args = parser.parse_args()
-    config = LlamaConfig(
-        vocab_size=8192,
-        hidden_size=args.width,
-        intermediate_size=4 * args.width,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.width // 64,
-        num_key_value_heads=args.width // 64,
-        tie_word_embeddings=False,
-    )
+    config = llama(args.width, args.layers, 8192)
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)

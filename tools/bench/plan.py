@@ -1,6 +1,6 @@
 """rotopo plan's figures beside measured ones, on processors.
 
-    python tools/bench_plan.py [--width 1024] [--layers 8] [--pairs 4] [--response 256]
+    python -m tools.bench.plan [--width 1024] [--layers 8] [--pairs 4] [--response 256]
                                [--tuned full lora rotation] [--ways single ddp fsdp2]
 
 Makes a Llama of random weights in this process's memory, takes steps of DPO as Lightning does
@@ -10,7 +10,8 @@ the plan. What the plan does not know of: what the C library keeps of freed memo
 matrix libraries pack their factors into.
 """
 
-import bench_memory  # noqa: I001  (before torch: it sets what is read when torch starts)
+# Before torch: it sets what is read when torch starts.
+from tools.bench.own_memory import MIB, Peak, llama, own_memory  # noqa: I001
 
 import argparse
 import copy
@@ -89,7 +90,7 @@ def measure(
     _policy(objective(tuned, checkpointing), small)(
         load.batch(module.needs, 64)
     ).chosen.sum().backward()
-    start = bench_memory.own_memory()  # with what the libraries keep, once they have worked
+    start = own_memory()  # with what the libraries keep, once they have worked
     module.policy = _policy(module, config, sharding)
     optimizer = module.optimizer(module._parameter_groups())
     step: Any = module
@@ -98,7 +99,7 @@ def measure(
         step = DistributedDataParallel(module)
     batch = load.batch(module.needs, config.vocab_size)
     for turn in range(3):
-        with bench_memory.Peak() as peak:
+        with Peak() as peak:
             loss = step(batch)
             optimizer.zero_grad()
             loss.backward()
@@ -113,7 +114,9 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m tools.bench.plan",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=8)
@@ -125,15 +128,7 @@ def main() -> None:
     ways = ["single", "ddp", "fsdp2"]
     parser.add_argument("--ways", nargs="+", choices=ways, default=ways)
     args = parser.parse_args()
-    config = LlamaConfig(
-        vocab_size=args.vocabulary,
-        hidden_size=args.width,
-        intermediate_size=4 * args.width,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.width // 64,
-        num_key_value_heads=args.width // 64,
-        tie_word_embeddings=False,
-    )
+    config = llama(args.width, args.layers, args.vocabulary)
     load = Load(args.pairs, args.prompt, args.response)
     print(f"{'MiB at most':<32}{'measured':>10}{'planned':>10}{'difference':>12}  when")
     for way in args.ways:
@@ -155,7 +150,7 @@ def main() -> None:
                         float(Path(folder, str(rank)).read_text("utf-8"))
                         for rank in range(strategy.ranks)
                     )
-                expected = planned.peak / bench_memory.MIB
+                expected = planned.peak / MIB
                 name = f"{way}, {tuned}" + ", checkpointed" * checkpointing
                 print(
                     f"{name:<32}{found:>10.0f}{expected:>10.0f}{expected / found - 1:>12.1%}"
