@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rotopo.data.batch import Layout, PairBatch, PromptBatch, Role, TokenizedRow, collate
+from rotopo.data.needs import Needs
 from rotopo.errors import InputError
 from rotopo.models.backbone import (
     Backbone,
@@ -29,7 +30,6 @@ from rotopo.models.backbone import (
 from rotopo.models.beside import copies
 from rotopo.models.log_probs import (
     Head,
-    Needs,
     PairLogProbs,
     TokenLogProbs,
     pair_log_probs,

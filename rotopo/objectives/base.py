@@ -20,8 +20,9 @@ from rotopo.callbacks import (
     Speed,
 )
 from rotopo.data.batch import PairBatch, PromptBatch
+from rotopo.data.needs import Needs
 from rotopo.errors import InputError
-from rotopo.models.log_probs import Needs, PairLogProbs
+from rotopo.models.log_probs import PairLogProbs
 from rotopo.models.settings import PolicyConfig, Sampling
 from rotopo.training import PairwiseModule, works_in_steps_only
 

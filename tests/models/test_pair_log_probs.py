@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig
 
 from rotopo.data.batch import Role, TokenizedRow, collate
-from rotopo.models.log_probs import Needs
+from rotopo.data.needs import Needs
 from rotopo.models.policy import Policy, PolicyConfig
 from tests.models.families import make
 

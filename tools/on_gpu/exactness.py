@@ -17,7 +17,7 @@ from torch import Tensor
 from on_gpu.journal import Case, Ended, NotHereError, WrongResultError
 from on_gpu.part import Place
 from rotopo.data.batch import Layout, Role, TokenizedRow, collate
-from rotopo.models.log_probs import Needs
+from rotopo.data.needs import Needs
 from rotopo.models.policy import Policy, PolicyConfig
 from rotopo.rotation import RotationConfig
 from tests.models.families import VOCABULARY, make
