@@ -28,13 +28,8 @@ from rotopo.models.backbone import (
     rounding,
 )
 from rotopo.models.beside import copies
-from rotopo.models.log_probs import (
-    Head,
-    PairLogProbs,
-    TokenLogProbs,
-    pair_log_probs,
-    token_log_probs,
-)
+from rotopo.models.head import Head, TokenLogProbs, token_log_probs
+from rotopo.models.log_probs import PairLogProbs, pair_log_probs
 from rotopo.models.mixed_precision import compute_dtype, in_compute_dtype, kept_wide, narrowed
 from rotopo.models.reference_cache import ReferenceCache
 from rotopo.models.router import RouterLoss
