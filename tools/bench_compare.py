@@ -8,7 +8,7 @@ import pandas as pd
 from bench_measure import clock, fresh, peak_memory, progress
 from bench_peers import ADAPTERS, FULL, Entry, Load, Peer, begin, build, check_losses
 
-from rotopo.models.backbone import DtypeName
+from rotopo.models.settings import DtypeName
 
 KEYS = (
     "peer",

@@ -10,7 +10,7 @@ from bench_measure import clock, peak_memory, progress
 from bench_peers import Entry, Load, Rotopo, begin, checked
 from bench_profile import profile_step
 
-from rotopo.models.backbone import DtypeName
+from rotopo.models.settings import DtypeName
 
 
 def loads_of(ratio: float, arguments: argparse.Namespace) -> tuple[list[Load], list[Load]]:

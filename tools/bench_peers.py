@@ -36,8 +36,9 @@ from trl import DPOConfig, DPOTrainer
 from rotopo.data import films
 from rotopo.data.batch import Layout, PairBatch, Role, TokenizedRow, collate
 from rotopo.errors import InputError
-from rotopo.models.backbone import DtypeName, load_model, resolve_dtype
+from rotopo.models.loading import load_model, resolve_dtype
 from rotopo.models.policy import Policy, PolicyConfig
+from rotopo.models.settings import DtypeName
 from rotopo.objectives import DPO
 from rotopo.pretrained import load_tokenizer
 from rotopo.rotation import RotationConfig

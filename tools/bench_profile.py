@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, record_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rotopo.errors import InputError
-from rotopo.models.backbone import DtypeName
+from rotopo.models.settings import DtypeName
 
 KINDS = (
     "layers' matrix products",

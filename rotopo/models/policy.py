@@ -16,25 +16,16 @@ from transformers import PreTrainedModel
 from rotopo.data.batch import Layout, PairBatch, PromptBatch, Role, TokenizedRow, collate
 from rotopo.data.needs import Needs
 from rotopo.errors import InputError
-from rotopo.models.backbone import (
-    Backbone,
-    adapt,
-    decoder_inputs,
-    embeddings,
-    fingerprint,
-    hidden_states,
-    load_as_set,
-    load_model,
-    rounding,
-)
-from rotopo.models.beside import copies
+from rotopo.models.backbone import Backbone, decoder_inputs, hidden_states, rounding
+from rotopo.models.beside import embeddings
 from rotopo.models.head import Head, TokenLogProbs, token_log_probs
+from rotopo.models.loading import adapt, fingerprint, load_as_set, load_model
 from rotopo.models.log_probs import PairLogProbs, pair_log_probs
 from rotopo.models.mixed_precision import compute_dtype, in_compute_dtype, kept_wide, narrowed
 from rotopo.models.reference_cache import ReferenceCache
 from rotopo.models.router import RouterLoss
 from rotopo.models.settings import PolicyConfig, ReferenceMode, Sampling
-from rotopo.models.sharding import Sharding, divide
+from rotopo.models.sharding import Sharding
 from rotopo.pretrained import cache_dir, positions_of
 
 # Of the reference's log-probs: what a run that dies loses at most.
@@ -49,7 +40,7 @@ class Policy(Backbone):
         reference: a frozen copy as the reference of a model without an adapter; with an adapter
             the reference is the adapter switched off, and this stays None.
         base_fingerprint: hash of the base model's weights, see
-            :func:`rotopo.models.backbone.fingerprint`.
+            :func:`rotopo.models.loading.fingerprint`.
 
     Raises:
         InputError: an adapter on the output head.
@@ -149,8 +140,7 @@ class Policy(Backbone):
             policy.compile_layers(config.setting)
         if sharding is not None:
             assert dtype is not None
-            own |= dict.fromkeys(copies(model), dtype)
-            divide(policy, own, dtype, sharding, narrow, apart)
+            policy.divide(own, dtype, sharding, apart)
         return policy
 
     @in_compute_dtype

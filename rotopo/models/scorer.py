@@ -15,21 +15,13 @@ from transformers.utils import logging
 
 from rotopo.data.batch import Layout, PairBatch, Role, TokenizedRow, collate
 from rotopo.errors import InputError
-from rotopo.models.backbone import (
-    Backbone,
-    adapt,
-    decoder_inputs,
-    embeddings,
-    fingerprint,
-    load_as_set,
-    load_config,
-    rounding,
-)
-from rotopo.models.beside import copies
+from rotopo.models.backbone import Backbone, decoder_inputs, rounding
+from rotopo.models.beside import embeddings
+from rotopo.models.loading import adapt, fingerprint, load_as_set, load_config
 from rotopo.models.mixed_precision import compute_dtype, in_compute_dtype, kept_wide
 from rotopo.models.router import RouterLoss
 from rotopo.models.settings import BackboneConfig
-from rotopo.models.sharding import Sharding, divide, gathered
+from rotopo.models.sharding import Sharding, gathered
 from rotopo.pretrained import conversion_advice, first_line, pretrained_folder
 
 
@@ -120,8 +112,7 @@ class Scorer(Backbone):
             scorer.compile_layers(config.setting)
         if sharding is not None:
             assert dtype is not None
-            own |= dict.fromkeys(copies(model), dtype)
-            divide(scorer, own, dtype, sharding, narrow, apart)
+            scorer.divide(own, dtype, sharding, apart)
         return scorer
 
     @in_compute_dtype
@@ -193,7 +184,7 @@ def _load_model(
 ) -> PreTrainedModel:
     """A sequence classifier of one label, with a new head if the model at ``path`` has none.
 
-    Arguments as of :func:`rotopo.models.backbone.load_model`.
+    Arguments as of :func:`rotopo.models.loading.load_model`.
 
     Raises:
         InputError: no such model or attention, or one with another head or missing weights.

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from rotopo.data.batch import AttentionBlock, PairBatch
 from rotopo.errors import InputError
 from rotopo.models import head
-from rotopo.models.backbone import embeddings
+from rotopo.models.beside import embeddings
 from rotopo.models.sharding import decoder_layers
 from rotopo.plan.fakes import Device, materialise
 from rotopo.plan.ledger import Ledger, Moment, Parts, places
