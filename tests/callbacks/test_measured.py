@@ -15,8 +15,8 @@ from rotopo.callbacks.arithmetic import Decoder
 from rotopo.callbacks.measured import LeftOut, Measured
 from rotopo.cli import run
 from rotopo.errors import InputError
+from rotopo.metrics import geometry as rotation_geometry
 from rotopo.models import backbone, loading, policy
-from rotopo.rotation import geometry as rotation_geometry
 from tests.ranks import on_ranks, strategy
 from tests.small_run import save_config
 from tests.test_training import fit
