@@ -19,6 +19,7 @@ from rotopo.models.backbone import Backbone, decoder_inputs, rounding
 from rotopo.models.beside import embeddings
 from rotopo.models.loading import adapt, fingerprint, load_as_set, load_config
 from rotopo.models.mixed_precision import compute_dtype, in_compute_dtype, kept_wide
+from rotopo.models.modes import evaluating
 from rotopo.models.router import RouterLoss
 from rotopo.models.settings import BackboneConfig
 from rotopo.models.sharding import Sharding, gathered
@@ -139,20 +140,16 @@ class Scorer(Backbone):
         ids = [i % weight.shape[0] for i in ids]
         row = TokenizedRow(ids[:10], [ids[10:18], ids[17:]], [Role.CHOSEN, Role.REJECTED], 0)
         batch = collate([row], pad_id=0, layout=layout, loss_scale=1.0).to(weight.device)
-        training = model.training
-        model.eval()
-        expected = torch.cat(
-            [
-                model(
-                    input_ids=torch.tensor([row.prompt + response[:-1]], device=weight.device),
-                    use_cache=False,
-                ).logits[0]
-                for response in row.responses
-            ]
-        )
-        states = self._states(batch, _last_tokens(batch))
-        found = model.score(states).squeeze(1)
-        model.train(training)
+        tokens = [
+            torch.tensor([row.prompt + response[:-1]], device=weight.device)
+            for response in row.responses
+        ]
+        with evaluating(model):
+            expected = torch.cat(
+                [model(input_ids=ids, use_cache=False).logits[0] for ids in tokens]
+            )
+            states = self._states(batch, _last_tokens(batch))
+            found = model.score(states).squeeze(1)
         # A reward may be near zero: rounding is a share of what it is the sum of, for directions
         # that have nothing to do with one another.
         weight = gathered(model.score.weight).float()  # which may be a unit of its own
