@@ -24,8 +24,8 @@ from rotopo.callbacks.finite import Finite
 from rotopo.callbacks.monitors import MetricSchedules, follows_metric
 from rotopo.data.asked import Draw
 from rotopo.data.module import PairwiseDataModule
+from rotopo.data.needs import Needs
 from rotopo.errors import InputError
-from rotopo.models.log_probs import Needs
 from rotopo.refusals import naming
 from rotopo.run.interruption import Interruption
 from rotopo.run.lightning import (

@@ -19,7 +19,7 @@ from transformers import (
     Qwen2Config,
 )
 
-import rotopo.models.backbone
+import rotopo.models.loading
 import rotopo.models.policy
 import rotopo.models.scorer
 from rotopo import objectives
@@ -334,10 +334,8 @@ def without_weights(monkeypatch, tmp_path):
             config.save_pretrained(folder)
         return str(folder)
 
-    monkeypatch.setattr(rotopo.models.backbone, "pretrained_folder", folder_of)
-    monkeypatch.setattr(
-        rotopo.models.backbone, "AutoModelForCausalLM", OnMeta(AutoModelForCausalLM)
-    )
+    monkeypatch.setattr(rotopo.models.loading, "pretrained_folder", folder_of)
+    monkeypatch.setattr(rotopo.models.loading, "AutoModelForCausalLM", OnMeta(AutoModelForCausalLM))
     monkeypatch.setattr(rotopo.models.scorer, "pretrained_folder", folder_of)
     monkeypatch.setattr(
         rotopo.models.scorer,

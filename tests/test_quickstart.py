@@ -9,7 +9,7 @@ import pytest
 from peft import PeftModel
 
 import rotopo.rotation  # noqa: F401
-from rotopo.models.backbone import load_model, resolve_dtype
+from rotopo.models.loading import load_model, resolve_dtype
 
 SCRIPT = Path(__file__).parents[1] / "tools" / "quickstart.py"
 

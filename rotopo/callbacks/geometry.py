@@ -19,13 +19,13 @@ class Geometry(Callback):
     Logged to the run's loggers, LL a hidden layer's number of two digits (00 the embeddings):
 
     - ``geometry/effective_rank/LL``: of the hidden states of all tokens,
-      :func:`rotopo.rotation.geometry.effective_rank`.
+      :func:`rotopo.metrics.geometry.effective_rank`.
     - ``geometry/distance/LL``: mean over the tokens of ‖h − h_ref‖ / ‖h_ref‖, the reference being
       the model with its adapter off or the policy's frozen copy [ours: the paper compares
       pictures]. Not for full fine-tuning without a reference.
     - ``geometry/neuron_cosine``: mean |cos| between two neurons of an adapted weight with the
       adapter merged in, averaged over those weights; all linear layers of the decoder under full
-      fine-tuning. For rotations constant by construction, see :mod:`rotopo.rotation.geometry`.
+      fine-tuning. For rotations constant by construction, see :mod:`rotopo.metrics.geometry`.
     - ``geometry/hyperspherical_energy``: of the same weights, their sum relative to its value
       before training.
 
@@ -96,7 +96,7 @@ class Geometry(Callback):
             )
 
     def _of_states(self, trainer: Trainer, module: Any) -> dict[str, float]:
-        from rotopo.rotation.geometry import effective_rank
+        from rotopo.metrics.geometry import effective_rank
 
         assert self.batch is not None
         values = {}
@@ -112,8 +112,8 @@ class Geometry(Callback):
         return values
 
     def _of_weights(self, trainer: Trainer, module: Any) -> dict[str, float]:
+        from rotopo.metrics.geometry import hyperspherical_energy, merged_weights, neuron_cosine
         from rotopo.models.sharding import in_turn
-        from rotopo.rotation.geometry import hyperspherical_energy, merged_weights, neuron_cosine
 
         cosines, energy = [], 0.0
         # Weights that train are gathered one by one, as they are and not as they are computed with;

@@ -26,7 +26,7 @@ class Orthogonality(Callback):
         self.measured = Measured()
 
     def _log(self, module: LightningModule, each: bool = True) -> None:
-        from rotopo.rotation.geometry import orthogonality_errors  # slow to import: PEFT
+        from rotopo.metrics.geometry import orthogonality_errors  # slow to import: PEFT
 
         name = "orthogonality"
         errors = self.measured(module.trainer, name, lambda: orthogonality_errors(module)) or {}

@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rotopo.data.batch import Role
+from rotopo.data.needs import Needs
 from rotopo.data.pairs import EXTRA_ROLES, Pairs
 from rotopo.data.rows import Rows, unpaired_rows
 from rotopo.data.values import number
 from rotopo.errors import InputError
-from rotopo.models.log_probs import Needs
 
 # Token ids of prompts -> a response drawn from the reference for each, the end of turn included.
 Draw = Callable[[Sequence[list[int]]], list[list[int]]]

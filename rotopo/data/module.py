@@ -17,6 +17,7 @@ from rotopo.data.doctor.diagnosis import diagnose
 from rotopo.data.doctor.examination import Finding
 from rotopo.data.examined import patient
 from rotopo.data.loaders import Batching, Loaders
+from rotopo.data.needs import Needs
 from rotopo.data.noise import LabelNoise
 from rotopo.data.pairs import Pairs
 from rotopo.data.predicted import Predicted
@@ -27,7 +28,6 @@ from rotopo.data.splits import Splits
 from rotopo.data.tokenized import Truncation
 from rotopo.data.tokens import OnBadRow, OnUnwritten, PairEncoder
 from rotopo.errors import InputError
-from rotopo.models.log_probs import Needs
 from rotopo.pretrained import Positions, positions
 from rotopo.pretrained import cache_dir as default_cache_dir
 

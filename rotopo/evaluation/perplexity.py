@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rotopo.data.batch import Role, TokenizedRow, collate
+from rotopo.data.needs import Needs
 from rotopo.errors import InputError
-from rotopo.models.log_probs import Needs
 
 if TYPE_CHECKING:  # else rotopo --help would wait for PEFT and transformers
     from transformers import PreTrainedTokenizerBase

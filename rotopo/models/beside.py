@@ -17,6 +17,7 @@ from peft.utils.other import (
     TrainableTokensWrapper,
 )
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rotopo.errors import InputError
 from rotopo.rotation.tuner import is_quantised
@@ -27,6 +28,11 @@ def original(module: nn.Module) -> nn.Module:
     if isinstance(module, AuxiliaryTrainingWrapper):
         return cast(nn.Module, module.original_module)
     return module
+
+
+def embeddings(model: PreTrainedModel) -> Tensor:
+    """The weight of the input embeddings [V, D], without what an adapter trains of it."""
+    return cast(Tensor, original(model.get_input_embeddings()).weight)
 
 
 def in_use(module: nn.Module) -> nn.Module:

@@ -14,32 +14,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rotopo.data.batch import Layout, PairBatch, PromptBatch, Role, TokenizedRow, collate
+from rotopo.data.needs import Needs
 from rotopo.errors import InputError
-from rotopo.models.backbone import (
-    Backbone,
-    adapt,
-    decoder_inputs,
-    embeddings,
-    fingerprint,
-    hidden_states,
-    load_as_set,
-    load_model,
-    rounding,
-)
-from rotopo.models.beside import copies
-from rotopo.models.log_probs import (
-    Head,
-    Needs,
-    PairLogProbs,
-    TokenLogProbs,
-    pair_log_probs,
-    token_log_probs,
-)
+from rotopo.models.backbone import Backbone, decoder_inputs, hidden_states, rounding
+from rotopo.models.beside import embeddings
+from rotopo.models.head import Head, TokenLogProbs, token_log_probs
+from rotopo.models.loading import adapt, fingerprint, load_as_set, load_model
+from rotopo.models.log_probs import PairLogProbs, pair_log_probs
 from rotopo.models.mixed_precision import compute_dtype, in_compute_dtype, kept_wide, narrowed
+from rotopo.models.modes import evaluating
 from rotopo.models.reference_cache import ReferenceCache
 from rotopo.models.router import RouterLoss
 from rotopo.models.settings import PolicyConfig, ReferenceMode, Sampling
-from rotopo.models.sharding import Sharding, divide
+from rotopo.models.sharding import Sharding
 from rotopo.pretrained import cache_dir, positions_of
 
 # Of the reference's log-probs: what a run that dies loses at most.
@@ -54,7 +41,7 @@ class Policy(Backbone):
         reference: a frozen copy as the reference of a model without an adapter; with an adapter
             the reference is the adapter switched off, and this stays None.
         base_fingerprint: hash of the base model's weights, see
-            :func:`rotopo.models.backbone.fingerprint`.
+            :func:`rotopo.models.loading.fingerprint`.
 
     Raises:
         InputError: an adapter on the output head.
@@ -154,8 +141,7 @@ class Policy(Backbone):
             policy.compile_layers(config.setting)
         if sharding is not None:
             assert dtype is not None
-            own |= dict.fromkeys(copies(model), dtype)
-            divide(policy, own, dtype, sharding, narrow, apart)
+            policy.divide(own, dtype, sharding, apart)
         return policy
 
     @in_compute_dtype
@@ -273,24 +259,20 @@ class Policy(Backbone):
         settings: dict[str, Any] = {"do_sample": not greedy, "repetition_penalty": 1.0}
         if not greedy:
             settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        training = model.training
-        model.eval()
-        try:
-            # The layers' copies too: they are made once rather than for every token.
-            copies = nullcontext() if self.masters is None else self.masters.replaced(layers=True)
-            with self._uncompiled(), copies, model.disable_adapter() if off else nullcontext():
-                output = model.generate(
-                    input_ids=prompts.input_ids,
-                    attention_mask=prompts.attention_mask,
-                    max_new_tokens=sampling.max_new_tokens,
-                    eos_token_id=stop_ids,
-                    pad_token_id=pad_id,
-                    # A rank whose responses have ended goes on with those that wait for it.
-                    synced_gpus=self.sharding is not None and self.sharding.mesh.size() > 1,
-                    **settings,
-                )
-        finally:
-            model.train(training)
+        # The layers' copies too: they are made once rather than for every token.
+        copies = nullcontext() if self.masters is None else self.masters.replaced(layers=True)
+        without = model.disable_adapter() if off else nullcontext()
+        with evaluating(model), self._uncompiled(), copies, without:
+            output = model.generate(
+                input_ids=prompts.input_ids,
+                attention_mask=prompts.attention_mask,
+                max_new_tokens=sampling.max_new_tokens,
+                eos_token_id=stop_ids,
+                pad_token_id=pad_id,
+                # A rank whose responses have ended goes on with those that wait for it.
+                synced_gpus=self.sharding is not None and self.sharding.mesh.size() > 1,
+                **settings,
+            )
         responses = output[:, prompts.input_ids.shape[1] :].tolist()
         return [_until(response, stop_ids) for response in responses]
 
@@ -301,17 +283,16 @@ class Policy(Backbone):
         ids = [i % weight.shape[0] for i in range(7, 31)]
         row = TokenizedRow(ids[:10], [ids[10:18], ids[18:]], [Role.CHOSEN, Role.REJECTED], 0)
         batch = collate([row], pad_id=0, layout=layout, loss_scale=1.0).to(weight.device)
-        training = model.training
-        model.eval()
         expected = []
-        for response in row.responses:
-            tokens = torch.tensor([row.prompt + response], device=weight.device)
-            logits = model(input_ids=tokens, use_cache=False).logits[0, len(row.prompt) - 1 : -1]
-            log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-            expected.append(log_p.gather(1, tokens[0, len(row.prompt) :, None]).squeeze(1))
-        states = self._states(batch, batch.predictors)
-        found = token_log_probs(states, _head(model), batch.targets).log_prob
-        model.train(training)
+        with evaluating(model):
+            for response in row.responses:
+                tokens = torch.tensor([row.prompt + response], device=weight.device)
+                logits = model(input_ids=tokens, use_cache=False).logits[0]
+                logits = logits[len(row.prompt) - 1 : -1]
+                log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+                expected.append(log_p.gather(1, tokens[0, len(row.prompt) :, None]).squeeze(1))
+            states = self._states(batch, batch.predictors)
+            found = token_log_probs(states, _head(model), batch.targets).log_prob
         difference = (found - torch.cat(expected)).abs().mean()
         if not torch.cat(expected).isfinite().all():
             raise InputError(

@@ -1,7 +1,7 @@
 """A frozen base that bitsandbytes keeps in 4 or 8 bits a weight."""
 
 import importlib.util
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import peft
 import torch
@@ -10,10 +10,8 @@ from transformers import BitsAndBytesConfig
 
 from rotopo.errors import InputError
 from rotopo.models.settings import BackboneConfig, Quantization
+from rotopo.models.sharding import Sharding
 from rotopo.rotation import RotationConfig
-
-if TYPE_CHECKING:
-    from rotopo.models.sharding import Sharding
 
 # Whose layers multiply by the quantised weight as by the dequantised one, in both widths (tests).
 # PEFT has others that compute with the packed numbers, without a word.
@@ -33,7 +31,7 @@ ADAPTERS = (
 
 
 def quantized(
-    config: BackboneConfig, dtype: torch.dtype, sharding: "Sharding | None" = None
+    config: BackboneConfig, dtype: torch.dtype, sharding: Sharding | None = None
 ) -> dict[str, Any]:
     """What ``from_pretrained`` takes beside for a quantised base; nothing for one that is not.
 

@@ -14,7 +14,8 @@ from rotopo.data.batch import collate_prompts
 from rotopo.data.tokens import PairEncoder
 from rotopo.errors import InputError
 from rotopo.files import write_whole
-from rotopo.models.policy import Policy, Sampling
+from rotopo.models.policy import Policy
+from rotopo.models.settings import Sampling
 
 _PROMPTS_AT_ONCE = 32
 

@@ -15,21 +15,14 @@ from transformers.utils import logging
 
 from rotopo.data.batch import Layout, PairBatch, Role, TokenizedRow, collate
 from rotopo.errors import InputError
-from rotopo.models.backbone import (
-    Backbone,
-    adapt,
-    decoder_inputs,
-    embeddings,
-    fingerprint,
-    load_as_set,
-    load_config,
-    rounding,
-)
-from rotopo.models.beside import copies
+from rotopo.models.backbone import Backbone, decoder_inputs, rounding
+from rotopo.models.beside import embeddings
+from rotopo.models.loading import adapt, fingerprint, load_as_set, load_config
 from rotopo.models.mixed_precision import compute_dtype, in_compute_dtype, kept_wide
+from rotopo.models.modes import evaluating
 from rotopo.models.router import RouterLoss
 from rotopo.models.settings import BackboneConfig
-from rotopo.models.sharding import Sharding, divide, gathered
+from rotopo.models.sharding import Sharding, gathered
 from rotopo.pretrained import conversion_advice, first_line, pretrained_folder
 
 
@@ -120,8 +113,7 @@ class Scorer(Backbone):
             scorer.compile_layers(config.setting)
         if sharding is not None:
             assert dtype is not None
-            own |= dict.fromkeys(copies(model), dtype)
-            divide(scorer, own, dtype, sharding, narrow, apart)
+            scorer.divide(own, dtype, sharding, apart)
         return scorer
 
     @in_compute_dtype
@@ -148,20 +140,16 @@ class Scorer(Backbone):
         ids = [i % weight.shape[0] for i in ids]
         row = TokenizedRow(ids[:10], [ids[10:18], ids[17:]], [Role.CHOSEN, Role.REJECTED], 0)
         batch = collate([row], pad_id=0, layout=layout, loss_scale=1.0).to(weight.device)
-        training = model.training
-        model.eval()
-        expected = torch.cat(
-            [
-                model(
-                    input_ids=torch.tensor([row.prompt + response[:-1]], device=weight.device),
-                    use_cache=False,
-                ).logits[0]
-                for response in row.responses
-            ]
-        )
-        states = self._states(batch, _last_tokens(batch))
-        found = model.score(states).squeeze(1)
-        model.train(training)
+        tokens = [
+            torch.tensor([row.prompt + response[:-1]], device=weight.device)
+            for response in row.responses
+        ]
+        with evaluating(model):
+            expected = torch.cat(
+                [model(input_ids=ids, use_cache=False).logits[0] for ids in tokens]
+            )
+            states = self._states(batch, _last_tokens(batch))
+            found = model.score(states).squeeze(1)
         # A reward may be near zero: rounding is a share of what it is the sum of, for directions
         # that have nothing to do with one another.
         weight = gathered(model.score.weight).float()  # which may be a unit of its own
@@ -193,7 +181,7 @@ def _load_model(
 ) -> PreTrainedModel:
     """A sequence classifier of one label, with a new head if the model at ``path`` has none.
 
-    Arguments as of :func:`rotopo.models.backbone.load_model`.
+    Arguments as of :func:`rotopo.models.loading.load_model`.
 
     Raises:
         InputError: no such model or attention, or one with another head or missing weights.

@@ -3,8 +3,7 @@
 In a line ``prompt | response 1 | response 2 | prompt | ...`` most of the T × T scores are masked: a
 response sees its prompt and itself only. Here the queries of each segment meet just the keys that
 they may see. Registered with transformers as the attention implementation ``segments``; without
-the blocks that :func:`segment_mask` hangs on a mask (generation, padded batches) it is
-transformers' ``sdpa``.
+a mask of :func:`segment_mask`'s (generation, padded batches) it is transformers' ``sdpa``.
 
 In a compiled layer the same computation is one operator, ``rotopo::segments``, by which the layer
 stays a single graph whatever the number of blocks. Uncompiled, torch's autograd follows it: of the
@@ -15,6 +14,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -61,12 +61,16 @@ class Segments:
     source: Tensor
 
 
-def segment_mask(batch: PairBatch, dtype: torch.dtype, window: int | None) -> Tensor:
-    """An empty mask [W, 1, 0, 0] for transformers to pass on, with the batch's blocks on it.
+# By the memory of the mask that stands for them, with which they go. Not by the mask itself, which
+# checkpointing and compiled graphs replace by other tensors on the same memory.
+_SEGMENTS: WeakKeyDictionary[torch.UntypedStorage, Segments] = WeakKeyDictionary()
 
-    They hang on its memory rather than on the tensor, which checkpointing and compiled graphs
-    replace by others on the same memory. W says how many scores a head has in plain blocks, by
-    which the compiler knows how much :func:`_forward` keeps.
+
+def segment_mask(batch: PairBatch, dtype: torch.dtype, window: int | None) -> Tensor:
+    """An empty mask [W, 1, 0, 0] for transformers to pass on, which stands for the batch's blocks.
+
+    W says how many scores a head has in plain blocks, by which the compiler knows how much
+    :func:`_forward` keeps.
 
     Args:
         batch: R lines of T tokens, in a layout with blocks.
@@ -90,14 +94,14 @@ def segment_mask(batch: PairBatch, dtype: torch.dtype, window: int | None) -> Te
     source = torch.zeros(len(positions) + 1, dtype=torch.long, device=positions.device)
     source.scatter_(0, target, torch.arange(len(target), device=positions.device))
     kept = sum(block.mask.numel() for block in blocks if block.is_plain)
-    # Not of a floating-point type: FSDP casts those, and what hangs on them is lost.
+    # Not of a floating-point type: FSDP casts those to others on another memory.
     carrier = torch.empty(kept, 1, 0, 0, dtype=torch.bool, device=positions.device)
-    carrier.untyped_storage().segments = Segments(blocks, source[:-1])  # type: ignore[attr-defined]
+    _SEGMENTS[carrier.untyped_storage()] = Segments(blocks, source[:-1])
     return carrier
 
 
 def _segments_of(carrier: Tensor) -> Segments:
-    segments: Segments | None = getattr(carrier.untyped_storage(), "segments", None)
+    segments = _SEGMENTS.get(carrier.untyped_storage())
     if segments is None:
         raise InputError(
             "attention: the model or the strategy changes the mask on its way to 'segments'; set "

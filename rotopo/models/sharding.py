@@ -21,8 +21,6 @@ from rotopo.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from rotopo.models.backbone import Backbone
-
 
 @dataclass(frozen=True)
 class Sharding:
@@ -46,7 +44,8 @@ class Sharding:
 
 
 def divide(
-    backbone: "Backbone",
+    root: nn.Module,
+    models: "Sequence[PreTrainedModel]",
     base: Mapping[int, torch.dtype | None],
     dtype: torch.dtype,
     sharding: Sharding,
@@ -59,7 +58,8 @@ def divide(
     is read and converted, so that no rank ever holds the whole model.
 
     Args:
-        backbone: policy or scorer; its methods that work on the model gather what they need.
+        root: what holds the models; its methods that work on them gather what they need.
+        models: whose decoder layers are units of their own.
         base: the dtype of each of the base model's parameters, by its id.
         dtype: of what else trains, which keeps its own where that is wider.
         sharding: how.
@@ -70,15 +70,13 @@ def divide(
         InputError: weights of several dtypes train, or are to be computed with as they are beside
             others in one module.
     """
-    backbone.sharding = sharding
     settings: dict[str, Any] = {"mesh": sharding.mesh}
     if sharding.offload:
         pinned = sharding.mesh.device_type == "cuda"
         settings["offload_policy"] = CPUOffloadPolicy(pin_memory=pinned)
-    models = [m for m in (backbone.language_model, backbone.reference) if m is not None]
     layers = [layer for model in models for layer in decoder_layers(model)]
     kept = {id(p) for module in apart for p in module.parameters(recurse=False)}
-    for unit in (*reversed(apart), *layers, backbone):  # what is inside another unit first
+    for unit in (*reversed(apart), *layers, root):  # what is inside another unit first
         others = (p for p in unit.parameters() if id(p) not in kept and not isinstance(p, DTensor))
         if unit in apart and any(True for _ in others):
             raise InputError(
@@ -105,8 +103,8 @@ def divide(
         )
         fully_shard(unit, mp_policy=policy, **settings)
     for method in ("hidden_states", "generate", "cache_reference"):
-        if hasattr(backbone, method):
-            register_fsdp_forward_method(backbone, method)
+        if hasattr(root, method):
+            register_fsdp_forward_method(root, method)
 
 
 def decoder_layers(model: "PreTrainedModel") -> list[nn.Module]:

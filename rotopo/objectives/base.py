@@ -24,8 +24,9 @@ from rotopo.callbacks import (
 from rotopo.data.asked import Draw
 from rotopo.data.batch import PairBatch, PromptBatch
 from rotopo.data.module import PairwiseDataModule
+from rotopo.data.needs import Needs
 from rotopo.errors import InputError
-from rotopo.models.log_probs import Needs, PairLogProbs
+from rotopo.models.log_probs import PairLogProbs
 from rotopo.models.settings import PolicyConfig, Sampling
 from rotopo.run.lightning import data_of, trainer_of
 from rotopo.run.steps import ends_step, works_in_steps_only

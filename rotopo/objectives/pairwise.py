@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from rotopo.data.batch import Role
+from rotopo.data.needs import Needs
 from rotopo.errors import InputError
-from rotopo.models.log_probs import Needs, PairLogProbs, given, sum_of_role
+from rotopo.models.log_probs import PairLogProbs, given, sum_of_role
 from rotopo.objectives import losses
 from rotopo.objectives.base import ReferenceObjective, either, in_range, positive
 

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from rotopo import ranks
 from rotopo.data.batch import Role
+from rotopo.data.needs import Needs
 from rotopo.errors import InputError
-from rotopo.models.log_probs import Needs, PairLogProbs, given
+from rotopo.models.log_probs import PairLogProbs, given
 from rotopo.objectives import losses
 from rotopo.objectives.base import (
     PreferenceModule,

@@ -5,7 +5,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from rotopo.data.batch import Role
-from rotopo.models.log_probs import Needs, PairLogProbs, given
+from rotopo.data.needs import Needs
+from rotopo.models.log_probs import PairLogProbs, given
 from rotopo.objectives import losses
 from rotopo.objectives.base import PreferenceModule, either, in_range, positive
 

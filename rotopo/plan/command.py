@@ -12,10 +12,10 @@ from tqdm.auto import tqdm
 
 from rotopo.callbacks.arithmetic import Decoder, is_known
 from rotopo.callbacks.speed import count
+from rotopo.data.needs import Needs
 from rotopo.errors import InputError
 from rotopo.files import to_json, write_whole
-from rotopo.models.backbone import embeddings
-from rotopo.models.log_probs import Needs
+from rotopo.models.beside import embeddings
 from rotopo.plan.cards import CARDS, Card
 from rotopo.plan.fakes import model_config, without_values
 from rotopo.plan.load import Load

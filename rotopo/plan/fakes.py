@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from rotopo.errors import InputError
-from rotopo.models.backbone import load_config, trained_dtype
+from rotopo.models.loading import load_config, trained_dtype
 from rotopo.models.policy import Policy
 from rotopo.models.scorer import Scorer
 from rotopo.models.settings import BackboneConfig, PolicyConfig

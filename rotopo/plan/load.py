@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from rotopo.data.batch import Layout, PairBatch, Role, Sizes, TokenizedRow, collate
+from rotopo.data.needs import Needs
 from rotopo.errors import InputError
-from rotopo.models.log_probs import Needs
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 from jsonargparse import Namespace
 
 from rotopo.data.batch import Role
+from rotopo.data.needs import Needs
 from rotopo.errors import InputError
-from rotopo.models.log_probs import Needs
 from rotopo.plan.load import Load
 from rotopo.plan.memory import Strategy
 

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from rotopo.data.batch import AttentionBlock, PairBatch
 from rotopo.errors import InputError
-from rotopo.models import log_probs
-from rotopo.models.backbone import embeddings
+from rotopo.models import head
+from rotopo.models.beside import embeddings
 from rotopo.models.sharding import decoder_layers
 from rotopo.plan.fakes import Device, materialise
 from rotopo.plan.ledger import Ledger, Moment, Parts, places
@@ -276,9 +276,9 @@ class Stepper:
 @contextmanager
 def _tiles_of(device: Device) -> Iterator[None]:
     """Within it the head works in tiles of the device's size, though on a processor's tensors."""
-    own = log_probs._TILE["cpu"]
-    log_probs._TILE["cpu"] = log_probs._TILE[device]
+    own = head._TILE["cpu"]
+    head._TILE["cpu"] = head._TILE[device]
     try:
         yield
     finally:
-        log_probs._TILE["cpu"] = own
+        head._TILE["cpu"] = own

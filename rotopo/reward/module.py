@@ -17,8 +17,8 @@ from rotopo.callbacks import (
     Speed,
 )
 from rotopo.data.batch import PairBatch, PromptBatch, Role
+from rotopo.data.needs import Needs
 from rotopo.errors import InputError
-from rotopo.models.log_probs import Needs
 from rotopo.models.settings import BackboneConfig
 from rotopo.reward.losses import length_adjusted, pairwise_loss
 from rotopo.training import PairwiseModule

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from rotopo.data.batch import Role
+from rotopo.data.needs import Needs
 from rotopo.errors import InputError
-from rotopo.models.log_probs import Needs, PairLogProbs, ResponseTokens, given
+from rotopo.models.log_probs import PairLogProbs, ResponseTokens, given
 from rotopo.objectives import Mixture
 from rotopo.objectives.base import PreferenceModule, positive
 from rotopo.studies.minimise import Minimum, minimise

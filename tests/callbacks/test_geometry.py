@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from rotopo.rotation.geometry import effective_rank, hyperspherical_energy, merged_weights
+from rotopo.metrics.geometry import effective_rank, hyperspherical_energy, merged_weights
 from tests.models.families import make
 from tests.small_run import save_config
 from tests.test_training import EXACT, fit

@@ -15,8 +15,8 @@ from rotopo.callbacks.arithmetic import Decoder
 from rotopo.callbacks.measured import LeftOut, Measured
 from rotopo.cli import run
 from rotopo.errors import InputError
-from rotopo.models import backbone, policy
-from rotopo.rotation import geometry as rotation_geometry
+from rotopo.metrics import geometry as rotation_geometry
+from rotopo.models import backbone, loading, policy
 from tests.ranks import on_ranks, strategy
 from tests.small_run import save_config
 from tests.test_training import fit
@@ -91,7 +91,7 @@ class Odd(nn.Module):
 
 
 def load_odd(*arguments: Any, **settings: Any) -> Any:
-    model = backbone.load_model(*arguments, **settings)
+    model = loading.load_model(*arguments, **settings)
     for layer in model.model.layers:
         for part in (layer.self_attn, layer.mlp):
             for name, child in list(part.named_children()):
@@ -176,7 +176,7 @@ def test_perplexity_asks_for_no_positions_that_a_model_does_not_count(
     config, tmp_path, monkeypatch, positions, capsys
 ):
     """Of settings that do not fit it says so as ever."""
-    load = backbone.load_model
+    load = loading.load_model
 
     def without(*arguments: Any, **settings: Any) -> Any:
         model = load(*arguments, **settings)

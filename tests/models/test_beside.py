@@ -10,8 +10,7 @@ from transformers import PhiConfig, PhiForCausalLM
 
 from rotopo.data.batch import collate
 from rotopo.errors import InputError
-from rotopo.models.backbone import embeddings
-from rotopo.models.beside import in_use, original
+from rotopo.models.beside import embeddings, in_use, original
 from rotopo.models.policy import Policy, PolicyConfig
 from rotopo.models.scorer import Scorer
 from rotopo.models.settings import BackboneConfig
@@ -171,7 +170,7 @@ def test_a_reward_model_trains_new_tokens_too():
 
 
 def test_a_half_type_loses_small_steps_of_whole_modules_and_says_so():
-    from rotopo.models.backbone import trained_dtype
+    from rotopo.models.loading import trained_dtype
 
     adapter = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
     with pytest.warns(UserWarning, match=r"whole modules \(lm_head\).*policy\.dtype float32"):

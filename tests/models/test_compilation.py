@@ -9,7 +9,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from rotopo.data.batch import collate
-from rotopo.models.log_probs import Needs
+from rotopo.data.needs import Needs
 from rotopo.models.policy import Policy, PolicyConfig
 from rotopo.rotation import RotationConfig
 from tests.models.families import FLOAT32_INSIDE, make

@@ -1,143 +1,154 @@
+"""What objectives are computed from, by its definition, for every role a response can have."""
+
 import pytest
 import torch
-from torch.autograd import gradcheck
+from peft import LoraConfig
 
-from rotopo.models.log_probs import Head, token_log_probs
+from rotopo.data.batch import Role, TokenizedRow, collate
+from rotopo.data.needs import Needs
+from rotopo.models.policy import Policy, PolicyConfig
+from tests.models.families import make
 
-N, D, V = 7, 5, 11
-
-
-def make(dtype=torch.float64, bias=False, **settings):
-    generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn(N, D, dtype=torch.float64, generator=generator)
-    weight = torch.randn(V, D, dtype=torch.float64, generator=generator)
-    b = torch.randn(V, dtype=torch.float64, generator=generator).to(dtype) if bias else None
-    targets = torch.randint(V, (N,), generator=generator)
-    return hidden.to(dtype), Head(weight.to(dtype), b, **settings), targets
-
-
-def plain(hidden, head, targets, reference=None):
-    """The definition, on whole logits."""
-    logits = hidden @ head.weight.T
-    if head.bias is not None:
-        logits = logits + head.bias
-    logits = logits * head.scale
-    if head.softcap is not None:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
-    p = torch.softmax(logits, -1)
-    outputs = [p[torch.arange(N), targets].log(), (p**2).sum(-1), -(p * p.log()).sum(-1)]
-    if reference is not None:
-        q = torch.softmax(reference[0] @ reference[1].weight.T, -1)
-        outputs.append((q * (q / p).log()).sum(-1))
-    return outputs
+C, R, M, S, G = Role.CHOSEN, Role.REJECTED, Role.MISMATCHED, Role.REFERENCE_SAMPLE, Role.GOLD
+# Pairs and single responses, with and without others beside them, in any order.
+ROWS = [
+    TokenizedRow([5, 6, 7], [[8, 9, 2], [10, 2], [11, 12, 13, 2]], [C, R, S], 40),
+    TokenizedRow([14], [[15, 2], [16, 17, 2]], [M, C], 7),
+    TokenizedRow([18, 19], [[20, 21], [22, 23, 2], [24, 2], [25, 2]], [G, R, M, M], 3),
+    TokenizedRow([26, 27], [[28, 2], [29], [30, 31, 32, 2], [33, 2]], [S, C, R, G], 12),
+]
+NEEDS = Needs(moments=True, roles=(M, S, G))
+layouts = pytest.mark.parametrize("layout", ["padded", "shared_prompt", "packed"])
 
 
-heads = pytest.mark.parametrize(
-    "settings",
-    [{}, {"bias": True}, {"scale": 0.25}, {"softcap": 2.0}, {"scale": 3.0, "softcap": 1.5}],
-)
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    torch.manual_seed(0)
+    adapter = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    config = PolicyConfig(path="", adapter=adapter)
+    return Policy.build(make("llama"), config, needs_reference=True).eval()
 
 
-@heads
-@pytest.mark.parametrize("tile", [(1, 3), (3, 1), (4, 100), (100, 4)])
-def test_values_equal_the_definition(settings, tile):
-    hidden, head, targets = make(**settings)
-    reference = (torch.randn(N, D, dtype=torch.float64), Head(torch.randn_like(head.weight)))
-    found = token_log_probs(hidden, head, targets, moments=True, reference=reference, tile=tile)
-    expected = plain(hidden, head, targets, reference)
-    for a, b in zip(
-        (found.log_prob, found.sum_squared, found.entropy, found.kl), expected, strict=True
+def log_p(policy: Policy, row: TokenizedRow, response: list[int]) -> torch.Tensor:
+    """log π of every next token [|response|, V], by the Hugging Face model alone."""
+    logits = policy.model(input_ids=torch.tensor([row.prompt + response])).logits[0]
+    return logits[len(row.prompt) - 1 : -1].log_softmax(-1)
+
+
+def by_definition(policy: Policy, value) -> dict[Role, torch.Tensor]:
+    """Sums over the responses of each role [B], of value(log π_θ, log π_ref, response)."""
+    sums = {role: torch.zeros(len(ROWS), dtype=torch.float64) for role in Role}
+    for i, row in enumerate(ROWS):
+        for response, role in zip(row.responses, row.roles, strict=True):
+            theta = log_p(policy, row, response)
+            with policy.model.disable_adapter():
+                reference = log_p(policy, row, response)
+            sums[role][i] += value(theta, reference, response).sum()
+    return sums
+
+
+@layouts
+@torch.no_grad()
+def test_sums_lengths_and_kl_are_those_of_each_role(policy, layout):
+    found = policy(collate(ROWS, 0, layout, 1.0), NEEDS)
+
+    def picked(log_probs, response):
+        return log_probs[range(len(response)), response]
+
+    theta = by_definition(policy, lambda t, _, response: picked(t, response))
+    base = by_definition(policy, lambda _, b, response: picked(b, response))
+    kl = by_definition(policy, lambda t, b, _: (b.exp() * (b - t)).sum(-1))
+    lengths = by_definition(policy, lambda t, _, __: t.new_ones(len(t)))
+    expected = {
+        "chosen": theta[C],
+        "rejected": theta[R],
+        "reference_chosen": base[C],
+        "reference_rejected": base[R],
+        "chosen_length": lengths[C].long(),
+        "rejected_length": lengths[R].long(),
+        "gold": theta[G],
+        "gold_length": lengths[G].long(),
+        "reference_kl": kl[S],
+        "rows": torch.tensor([40, 7, 3, 12]),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(found, name), value, rtol=1e-10, atol=1e-10)
+    ratios = found.mismatched_log_ratio
+    assert ratios.shape == (3,)
+    torch.testing.assert_close(ratios.sum(), (theta[M] - base[M]).sum(), rtol=1e-10, atol=1e-10)
+    assert found.has_chosen.tolist() == [True, True, False, True]
+    assert found.has_rejected.tolist() == [True, False, True, True]
+
+
+@layouts
+@torch.no_grad()
+def test_tokens_know_their_pair_role_place_and_distribution(policy, layout):
+    tokens = policy(collate(ROWS, 0, layout, 1.0), NEEDS).tokens
+    expected = [
+        (i, role, place, log_p(policy, row, response)[place])
+        for i, row in enumerate(ROWS)
+        for response, role in zip(row.responses, row.roles, strict=True)
+        for place in range(len(response))
+    ]
+    assert tokens.pair.tolist() == [i for i, *_ in expected]
+    assert tokens.role.tolist() == [role for _, role, *_ in expected]
+    assert tokens.position.tolist() == [place for _, _, place, _ in expected]
+    squared = torch.stack([log_probs.exp().square().sum() for *_, log_probs in expected])
+    torch.testing.assert_close(tokens.sum_squared, squared, rtol=1e-10, atol=1e-10)
+
+
+@layouts
+def test_weighted_sums_are_of_the_weighted_tokens(policy, layout):
+    log_probs = policy(collate(ROWS, 0, layout, 1.0), NEEDS)
+    tokens = log_probs.tokens
+    weights = torch.rand(len(tokens.position), dtype=torch.float64)
+    found = log_probs.weighted(weights)
+    for name, role, values in (
+        ("chosen", C, tokens.log_prob),
+        ("rejected", R, tokens.log_prob),
+        ("reference_chosen", C, tokens.reference),
+        ("reference_rejected", R, tokens.reference),
     ):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+        for i in range(len(ROWS)):
+            mine = (tokens.pair == i) & (tokens.role == role)
+            expected = (weights * values)[mine].sum()
+            torch.testing.assert_close(getattr(found, name)[i], expected)
+    same = log_probs.weighted(torch.ones_like(weights))
+    torch.testing.assert_close(same.chosen, log_probs.chosen)
 
 
-@heads
-@pytest.mark.parametrize("train_head", [False, True])
-@pytest.mark.parametrize("extras", [False, True])
-def test_gradients_equal_autograd_through_the_definition(settings, train_head, extras):
-    hidden, head, targets = make(**settings)
-    hidden.requires_grad_()
-    leaves = [hidden]
-    if train_head:
-        leaves += [t.requires_grad_() for t in (head.weight, head.bias) if t is not None]
-    reference = (torch.randn(N, D, dtype=torch.float64), Head(torch.randn_like(head.weight)))
-    if extras:
-        found = token_log_probs(
-            hidden, head, targets, moments=True, reference=reference, tile=(3, 4)
-        )
-        outputs = [found.log_prob, found.sum_squared, found.entropy, found.kl]
-        expected = plain(hidden, head, targets, reference)
-    else:
-        outputs = [token_log_probs(hidden, head, targets, tile=(3, 4)).log_prob]
-        expected = plain(hidden, head, targets)[:1]
-    factors = [torch.randn(N, dtype=torch.float64) for _ in outputs]
-    ours = torch.autograd.grad(
-        sum((f * o).sum() for f, o in zip(factors, outputs, strict=True)), leaves
-    )
-    theirs = torch.autograd.grad(
-        sum((f * o).sum() for f, o in zip(factors, expected, strict=True)), leaves
-    )
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+@layouts
+def test_only_the_policys_own_log_probs_and_kl_have_a_gradient(policy, layout):
+    found = policy(collate(ROWS, 0, layout, 1.0), NEEDS)
+    for name in ("chosen", "rejected", "gold", "reference_kl"):
+        assert getattr(found, name).requires_grad, name
+    for name in ("reference_chosen", "reference_rejected", "mismatched_log_ratio"):
+        assert not getattr(found, name).requires_grad, name
+    assert not found.detach().tokens.log_prob.requires_grad
 
 
-def test_gradcheck():
-    hidden, head, targets = make(softcap=3.0)
-    weight = head.weight.requires_grad_()
-
-    def outputs(h, w):
-        found = token_log_probs(h, Head(w, softcap=3.0), targets, moments=True, tile=(3, 4))
-        return found.log_prob, found.sum_squared, found.entropy
-
-    assert gradcheck(outputs, (hidden.requires_grad_(), weight))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_types_accumulate_in_float32(dtype):
-    """Beyond the rounding of the logits themselves, nothing is lost in a half type."""
-    hidden, head, targets = make(dtype)
-    found = token_log_probs(hidden, head, targets).log_prob
-    assert found.dtype == torch.float32
-    logits = torch.nn.functional.linear(hidden, head.weight).double()
-    expected = logits.log_softmax(-1)[torch.arange(N), targets]
-    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
-
-
-def test_probable_targets_keep_their_small_gradient_in_bfloat16():
-    """1 − p is formed before rounding: at p ≈ 0.999 a rounded p would be 1 and the gradient 0."""
-    hidden = torch.tensor([[7.0]], dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.tensor([[1.0], [0.0]], dtype=torch.bfloat16)
-    token_log_probs(hidden, Head(weight), torch.tensor([0])).log_prob.sum().backward()
-    expected = 1 - torch.sigmoid(torch.tensor(7.0))
-    torch.testing.assert_close(hidden.grad.float().squeeze(), expected, rtol=1e-2, atol=0)
+def test_the_kls_gradient_is_that_of_its_definition(policy):
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    found = policy(collate(ROWS, 0, "packed", 1.0), NEEDS).reference_kl.sum()
+    expected = torch.zeros((), dtype=torch.float64)
+    for row in ROWS:
+        for response, role in zip(row.responses, row.roles, strict=True):
+            if role == S:
+                with torch.no_grad(), policy.model.disable_adapter():
+                    reference = log_p(policy, row, response)
+                theta = log_p(policy, row, response)
+                expected = expected + (reference.exp() * (reference - theta)).sum()
+    for a, b in zip(
+        torch.autograd.grad(found, parameters, allow_unused=True),
+        torch.autograd.grad(expected, parameters, allow_unused=True),
+        strict=True,
+    ):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-def test_no_tokens_are_no_error():
-    hidden, head, targets = make()
-    leaves = [hidden[:0].requires_grad_(), head.weight.requires_grad_()]
-    found = token_log_probs(leaves[0], head, targets[:0], moments=True)
-    assert found.log_prob.shape == found.entropy.shape == (0,)
-    for gradient in torch.autograd.grad(found.log_prob.sum() + found.entropy.sum(), leaves):
-        assert not gradient.any()
-
-
-def test_a_flat_distribution_over_a_large_vocabulary_in_float16():
-    """The sum of all others' exp(logit - largest) is beyond float16's largest number."""
-    hidden = torch.zeros(2, 4, dtype=torch.float16, requires_grad=True)
-    weight = torch.randn(100_000, 4).half()
-    found = token_log_probs(hidden, Head(weight), torch.tensor([5, 7])).log_prob
-    (gradient,) = torch.autograd.grad(found.sum(), hidden)
-    expected = weight[[5, 7]].float() - weight.float().mean(0)
-    torch.testing.assert_close(gradient.float(), expected, rtol=2e-3, atol=2e-3)
-
-
-def test_extreme_logits_stay_finite():
-    hidden = torch.tensor([[1e4, 0.0], [0.0, 1e4]])
-    weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]])
-    hidden.requires_grad_()
-    found = token_log_probs(hidden, Head(weight), torch.tensor([0, 1]), moments=True)
-    total = found.log_prob.sum() + found.sum_squared.sum() + found.entropy.sum()
-    total.backward()
-    assert torch.isfinite(total)
-    assert torch.isfinite(hidden.grad).all()
-    assert found.log_prob.tolist() == [0.0, -1e4]
+def test_needs_add_up():
+    a, b = Needs(reference=False, pairs=False, roles=(G,)), Needs(moments=True, roles=(M, G))
+    assert a | b == Needs(reference=True, pairs=True, moments=True, roles=(M, G))
+    assert Needs(reference=False) | Needs(reference=False) == Needs(reference=False)

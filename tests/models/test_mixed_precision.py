@@ -16,7 +16,7 @@ from transformers import (
 
 from rotopo.data.batch import collate, collate_prompts
 from rotopo.errors import InputError
-from rotopo.models.backbone import trained_dtype
+from rotopo.models.loading import trained_dtype
 from rotopo.models.mixed_precision import kept_wide
 from rotopo.models.policy import Policy
 from rotopo.models.scorer import Scorer

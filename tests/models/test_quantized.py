@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rotopo.cli import run
 from rotopo.data.batch import collate
+from rotopo.data.needs import Needs
 from rotopo.errors import InputError
 from rotopo.export import export
-from rotopo.models.backbone import load_as_set, load_model
-from rotopo.models.log_probs import Needs
+from rotopo.models.loading import load_as_set, load_model
 from rotopo.models.policy import Policy
 from rotopo.models.quantized import ADAPTERS, compute_as_in_training, quantized
 from rotopo.models.settings import PolicyConfig

@@ -6,9 +6,9 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rotopo.data.batch import Role, TokenizedRow, collate
+from rotopo.data.needs import Needs
 from rotopo.errors import InputError
-from rotopo.models.backbone import load_config
-from rotopo.models.log_probs import Needs
+from rotopo.models.loading import load_config
 from rotopo.models.policy import Policy, PolicyConfig
 from rotopo.models.router import RouterLoss, sharers
 from rotopo.models.scorer import Scorer

@@ -1,5 +1,7 @@
 """The attention of a block by its definition: shared key heads, values of another size."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -103,7 +105,7 @@ def test_autocast_reaches_the_operator():
 
 def test_blocks_outlive_the_tensor_that_brought_them():
     """Checkpointing and compiled graphs pass on another tensor on the same memory; and a copy of
-    it, on which nothing hangs, is refused by either way."""
+    it, for which no blocks are known, is refused by either way."""
     batch = collate(ROWS, 0, "packed", 1.0)
     inputs = [torch.randn(1, H, batch.input_ids.shape[1], D) for _ in range(3)]
     mask = module.segment_mask(batch, torch.float32, None).detach()
@@ -112,3 +114,17 @@ def test_blocks_outlive_the_tensor_that_brought_them():
     for attend in (module._operator, lambda *x: module._uncompiled(*x[:4], 0.0, x[4])):
         with pytest.raises(InputError, match="changes the mask"):
             attend(*inputs, mask.clone(), 0.5)
+
+
+def test_blocks_go_with_the_last_tensor_on_their_memory():
+    """A graph may be the last to hold it, with none in Python."""
+    mask = module.segment_mask(collate(ROWS, 0, "packed", 1.0), torch.float32, None)
+    blocks = weakref.ref(module._segments_of(mask))
+    T = len(module._segments_of(mask).source)
+    inputs = [torch.randn(1, H, T, D, requires_grad=True) for _ in range(3)]
+    output = module._operator(*inputs, mask.detach(), 0.5)
+    del mask
+    assert blocks() is not None
+    output.sum().backward()
+    del output
+    assert blocks() is None

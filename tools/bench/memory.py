@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaForCausalLM
 
 from rotopo.data.batch import Role, TokenizedRow, collate
-from rotopo.models.log_probs import Needs
+from rotopo.data.needs import Needs
 from rotopo.models.policy import Policy
 from rotopo.models.settings import DtypeName, PolicyConfig
 from rotopo.models.sharding import Sharding

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, record_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rotopo.errors import InputError
-from rotopo.models.backbone import DtypeName
+from rotopo.models.settings import DtypeName
 from tools.bench.measure import clock, progress
 from tools.bench.peers import FULL, OPTIMISER, Entry, Rotopo, checked
 from tools.bench.setting import Load, Setting, begin

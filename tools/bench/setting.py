@@ -23,7 +23,8 @@ from transformers import (
 from rotopo.data import films
 from rotopo.data.batch import Layout, Role, TokenizedRow
 from rotopo.errors import InputError
-from rotopo.models.backbone import DtypeName, load_model, resolve_dtype
+from rotopo.models.loading import load_model, resolve_dtype
+from rotopo.models.settings import DtypeName
 from rotopo.pretrained import load_tokenizer
 
 RANDOM = "random:"

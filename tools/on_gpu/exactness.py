@@ -15,7 +15,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from rotopo.data.batch import Layout, Role, TokenizedRow, collate
-from rotopo.models.log_probs import Needs
+from rotopo.data.needs import Needs
 from rotopo.models.policy import Policy, PolicyConfig
 from rotopo.rotation import RotationConfig
 from tests.models.families import VOCABULARY, make

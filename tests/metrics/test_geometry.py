@@ -6,8 +6,7 @@ from peft import BOFTConfig, HRAConfig, LoraConfig, OFTConfig, PeftConfig, get_p
 from torch import nn
 
 from rotopo.errors import InputError
-from rotopo.rotation import RotationConfig
-from rotopo.rotation.geometry import (
+from rotopo.metrics.geometry import (
     cosine_gram,
     effective_rank,
     hyperspherical_energy,
@@ -15,6 +14,7 @@ from rotopo.rotation.geometry import (
     orthogonality_error,
     orthogonality_errors,
 )
+from rotopo.rotation import RotationConfig
 
 
 class TwoLayers(nn.Module):
