@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # else rotopo export --help would wait for them
     from rotopo.data.module import PairwiseDataModule
     from rotopo.data.schemas import Preference
     from rotopo.data.tokens import PairEncoder
-    from rotopo.evaluation.runs import Test, Training
+    from rotopo.metrics.runs import Test, Training
     from rotopo.models.policy import Policy
     from rotopo.models.scorer import Scorer
     from rotopo.models.settings import BackboneConfig
@@ -600,7 +600,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 def _training(run: Path) -> "Training | None":
     """What the run logged, if it logged a table."""
-    from rotopo.evaluation.runs import read_training
+    from rotopo.metrics.runs import read_training
 
     return read_training("run", run.name, run) if (run / "metrics.csv").is_file() else None
 
@@ -608,7 +608,7 @@ def _training(run: Path) -> "Training | None":
 def _find_test(run: Path, checkpoint: Path, given: Path | None) -> "Test | None":
     """The test of a checkpoint: the one that was named, or one beside the run. A run that went on
     may have written another checkpoint under the name since."""
-    from rotopo.evaluation.runs import read_test
+    from rotopo.metrics.runs import read_test
 
     def of_the_checkpoint(folder: Path) -> bool:
         try:

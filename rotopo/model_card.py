@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from rotopo.evaluation.runs import Test, Training
+from rotopo.metrics.runs import Test, Training
 
 # Of the Trainer, where and how a run was watched, which is nothing that its weights follow from.
 _ASIDE = ("default_root_dir", "logger", "enable_progress_bar", "enable_model_summary", "profiler")
