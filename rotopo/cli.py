@@ -10,7 +10,7 @@ from rotopo.refusals import fault, in_one_line
 
 # Commands that need no Trainer: plain functions, whose arguments are theirs.
 _FUNCTIONS = {
-    "export": "rotopo.export.export",
+    "export": "rotopo.export.command.export",
     "judge": "rotopo.judge.command.judge",
     "report": "rotopo.report.command.report",
 }

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from rotopo.cli import run
 from rotopo.data.batch import collate
 from rotopo.errors import InputError
-from rotopo.export import export
+from rotopo.export.command import export
 from rotopo.models.backbone import load_as_set, load_model
 from rotopo.models.log_probs import Needs
 from rotopo.models.policy import Policy

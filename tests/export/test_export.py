@@ -22,10 +22,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-import rotopo.export
 from rotopo.cli import main, run
 from rotopo.errors import InputError
-from rotopo.export import export
+from rotopo.export import checks
+from rotopo.export.command import export
 from tests.models.families import FAMILIES, make
 from tests.reward.test_runs import save_reward_config
 from tests.small_run import save_config
@@ -357,7 +357,7 @@ def test_checkpoints_of_others_are_refused(lora, whole, tmp_path, tiny_tokenizer
 def test_files_that_do_not_say_what_was_trained_are_not_kept(
     by, expected, lora, tmp_path, monkeypatch
 ):
-    load = rotopo.export._load
+    load = checks.load_written
 
     def damaged(job, folder):
         model = load(job, folder)
@@ -365,7 +365,7 @@ def test_files_that_do_not_say_what_was_trained_are_not_kept(
             model.lm_head.weight[17, 3] += by
         return model
 
-    monkeypatch.setattr(rotopo.export, "_load", damaged)
+    monkeypatch.setattr(checks, "load_written", damaged)
     error = refused(lora.folder, tmp_path / "export", form="adapter")
     assert re.search(rf"differ by up to {expected}, .* 1e-05 is allowed", error)
     assert list(tmp_path.iterdir()) == []

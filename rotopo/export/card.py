@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from rotopo.export.job import Kind
+from rotopo.export.loading_code import loading_code
 from rotopo.metrics.runs import Test, Training
 
 # Of the Trainer, where and how a run was watched, which is nothing that its weights follow from.
@@ -48,7 +50,7 @@ class Card:
     """
 
     name: str
-    kind: str
+    kind: Kind
     settings: dict[str, Any]
     facts: dict[str, Any]
     training: Training | None
@@ -88,7 +90,7 @@ def model_card(card: Card) -> str:
                 f"# {_code(card.name)}",
                 f"{_WHAT[card.kind]} Made by rotopo from {_code(card.backbone['path'])}.",
                 "## How to load it",
-                _fenced("python", _loading(card)),
+                _fenced("python", loading_code(card.name, card.kind, card.template, card.backbone)),
                 "## What was trained",
                 _table(("", ""), _subject(card)),
                 "## How",
@@ -119,51 +121,6 @@ def _front_matter(card: Card) -> str:
         "tags": ["rotopo", "reward-model" if card.kind == "reward" else "preference-optimisation"],
     }
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
-
-
-def _loading(card: Card) -> str:
-    tokenizer = "tokenizer = AutoTokenizer.from_pretrained(folder)"
-    named = "" if card.template in (None, "default") else f"chat_template={card.template!r}, "
-    prompt = 'messages = [{"role": "user", "content": "..."}]'
-    if card.kind == "reward":
-        return f"""from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-folder = {card.name!r}
-model = AutoModelForSequenceClassification.from_pretrained(folder)
-{tokenizer}
-messages = [{{"role": "user", "content": "..."}}, {{"role": "assistant", "content": "..."}}]
-inputs = tokenizer.apply_chat_template(messages, {named}return_tensors="pt", return_dict=True)
-reward = model(**inputs).logits.item()"""
-    generation = f"""{tokenizer}
-{prompt}
-inputs = tokenizer.apply_chat_template(
-    messages, {named}add_generation_prompt=True, return_tensors="pt", return_dict=True
-)
-output = model.generate(**inputs, max_new_tokens=128)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
-    if card.kind == "merged":
-        return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = {card.name!r}
-model = AutoModelForCausalLM.from_pretrained(folder)
-{generation}"""
-    base = card.backbone["path"]
-    imports, base_model = "", repr(base)
-    if base.startswith("package:") or base.endswith(".gguf"):  # which only rotopo reads
-        imports, base_model = (
-            "from rotopo.pretrained import pretrained_folder\n",
-            f"pretrained_folder({base!r})",
-        )
-    if card.backbone["adapter"]["class_path"].startswith("rotopo."):
-        imports = "import rotopo.rotation  # makes the adapter known to PEFT\n" + imports
-    return f"""from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-{imports}
-folder = {card.name!r}
-base = AutoModelForCausalLM.from_pretrained({base_model})
-model = PeftModel.from_pretrained(base, folder)
-model.generation_config = GenerationConfig.from_pretrained(folder)
-{generation}"""
 
 
 def _subject(card: Card) -> list[tuple[str, str]]:
