@@ -10,9 +10,9 @@ from rotopo.refusals import fault, in_one_line
 
 # Commands that need no Trainer: plain functions, whose arguments are theirs.
 _FUNCTIONS = {
-    "export": "rotopo.export.export",
-    "judge": "rotopo.evaluation.judge.judge",
-    "report": "rotopo.evaluation.report.report",
+    "export": "rotopo.export.command.export",
+    "judge": "rotopo.judge.command.judge",
+    "report": "rotopo.report.command.report",
 }
 # Commands that take the options of fit beside their own.
 _ON_SETTINGS = {"plan": "rotopo.plan.command.plan"}

@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rotopo.cli import run
-from rotopo.export import export
+from rotopo.export.command import export
 from rotopo.run.checkpoints import read
 from tests.ranks import on_ranks
 from tests.small_run import save_config

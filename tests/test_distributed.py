@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from rotopo.cli import run
-from rotopo.export import export
+from rotopo.export.command import export
 from rotopo.run import checkpoints
 from tests.ranks import on_ranks, strategy
 from tests.small_run import save_config

@@ -1,6 +1,6 @@
 """Run folders and caches from elsewhere: what is in them is read, shown or refused, never run.
 
-Checkpoints are in test_checkpoints.py, texts of responses in evaluation/test_report.py.
+Checkpoints are in test_checkpoints.py, texts of responses in report/test_report.py.
 """
 
 import pickle
@@ -11,8 +11,8 @@ import pytest
 
 from rotopo import pretrained
 from rotopo.errors import InputError
-from rotopo.evaluation.report import report
-from tests.evaluation import report_inputs as inputs
+from rotopo.report.command import report
+from tests.report import report_inputs as inputs
 from tests.run.test_checkpoints import Creates
 from tests.small_run import save_config, save_model
 from tests.test_training import fit

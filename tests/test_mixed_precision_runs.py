@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rotopo.cli import run
-from rotopo.export import export
+from rotopo.export.command import export
 from rotopo.run import checkpoints
 from tests.small_run import save_config
 from tests.test_training import CHECKPOINTS, Killed, fit, last_checkpoint, weights

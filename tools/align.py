@@ -22,13 +22,13 @@ from rotopo.data.batch import Role, collate
 from rotopo.data.responses import Responses
 from rotopo.data.rows import Rows
 from rotopo.data.sources import load_rows
-from rotopo.evaluation.displacement import at_equal_margin, log_ratios
-from rotopo.evaluation.embeddings import response_embeddings
-from rotopo.evaluation.judge import judge
-from rotopo.evaluation.report import report
-from rotopo.evaluation.runs import read_training
 from rotopo.files import to_json, write_whole, writing_whole
+from rotopo.judge.command import judge
 from rotopo.lightning_cli import run as rotopo
+from rotopo.metrics.displacement import at_equal_margin, log_ratios
+from rotopo.metrics.embeddings import response_embeddings
+from rotopo.metrics.runs import read_training
+from rotopo.report.command import report
 from rotopo.run.continued import ContinuedRun, from_last_checkpoint, short_hash
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -14,10 +14,10 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from rotopo.data import films
 from rotopo.data.batch import collate_prompts
-from rotopo.evaluation import plots
-from rotopo.export import export
+from rotopo.export.command import export
 from rotopo.lightning_cli import run as rotopo
 from rotopo.models.policy import Sampling
+from rotopo.report import plots
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 JUDGED_PROMPTS = 48

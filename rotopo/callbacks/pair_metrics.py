@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from rotopo.evaluation.metrics import PairMeans
+from rotopo.metrics.means import PairMeans
 from rotopo.run.steps import ends_step
 
 Values = dict[str, tuple[Tensor, Tensor]]

@@ -7,8 +7,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rotopo.data.batch import PairBatch, Role
 from rotopo.data.messages import Message, text_of
-from rotopo.evaluation.metrics import RewardMetrics
 from rotopo.files import to_json, to_jsonl, write_whole
+from rotopo.metrics.rewards import RewardMetrics
 from rotopo.models.log_probs import sum_of_role
 from rotopo.run.lightning import data_of
 
@@ -31,7 +31,7 @@ class PairScores(Callback):
     """Metrics of the rewards of all test pairs, for reward models and preference objectives.
 
     In the run's folder it writes ``test.json`` (see
-    :func:`rotopo.evaluation.metrics.reward_metrics`) and ``test_pairs.jsonl``, a line for each
+    :func:`rotopo.metrics.rewards.reward_metrics`) and ``test_pairs.jsonl``, a line for each
     pair with its scores, lengths in tokens and texts; each appears only when it is whole. It logs
     the single numbers as ``test/accuracy``, ``test/auroc`` and so on, and prints a table and some
     pairs. Accuracy is also taken by the groups of ``data.accuracy_by``, and the interval over

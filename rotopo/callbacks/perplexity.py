@@ -7,8 +7,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rotopo.callbacks.measured import Measured
 from rotopo.errors import InputError
-from rotopo.evaluation.perplexity import perplexity
 from rotopo.files import to_json, write_whole
+from rotopo.metrics.perplexity import perplexity
 from rotopo.run.lightning import data_of
 
 
@@ -17,7 +17,7 @@ class Perplexity(Callback):
 
     On ``rotopo test`` it logs ``test/perplexity`` and ``test/reference_perplexity`` and writes
     ``perplexity.json`` into the run's folder, see
-    :func:`rotopo.evaluation.perplexity.perplexity`.
+    :func:`rotopo.metrics.perplexity.perplexity`.
 
     Args:
         file: the text, UTF-8.

@@ -6,7 +6,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from rotopo.evaluation.metrics import auroc
+from rotopo.metrics.ranking import auroc
 from rotopo.robust.selection import keep, n_kept
 
 

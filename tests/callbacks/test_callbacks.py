@@ -10,8 +10,8 @@ import torch
 
 from rotopo.callbacks import Displacement
 from rotopo.cli import run
-from rotopo.evaluation.metrics import PairMeans
-from rotopo.evaluation.plots import implicit_rewards
+from rotopo.metrics.means import PairMeans
+from rotopo.report.plots import implicit_rewards
 from tests.small_run import save_config
 
 CONTRACT = [

@@ -197,7 +197,7 @@ def test_perplexity_asks_for_no_positions_that_a_model_does_not_count(
 
 
 def test_a_perplexity_that_no_number_holds_ends_no_test(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("rotopo.evaluation.perplexity.math.exp", lambda x: 10.0 ** (x * 1e6))
+    monkeypatch.setattr("rotopo.metrics.perplexity.math.exp", lambda x: 10.0 ** (x * 1e6))
     (tmp_path / "text.txt").write_text("a film of some wit")
     own = ["--trainer.callbacks+=Perplexity", f"--trainer.callbacks.file={tmp_path / 'text.txt'}"]
     with pytest.warns(LeftOut, match=r"test/perplexity: left out.*OverflowError"):

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rotopo.callbacks.monitors import flatten, follows_metric
-from rotopo.export import export
+from rotopo.export.command import export
 from rotopo.objectives import DPO
 from tests.small_run import save_config
 from tests.test_training import assert_equal, fit, weights

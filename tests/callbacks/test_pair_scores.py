@@ -16,7 +16,7 @@ from peft import LoraConfig
 from rotopo.callbacks import PairScores, Perplexity
 from rotopo.data.module import PairwiseDataModule
 from rotopo.errors import InputError
-from rotopo.evaluation.metrics import ScoredPairs, reward_metrics
+from rotopo.metrics.rewards import ScoredPairs, reward_metrics
 from rotopo.models.settings import BackboneConfig, PolicyConfig
 from rotopo.objectives import DPO, KTO
 from rotopo.reward import RewardModule

@@ -18,12 +18,12 @@ from rotopo.cli import run
 from rotopo.data.doctor import limits
 from rotopo.data.doctor.diagnosis import diagnose, refusal, render
 from rotopo.data.doctor.examination import Patient, Severity
-from rotopo.data.doctor.pair_checks import wilson_interval
 from rotopo.data.noise import with_flips
 from rotopo.data.schemas import FORMATS, Preference
 from rotopo.data.tokenized import Outcome
 from rotopo.data.tokens import PairEncoder
 from rotopo.errors import InputError
+from rotopo.intervals import wilson_interval
 from rotopo.models.policy import Policy
 from rotopo.models.scorer import Scorer
 from rotopo.pretrained import Positions

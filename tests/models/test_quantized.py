@@ -16,7 +16,7 @@ from rotopo.cli import run
 from rotopo.data.batch import collate
 from rotopo.data.needs import Needs
 from rotopo.errors import InputError
-from rotopo.export import export
+from rotopo.export.command import export
 from rotopo.models.loading import load_as_set, load_model
 from rotopo.models.policy import Policy
 from rotopo.models.quantized import ADAPTERS, compute_as_in_training, quantized

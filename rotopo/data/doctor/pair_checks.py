@@ -1,15 +1,13 @@
 """The data doctor's checks of pairs: what they are as data to learn from."""
 
 import itertools
-import math
 from collections.abc import Iterator
 
 import numpy as np
 
 from rotopo.data.doctor import limits
 from rotopo.data.doctor.examination import Examination, Finding, Severity, found, graded
-
-_NORMAL_95 = 1.959964
+from rotopo.intervals import wilson_interval
 
 _ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython"}
 
@@ -259,7 +257,8 @@ def length_bias(examined: Examination) -> Iterator[Finding]:
         return
     difference = (chosen - rejected)[paired]
     longer, shorter = int((difference > 0).sum()), int((difference < 0).sum())
-    low, high = wilson_interval(longer, longer + shorter)
+    share = longer / max(1, longer + shorter)
+    low, high = wilson_interval(share, longer + shorter)
     lowest, highest = limits.LONGER_IS_BETTER
     yield found(
         "length bias",
@@ -269,21 +268,10 @@ def length_bias(examined: Examination) -> Iterator[Finding]:
             "chosen longer": longer,
             "chosen shorter": shorter,
             "mean difference": float(difference.mean()),
-            "accuracy of the longer": longer / max(1, longer + shorter),
+            "accuracy of the longer": share,
             "from": low,
             "to": high,
         },
         "data.balance_lengths, or an objective that takes length out (SimPO, SamPO, LDDPO, "
         "LengthRegularizedDPO; of a reward model length_alpha or length_penalty)",
     )
-
-
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927); of no trials (0, 1)."""
-    if trials == 0:
-        return 0.0, 1.0
-    p, z2 = successes / trials, _NORMAL_95**2
-    centre = (p + z2 / (2 * trials)) / (1 + z2 / trials)
-    half = _NORMAL_95 / (1 + z2 / trials)
-    half *= math.sqrt(p * (1 - p) / trials + z2 / (4 * trials**2))
-    return centre - half, centre + half
