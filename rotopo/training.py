@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import sys
 from abc import abstractmethod
 from collections.abc import Container, Mapping
 from dataclasses import is_dataclass
@@ -21,17 +20,18 @@ from torch.optim.lr_scheduler import LambdaLR
 import rotopo
 from rotopo.callbacks.doctor import DataDoctor
 from rotopo.callbacks.finite import Finite
-from rotopo.callbacks.monitors import MetricSchedules, follows_metric
+from rotopo.callbacks.monitors import MetricSchedules
 from rotopo.data.asked import Draw
 from rotopo.data.module import PairwiseDataModule
 from rotopo.data.needs import Needs
 from rotopo.errors import InputError
+from rotopo.models.outcome import PairOutcome, StepOutput
+from rotopo.optimisers import configured
 from rotopo.refusals import naming
 from rotopo.run.interruption import Interruption
 from rotopo.run.lightning import (
     callbacks_of,
     data_if_any,
-    forget_train_loader,
     trainer_of,
     without_wrappers,
 )
@@ -90,7 +90,7 @@ def _settings(value: Any) -> Any:
         return value
     if isinstance(value, Mapping):
         items = {str(key): _settings(v) for key, v in value.items() if str(key)[:1] != "_"}
-        return {key: items[key] for key in sorted(items) if key not in ("training", "predicted")}
+        return {key: items[key] for key in sorted(items) if key != "training"}
     if isinstance(value, set | frozenset):
         return sorted(map(str, value))
     if isinstance(value, list | tuple):
@@ -129,8 +129,7 @@ class PairwiseModule(LightningModule):
         self.strict_loading = False  # on_load_checkpoint is stricter about what matters
         self._resumption = Resumption()
         self.row_losses: Tensor | None = None  # of the micro-batch at hand [B]
-        # Rows that an interrupted run has predicted: the callback that writes predictions knows.
-        self.predicted: Container[int] = ()
+        self._predicted: Container[int] = ()  # rows of which no prediction is wanted
 
     def setup(self, stage: str) -> None:
         """Ask the data for what the module needs, and refuse a Trainer that would cast everything,
@@ -191,18 +190,6 @@ class PairwiseModule(LightningModule):
         return self.backbone.language_model
 
     @abstractmethod
-    def pair_rewards(self, outputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What a step's outputs say of its pairs.
-
-        Args:
-            outputs: what the step returned.
-
-        Returns:
-            rewards of the chosen and of the rejected responses, and which rows have a chosen and
-            which a rejected response, each [B].
-        """
-
-    @abstractmethod
     def always_on(self) -> list[Callback]:
         """Callbacks of every run, unless ``trainer.callbacks`` has one of the same class."""
 
@@ -228,78 +215,42 @@ class PairwiseModule(LightningModule):
             for name, _ in module.named_buffers(recurse=False)
         }
 
-    def training_step(self, batch: "PairBatch", batch_idx: int) -> dict[str, Any]:
-        outputs = self._step(batch)
-        self.row_losses = outputs["losses"]
-        return outputs
+    def training_step(self, batch: "PairBatch", batch_idx: int) -> StepOutput:
+        output = self._step(batch)
+        self.row_losses = output["pairs"].losses
+        return output
 
-    def validation_step(self, batch: "PairBatch", batch_idx: int) -> dict[str, Any]:
+    def validation_step(self, batch: "PairBatch", batch_idx: int) -> StepOutput:
         return self._step(batch)
 
-    def test_step(self, batch: "PairBatch", batch_idx: int) -> dict[str, Any]:
+    def test_step(self, batch: "PairBatch", batch_idx: int) -> StepOutput:
         return self._step(batch)
 
     @abstractmethod
-    def _step(self, batch: "PairBatch") -> dict[str, Any]:
-        """The loss of a batch, and what callbacks log from: ``loss``, the detached ``losses`` of
-        its rows [B], and more."""
+    def _step(self, batch: "PairBatch") -> StepOutput:
+        """The loss of a batch, and what is to be known of its pairs."""
 
-    def _outputs(self, batch: "PairBatch", losses: Tensor, **others: Any) -> dict[str, Any]:
+    def _output(self, batch: "PairBatch", losses: Tensor, pairs: PairOutcome) -> StepOutput:
         """What a step returns.
 
         Args:
             batch: that has just gone through the backbone.
-            losses: of its rows [B].
-            others: what callbacks log from beside the losses.
+            losses: of its rows, with their gradient [B].
+            pairs: what is to be known of them.
         """
-        outputs = {"loss": losses.sum() * batch.loss_scale, "losses": losses.detach(), **others}
+        output: StepOutput = {"loss": losses.sum() * batch.loss_scale, "pairs": pairs}
         router = self.backbone.router
         if router is not None:
             # Not scaled by pairs: over micro-batches and ranks it is a mean, which Lightning's
             # division by the accumulation and DDP's by the ranks make of it.
             loss, self.backbone.router_loss = self.backbone.router_loss, None
             assert loss is not None
-            outputs["loss"] = outputs["loss"] + router.coefficient * loss
-            outputs["router_loss"] = loss.detach()
-        return outputs
+            output["loss"] = output["loss"] + router.coefficient * loss
+            output["router_loss"] = loss.detach()
+        return output
 
     def configure_optimizers(self) -> Any:
-        if self.optimizer is None:
-            raise InputError("model.optimizer is not set: name one, e.g. torch.optim.AdamW.")
-        optimizer = self.optimizer(self._parameter_groups())
-        if self.scheduler is None:
-            return {"optimizer": optimizer}
-        settings = getattr(self.scheduler, "keywords", {})  # of the partial that the CLI makes
-        total: dict[str, Any] = {}
-        if "total_steps" in settings and settings["total_steps"] is None:
-            steps = self.trainer.estimated_stepping_batches
-            if steps == math.inf:
-                raise InputError(
-                    "model.scheduler: a run without an end (trainer.max_epochs, max_steps) gives "
-                    "it no number of steps: set model.scheduler.total_steps."
-                )
-            total["total_steps"] = int(steps)
-            forget_train_loader(self.trainer)
-        if any(group.get("lr") is None for group in optimizer.param_groups):
-            raise InputError(
-                f"model.optimizer ({type(optimizer).__name__}) has no lr for model.scheduler to "
-                "change: set model.optimizer.lr, or model.scheduler to null."
-            )
-        scheduler = self.scheduler(optimizer, **total)
-        with naming("model.scheduler, which checkpoints hold", on_purpose=False):
-            scheduler.state_dict()
-        config: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
-        if follows_metric(scheduler):
-            config["monitor"] = getattr(scheduler, "monitor", None)
-            if config["monitor"] is None:
-                raise InputError(
-                    f"model.scheduler ({type(scheduler).__name__}) follows a metric, and its class "
-                    "has no setting to name one: write class_path: "
-                    "lightning.pytorch.cli.ReduceLROnPlateau, with init_args: {monitor: val/loss}."
-                )
-            # So that Lightning leaves it to MetricSchedules.
-            config |= {"reduce_on_plateau": True, "frequency": sys.maxsize}
-        return {"optimizer": optimizer, "lr_scheduler": config}
+        return configured(self.optimizer, self.scheduler, self.named_parameters(), self.trainer)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         with naming("model.optimizer"):
@@ -308,16 +259,6 @@ class PairwiseModule(LightningModule):
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         with naming("model.scheduler", on_purpose=False):
             super().lr_scheduler_step(scheduler, metric)
-
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Weight decay would pull rotations back to where no rotation is: they go without."""
-        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        rotation = [p for name, p in trained if ".rotation_" in name]
-        others = [p for name, p in trained if ".rotation_" not in name]
-        groups: list[dict[str, Any]] = [{"params": others}] if others else []
-        if rotation:
-            groups.append({"params": rotation, "weight_decay": 0.0})
-        return groups
 
     def configure_gradient_clipping(
         self,
@@ -377,9 +318,17 @@ class PairwiseModule(LightningModule):
     def predict(self, batch: Any) -> list[dict[str, Any]]:
         """What to write about each row of a batch."""
 
+    def leave_out(self, rows: Container[int]) -> None:
+        """Make no predictions for rows that an interrupted run has done.
+
+        Args:
+            rows: their numbers; none, once the prediction is over.
+        """
+        self._predicted = rows
+
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
         """As :meth:`predict`; nothing for a batch that an interrupted run has done."""
-        done = all(row in self.predicted for row in batch.rows.tolist())
+        done = all(row in self._predicted for row in batch.rows.tolist())
         if trainer_of(self) is not None:  # ranks that work on one model have to work together
             done = self.trainer.strategy.reduce_boolean_decision(done)
         if done:

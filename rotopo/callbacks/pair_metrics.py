@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from rotopo.metrics.means import PairMeans
+from rotopo.models.outcome import StepOutput
 from rotopo.run.steps import ends_step
 
 Values = dict[str, tuple[Tensor, Tensor]]
@@ -29,7 +30,7 @@ class PairMetricsCallback(Callback):
         self.pair_metric_names: set[str] = set()  # of what it has seen, without the stage
 
     @abstractmethod
-    def values(self, module: Any, outputs: dict[str, Any]) -> Values | None:
+    def values(self, output: StepOutput) -> Values | None:
         """A batch's values [B], and which rows have them [B]; None where the objective has none."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -38,7 +39,7 @@ class PairMetricsCallback(Callback):
     def _add(
         self, module: LightningModule, outputs: Any, means: PairMeans | None
     ) -> PairMeans | None:
-        values = self.values(module, outputs)
+        values = self.values(outputs)
         if values is not None:
             self.pair_metric_names |= values.keys()
             means = means or PairMeans(tuple(values))
@@ -99,25 +100,24 @@ class ImplicitRewards(PairMetricsCallback):
 
     on_progress_bar = ("loss", "rewards/margin", "rewards/accuracy")
 
-    def values(self, module: Any, outputs: dict[str, Any]) -> Values:
-        chosen, rejected, has_chosen, has_rejected = module.pair_rewards(outputs)
-        pair = has_chosen & has_rejected
+    def values(self, output: StepOutput) -> Values:
+        pairs = output["pairs"]
+        chosen, rejected = pairs.chosen, pairs.rejected
         values = {
-            "loss": (outputs["losses"], has_chosen | has_rejected),
-            "rewards/chosen": (chosen, has_chosen),
-            "rewards/rejected": (rejected, has_rejected),
-            "rewards/margin": (chosen - rejected, pair),
-            "rewards/accuracy": (chosen > rejected, pair),
-            "rewards/sum": (chosen + rejected, pair),
+            "loss": (pairs.losses, pairs.has_chosen | pairs.has_rejected),
+            "rewards/chosen": (chosen, pairs.has_chosen),
+            "rewards/rejected": (rejected, pairs.has_rejected),
+            "rewards/margin": (chosen - rejected, pairs.is_pair),
+            "rewards/accuracy": (chosen > rejected, pairs.is_pair),
+            "rewards/sum": (chosen + rejected, pairs.is_pair),
         }
-        if "log_probs" in outputs:
-            log_probs = outputs["log_probs"]
+        if pairs.log_probs is not None:
             values |= {
-                "logps/chosen": (log_probs.chosen_mean, has_chosen),
-                "logps/rejected": (log_probs.rejected_mean, has_rejected),
+                "logps/chosen": (pairs.log_probs.chosen_mean, pairs.has_chosen),
+                "logps/rejected": (pairs.log_probs.rejected_mean, pairs.has_rejected),
             }
-        if "router_loss" in outputs:
-            value = outputs["router_loss"].reshape(1)
+        if "router_loss" in output:
+            value = output["router_loss"].reshape(1)
             values["router_loss"] = (value, value.new_ones(1, dtype=torch.bool))
         return values
 
@@ -143,8 +143,8 @@ class Displacement(PairMetricsCallback):
         self.least = least
         self.warned = False
 
-    def values(self, module: Any, outputs: dict[str, Any]) -> Values | None:
-        log_probs = outputs.get("log_probs")  # a reward model has none
+    def values(self, output: StepOutput) -> Values | None:
+        log_probs = output["pairs"].log_probs  # a reward model has none
         if log_probs is None or log_probs.reference_chosen is None:
             return None
         return {

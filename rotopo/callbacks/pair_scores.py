@@ -63,23 +63,21 @@ class PairScores(Callback):
     def on_test_batch_end(
         self,
         trainer: Trainer,
-        pl_module: LightningModule,
+        pl_module: Any,
         outputs: Any,
         batch: PairBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        module: Any = pl_module
-        chosen, rejected, has_chosen, has_rejected = module.pair_rewards(outputs)
-        lengths = module.response_lengths(batch)
-        pair = has_chosen & has_rejected
+        pairs = outputs["pairs"]
+        lengths = pl_module.response_lengths(batch)
         chosen_tokens, rejected_tokens = (
             sum_of_role(lengths, role, batch.roles, batch.pairs, batch.n_pairs)
             for role in (Role.CHOSEN, Role.REJECTED)
         )
-        values = (batch.rows, chosen, rejected, chosen_tokens, rejected_tokens)
+        values = (batch.rows, pairs.chosen, pairs.rejected, chosen_tokens, rejected_tokens)
         assert self.metrics is not None
-        self.metrics.update(*(value[pair] for value in values))
+        self.metrics.update(*(value[pairs.is_pair] for value in values))
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.metrics is not None

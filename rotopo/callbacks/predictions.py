@@ -57,7 +57,7 @@ class PredictionWriter(Callback):
             ) from error
         self.rows = set()
         done = _whole_lines(file)
-        pl_module.predicted = done
+        pl_module.leave_out(done)
         if done:
             rank_zero_info(f"Going on with an interrupted run: {len(done)} rows are there.")
 
@@ -89,7 +89,7 @@ class PredictionWriter(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         assert self.part is not None
-        pl_module.predicted = ()
+        pl_module.leave_out(())
         rows = trainer.strategy.reduce(
             torch.tensor(len(self.rows), device=pl_module.device), reduce_op="sum"
         )

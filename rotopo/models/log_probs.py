@@ -1,6 +1,7 @@
 """Per-token log-probs -> what objectives are functions of: sums over responses, row by row."""
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self, TypeVar
 
 import torch
@@ -51,6 +52,7 @@ class PairLogProbs:
             reference [B].
         rows: index of each row in the source data [B].
         tokens: per-token values, for objectives that weigh tokens.
+        handed: what a module hands its objective beside log-probs, by name, without gradient.
     """
 
     chosen: Tensor
@@ -65,6 +67,7 @@ class PairLogProbs:
     reference_kl: Tensor | None = None
     rows: Tensor | None = None
     tokens: ResponseTokens | None = None
+    handed: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def chosen_log_ratio(self) -> Tensor:
@@ -95,6 +98,10 @@ class PairLogProbs:
     def has_rejected(self) -> Tensor:
         """Whether the row has a rejected response [B]."""
         return self.rejected_length > 0
+
+    def hand(self, **values: Tensor) -> Self:
+        """The same with values beside the log-probs."""
+        return replace(self, handed={**self.handed, **values})
 
     def weighted(self, weights: Tensor) -> Self:
         """The same with every token's log-prob multiplied by its weight [N]."""
@@ -137,7 +144,8 @@ T = TypeVar("T")
 def _detached(values: Any) -> Any:
     """A dataclass of tensors, cut from the graph."""
     parts = {f.name: getattr(values, f.name) for f in fields(values)}
-    return replace(values, **{k: v.detach() for k, v in parts.items() if v is not None})
+    tensors = {k: v.detach() for k, v in parts.items() if hasattr(v, "detach")}
+    return replace(values, **tensors)
 
 
 def given(value: T | None, name: str) -> T:
@@ -147,6 +155,15 @@ def given(value: T | None, name: str) -> T:
             f"The log-probs hold no {name}: an objective says in its `needs` what it works on."
         )
     return value
+
+
+def handed(log_probs: PairLogProbs, name: str) -> Tensor:
+    """A value that a module has handed its objective, or an error that says how to get it."""
+    if name not in log_probs.handed:
+        raise ValueError(
+            f"The log-probs come without {name}: an objective is handed it by its `complete`."
+        )
+    return log_probs.handed[name]
 
 
 def pair_log_probs(
@@ -174,7 +191,7 @@ def pair_log_probs(
         return sum_of_role(values, role, batch.roles, batch.pairs, B)
 
     policy = per_response(tokens.log_prob)
-    optional: dict[str, Tensor] = {}
+    optional: dict[str, Any] = {}
     if reference is not None:
         base = per_response(reference)
         optional["reference_chosen"] = per_row(base, Role.CHOSEN)

@@ -1,22 +1,9 @@
 """Preference objectives, swapped by class path."""
 
+from rotopo.objectives.length import LDDPO, LengthRegularizedDPO, SamPO
 from rotopo.objectives.mixture import Mixture
-from rotopo.objectives.pairwise import (
-    AOT,
-    DPO,
-    DPOP,
-    EXO,
-    IPO,
-    LDDPO,
-    ROPO,
-    DiscoPOP,
-    DrDPO,
-    HolderDPO,
-    LengthRegularizedDPO,
-    RobustDPO,
-    SamPO,
-    SLiC,
-)
+from rotopo.objectives.noise import ROPO, DrDPO, HolderDPO, RobustDPO
+from rotopo.objectives.pairwise import AOT, DPO, DPOP, EXO, IPO, DiscoPOP, SLiC
 from rotopo.objectives.pointwise import APO, BCO, KTO, NCA, SFT, SPPO
 from rotopo.objectives.reference_free import CPO, ORPO, TPO, AlphaPO, SimPO
 from rotopo.objectives.typo import TYPO

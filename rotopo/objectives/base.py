@@ -27,6 +27,7 @@ from rotopo.data.module import PairwiseDataModule
 from rotopo.data.needs import Needs
 from rotopo.errors import InputError
 from rotopo.models.log_probs import PairLogProbs
+from rotopo.models.outcome import PairOutcome, StepOutput
 from rotopo.models.settings import PolicyConfig, Sampling
 from rotopo.run.lightning import data_of, trainer_of
 from rotopo.run.steps import ends_step, works_in_steps_only
@@ -41,8 +42,7 @@ class PreferenceModule(PairwiseModule):
 
     A new objective is a subclass with the methods ``losses`` and ``rewards``: pure functions of
     the log-probs, one value per pair, which also work without a policy. ``needs`` says what they
-    are computed from. All steps return ``loss`` with the detached ``losses`` [B] and
-    ``log_probs``, from which the callbacks log.
+    are computed from; what else they depend on, such as running values, ``complete`` hands them.
 
     Args:
         policy: the model, its adapter, and how both are loaded.
@@ -81,6 +81,15 @@ class PreferenceModule(PairwiseModule):
         """The objective's own implicit rewards of chosen and rejected responses, each [B]."""
         raise NotImplementedError(f"{type(self).__name__} has no rewards().")
 
+    def complete(self, log_probs: PairLogProbs) -> PairLogProbs:
+        """Log-probs with what the losses and rewards depend on beside them, in ``handed``: sums
+        over ranks, running values, draws. Called once for every micro-batch, before these.
+
+        Args:
+            log_probs: of the micro-batch.
+        """
+        return log_probs
+
     def observe(self, log_probs: PairLogProbs, step_ended: bool) -> None:
         """See a micro-batch whose loss has been computed; for objectives with running values.
 
@@ -116,17 +125,13 @@ class PreferenceModule(PairwiseModule):
             CompileLayers(),
         ]
 
-    def pair_rewards(self, outputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        log_probs = outputs["log_probs"]
-        chosen, rejected = self.rewards(log_probs)
-        return chosen, rejected, log_probs.has_chosen, log_probs.has_rejected
-
-    def training_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
-        outputs = super().training_step(batch, batch_idx)
+    def training_step(self, batch: PairBatch, batch_idx: int) -> StepOutput:
+        output = super().training_step(batch, batch_idx)
         # Here rather than in a later hook: a checkpoint may be written before that.
-        trainer = trainer_of(self)
-        self.observe(outputs["log_probs"], trainer is None or ends_step(trainer, batch_idx))
-        return outputs
+        trainer, log_probs = trainer_of(self), output["pairs"].log_probs
+        assert log_probs is not None
+        self.observe(log_probs, trainer is None or ends_step(trainer, batch_idx))
+        return output
 
     def draw(self, data: PairwiseDataModule) -> Draw:
         return partial(self.sample_reference, data=data)
@@ -185,11 +190,21 @@ class PreferenceModule(PairwiseModule):
             data.batching.seed,
         )
 
-    def _step(self, batch: PairBatch) -> dict[str, Any]:
+    def _step(self, batch: PairBatch) -> StepOutput:
         assert self.policy is not None
-        log_probs = self.policy(batch, self.needs)
+        log_probs = self.complete(self.policy(batch, self.needs))
         losses = self.losses(log_probs)
-        return self._outputs(batch, losses, log_probs=log_probs.detach())
+        detached = log_probs.detach()
+        chosen, rejected = self.rewards(detached)
+        pairs = PairOutcome(
+            losses.detach(),
+            chosen,
+            rejected,
+            detached.has_chosen,
+            detached.has_rejected,
+            detached,
+        )
+        return self._output(batch, losses, pairs)
 
 
 class ReferenceObjective(PreferenceModule):

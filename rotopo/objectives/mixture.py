@@ -1,5 +1,6 @@
 """Mixture: a weighted sum of objectives."""
 
+from dataclasses import replace
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -58,11 +59,22 @@ class Mixture(PreferenceModule):
         self.sample_tokens = max(part.sample_tokens for part in objectives)
 
     def losses(self, log_probs: PairLogProbs) -> Tensor:
-        terms = [part.losses(log_probs) for part in self.parts]
+        terms = [part.losses(_of_part(i, log_probs)) for i, part in enumerate(self.parts)]
         return sum(w * term for w, term in zip(self.weights, terms, strict=True))  # type: ignore[return-value]
 
     def rewards(self, log_probs: PairLogProbs) -> tuple[Tensor, Tensor]:
-        return self.parts[0].rewards(log_probs)
+        return self.parts[0].rewards(_of_part(0, log_probs))
+
+    def complete(self, log_probs: PairLogProbs) -> PairLogProbs:
+        """With what each part is handed, under the part's number."""
+        return replace(
+            log_probs,
+            handed={
+                f"{i}.{name}": value
+                for i, part in enumerate(self.parts)
+                for name, value in part.complete(log_probs).handed.items()
+            },
+        )
 
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -72,3 +84,10 @@ class Mixture(PreferenceModule):
     def observe(self, log_probs: PairLogProbs, step_ended: bool) -> None:
         for part in self.parts:
             part.observe(log_probs, step_ended)
+
+
+def _of_part(number: int, log_probs: PairLogProbs) -> PairLogProbs:
+    """Log-probs with what one part is handed."""
+    prefix = f"{number}."
+    own = {k.removeprefix(prefix): v for k, v in log_probs.handed.items() if k.startswith(prefix)}
+    return replace(log_probs, handed=own)

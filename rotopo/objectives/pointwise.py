@@ -9,7 +9,7 @@ from rotopo import ranks
 from rotopo.data.batch import Role
 from rotopo.data.needs import Needs
 from rotopo.errors import InputError
-from rotopo.models.log_probs import PairLogProbs, given
+from rotopo.models.log_probs import PairLogProbs, given, handed
 from rotopo.objectives import losses
 from rotopo.objectives.base import (
     PreferenceModule,
@@ -67,7 +67,8 @@ class KTO(ReferenceObjective):
         self.undesirable_weight = positive("undesirable_weight", undesirable_weight)
 
     def losses(self, log_probs: PairLogProbs) -> Tensor:
-        baseline = self.baseline(log_probs)
+        total, count = handed(log_probs, "mismatched_total")
+        baseline = (self.beta * total / count).clamp(min=0)  # z0
         chosen, rejected = self.rewards(log_probs)
         total = per_row(
             log_probs,
@@ -76,11 +77,12 @@ class KTO(ReferenceObjective):
         )
         return total / (log_probs.has_chosen.int() + log_probs.has_rejected.int())
 
-    def baseline(self, log_probs: PairLogProbs) -> Tensor:
-        """z0, over all ranks."""
+    def complete(self, log_probs: PairLogProbs) -> PairLogProbs:
+        """With ``mismatched_total`` [2]: the sum of all ranks' mismatched log-ratios, and how many
+        there are, of which z0 is made."""
         ratios = given(log_probs.mismatched_log_ratio, "mismatched_log_ratio").detach()
-        total, count = ranks.total(torch.stack([ratios.sum(), ratios.new_tensor(len(ratios))]))
-        return (self.beta * total / count).clamp(min=0)
+        sums = torch.stack([ratios.sum(), ratios.new_tensor(len(ratios))])
+        return log_probs.hand(mismatched_total=ranks.total(sums))
 
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -123,7 +125,12 @@ class BCO(ReferenceObjective):
 
     def losses(self, log_probs: PairLogProbs) -> Tensor:
         chosen, rejected = self.rewards(log_probs)
-        return per_row(log_probs, *losses.bco(chosen, rejected, self.shift.to(chosen)))
+        shift = handed(log_probs, "reward_shift").to(chosen)
+        return per_row(log_probs, *losses.bco(chosen, rejected, shift))
+
+    def complete(self, log_probs: PairLogProbs) -> PairLogProbs:
+        """With ``reward_shift`` []: δ as the steps so far have left it."""
+        return log_probs.hand(reward_shift=self.shift)
 
     @property
     def shift(self) -> Tensor:

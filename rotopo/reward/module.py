@@ -19,6 +19,7 @@ from rotopo.callbacks import (
 from rotopo.data.batch import PairBatch, PromptBatch, Role
 from rotopo.data.needs import Needs
 from rotopo.errors import InputError
+from rotopo.models.outcome import PairOutcome, StepOutput
 from rotopo.models.settings import BackboneConfig
 from rotopo.reward.losses import length_adjusted, pairwise_loss
 from rotopo.training import PairwiseModule
@@ -31,9 +32,7 @@ class RewardModule(PairwiseModule):
     """A reward model: a scalar head on a language model, trained on pairs.
 
     The loss is −log σ(r_w − r_l − margin) + η_c (r_w + r_l)² + η_2 (r_w² + r_l²), see
-    :mod:`rotopo.reward.losses`. All steps return ``loss`` with the detached ``losses`` [B] and
-    ``rewards``, chosen's and rejected's [B], from which the callbacks log; prediction returns the
-    rewards of given responses.
+    :mod:`rotopo.reward.losses`. Prediction returns the rewards of given responses.
 
     Args:
         backbone: the model, its adapter, and how both are loaded. A language model gets a new
@@ -134,11 +133,6 @@ class RewardModule(PairwiseModule):
             self.length_target,
         )
 
-    def pair_rewards(self, outputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        chosen, rejected = outputs["rewards"]
-        every = chosen.new_ones(chosen.shape, dtype=torch.bool)
-        return chosen, rejected, every, every
-
     def predict(self, batch: PromptBatch | PairBatch) -> list[dict[str, Any]]:
         """The reward of each row's response; rows have one each.
 
@@ -152,10 +146,15 @@ class RewardModule(PairwiseModule):
             )
         return [{"score": reward} for reward in self.response_rewards(batch).tolist()]
 
-    def _step(self, batch: PairBatch) -> dict[str, Any]:
+    def _step(self, batch: PairBatch) -> StepOutput:
         rewards = self.response_rewards(batch)
         chosen = rewards[batch.responses(Role.CHOSEN)]
         rejected = rewards[batch.responses(Role.REJECTED)]
         margin = self.margin + batch.margins.to(chosen.dtype)
         losses = pairwise_loss(chosen, rejected, margin, self.centering, self.l2)
-        return self._outputs(batch, losses, rewards=(chosen.detach(), rejected.detach()))
+        every = torch.ones_like(chosen, dtype=torch.bool)
+        return self._output(
+            batch,
+            losses,
+            PairOutcome(losses.detach(), chosen.detach(), rejected.detach(), every, every),
+        )

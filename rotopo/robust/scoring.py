@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from rotopo.data.rows import Rows, unpaired_rows
 from rotopo.data.sampler import EvalSampler
 from rotopo.errors import InputError
+from rotopo.models.outcome import PairOutcome
 from rotopo.run.lightning import data_of
 
 
@@ -77,9 +78,9 @@ def scored(trainer: Trainer, rows: Rows, description: str) -> Iterator[tuple[Ten
     try:
         for number, batch in enumerate(bar):
             batch = trainer.strategy.batch_to_device(batch)
-            outputs: Any = trainer.strategy.validation_step(batch, number)
-            chosen, rejected, *_ = module.pair_rewards(outputs)
-            values = torch.stack([outputs["losses"], chosen, rejected], 1)
+            output: Any = trainer.strategy.validation_step(batch, number)
+            pairs: PairOutcome = output["pairs"]
+            values = torch.stack([pairs.losses, pairs.chosen, pairs.rejected], 1)
             places = torch.tensor(sampler.batches[number])
             # Behind the last row stands the first again, where rows are fewer than ranks.
             yield places.where(places < len(rows), 0), values.to("cpu", torch.float64)

@@ -246,7 +246,7 @@ class Policy:
             for places in order.split(BATCH):
                 log_probs = self.log_probs(pairs[places])
                 self.optimizer.zero_grad()
-                self.module.losses(log_probs).mean().backward()
+                self.module.losses(self.module.complete(log_probs)).mean().backward()
                 self.optimizer.step()
                 self.module.observe(log_probs.detach(), step_ended=True)
 
@@ -276,7 +276,8 @@ class Policy:
     def losses(self, pairs: Pairs) -> np.ndarray:
         """Loss of each training pair [M]."""
         log_policy = self.log_policy(self.train)[pairs.prompt]
-        return self.module.losses(of_pairs(log_policy, pairs.chosen, pairs.rejected)).numpy()
+        log_probs = of_pairs(log_policy, pairs.chosen, pairs.rejected)
+        return self.module.losses(self.module.complete(log_probs)).numpy()
 
     def margins(self, prompts: Prompts, pairs: Pairs) -> np.ndarray:
         """Reward of the chosen less that of the rejected, by the objective's own rewards [M]."""
@@ -359,4 +360,5 @@ def sees_margins_only(module: PreferenceModule) -> bool:
     chosen, rejected = torch.zeros(64, dtype=torch.long), torch.ones(64, dtype=torch.long)
     log_probs = of_pairs(log_policy, chosen, rejected)
     moved = of_pairs(log_policy + torch.linspace(-2, 2, len(log_policy))[:, None], chosen, rejected)
-    return torch.allclose(module.losses(log_probs), module.losses(moved), rtol=1e-9, atol=1e-9)
+    losses, after = (module.losses(module.complete(of)) for of in (log_probs, moved))
+    return torch.allclose(losses, after, rtol=1e-9, atol=1e-9)

@@ -31,7 +31,7 @@ def surface(objective: PreferenceModule, log_ratios: Tensor) -> Tensor:
     for i, rejected in enumerate(log_ratios):
         for j, chosen in enumerate(log_ratios):
             at = torch.stack([chosen, rejected]).requires_grad_()
-            loss = objective.losses(_one_pair(at)).sum()
+            loss = objective.losses(objective.complete(_one_pair(at))).sum()
             (slope,) = torch.autograd.grad(loss, at)
             found[0, i, j], found[1:, i, j] = loss.detach(), slope
     return found

@@ -357,7 +357,8 @@ def _losses(objective: PreferenceModule, rows: Rows, policy: Tensor, held: Tenso
     if isinstance(objective, Mixture):
         parts = [_losses(part, rows, policy, held) for part in objective.parts]
         return policy.new_tensor(objective.weights) @ torch.stack(parts)
-    return objective.losses(rows.log_probs(policy, held, objective.needs))
+    log_probs = objective.complete(rows.log_probs(policy, held, objective.needs))
+    return objective.losses(log_probs)
 
 
 def _holds_anything(objective: PreferenceModule) -> bool:

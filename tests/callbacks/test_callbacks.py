@@ -143,7 +143,7 @@ def steps_of(callback: Displacement, up: float, down: float, n: int) -> list:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(n):
-            values = callback.values(None, {"log_probs": log_probs})
+            values = callback.values({"pairs": SimpleNamespace(log_probs=log_probs)})
             callback.after_step({name: value.mean() for name, (value, _) in values.items()})
     return caught
 

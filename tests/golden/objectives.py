@@ -211,13 +211,15 @@ def _called(
     """
     if observed is not None:
         objective.observe(observed.detach(), step_ended=True)
-    given = {}
+    log_probs = objective.complete(log_probs)
+    handed, given = log_probs.handed, {}
     if isinstance(objective, rotopo.objectives.KTO):
-        given["z0"] = objective.baseline(log_probs)
+        total, count = handed["mismatched_total"]
+        given["z0"] = (objective.beta * total / count).clamp(min=0)
     if isinstance(objective, rotopo.objectives.BCO):
-        given["delta"] = objective.shift
+        given["delta"] = handed["reward_shift"]
     if isinstance(objective, rotopo.objectives.SamPO):
-        given["drawn"] = objective._drawn(log_probs)
+        given["drawn"] = handed["drawn"]
     return given, objective.losses(log_probs), objective.rewards(log_probs)
 
 

@@ -13,7 +13,7 @@ from mpmath import exp, expm1, log, mp, mpf, power
 from torch import Tensor
 
 from rotopo.data.batch import Role
-from rotopo.models.log_probs import PairLogProbs, ResponseTokens
+from rotopo.models.log_probs import PairLogProbs, ResponseTokens, handed
 from rotopo.objectives import (
     AOT,
     APO,
@@ -422,3 +422,19 @@ def some(B: int = 6, seed: int = 0) -> PairLogProbs:
         reference_kl=uniform(0, 3),
         mismatched_log_ratio=uniform(-1, 4).detach(),
     )
+
+
+def baseline(objective: KTO, log_probs: PairLogProbs) -> Tensor:
+    """z0 of log-probs that come without it."""
+    total, count = handed(objective.complete(log_probs), "mismatched_total")
+    return (objective.beta * total / count).clamp(min=0)
+
+
+def losses_of(objective: PreferenceModule, log_probs: PairLogProbs) -> Tensor:
+    """As a step computes them: of log-probs with what the module hands its objective."""
+    return objective.losses(objective.complete(log_probs))
+
+
+def rewards_of(objective: PreferenceModule, log_probs: PairLogProbs) -> tuple[Tensor, Tensor]:
+    """As :func:`losses_of`."""
+    return objective.rewards(objective.complete(log_probs))

@@ -27,7 +27,7 @@ from rotopo.objectives import (
     SLiC,
     losses,
 )
-from tests.objectives.cases import OBJECTIVES, log_probs, some
+from tests.objectives.cases import OBJECTIVES, log_probs, losses_of, rewards_of, some
 
 
 def values(numbers: list[float]) -> Tensor:
@@ -67,7 +67,7 @@ LOG_RATIOS = MARGINS | {
 
 def same(name: str, a: PairLogProbs, b: PairLogProbs) -> bool:
     objective = OBJECTIVES[name]
-    return torch.allclose(objective.losses(a), objective.losses(b), rtol=1e-11, atol=1e-12)
+    return torch.allclose(losses_of(objective, a), losses_of(objective, b), rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -94,7 +94,7 @@ def test_an_objective_says_whether_pairs_depend_on_one_another(name):
         moved(start, others, -others, 0, 0),
         mismatched_log_ratio=start.mismatched_log_ratio + torch.linspace(0, 1, 6),
     )
-    first, same_first = (objective.losses(log_probs)[:3] for log_probs in (start, other))
+    first, same_first = (losses_of(objective, log_probs)[:3] for log_probs in (start, other))
     assert torch.allclose(first, same_first, rtol=1e-11, atol=1e-12) != objective.couples_pairs
 
 
@@ -163,8 +163,8 @@ def test_r_dpos_reward_pays_for_length_what_the_loss_takes_off():
     """−log σ of the reward's margin is the loss: the reward is what it fits."""
     start = some()
     objective = LengthRegularizedDPO(0.3, 0.05)
-    chosen, rejected = objective.rewards(start)
-    torch.testing.assert_close(losses.dpo(chosen - rejected), objective.losses(start))
+    chosen, rejected = rewards_of(objective, start)
+    torch.testing.assert_close(losses.dpo(chosen - rejected), losses_of(objective, start))
 
 
 @pytest.mark.parametrize("epsilon", [0.05, 0.2, 0.4])
@@ -321,7 +321,7 @@ def test_aot_of_one_pair_is_dpo(paired):
 def test_apo_zero_moves_each_response_by_itself_and_apo_down_lowers_both():
     start = some(40)
     for name, chosen_sign in (("APO-zero", -1), ("APO-down", 1)):
-        found = OBJECTIVES[name].losses(start)
+        found = losses_of(OBJECTIVES[name], start)
         to_chosen, to_rejected = torch.autograd.grad(
             found.sum(), (start.chosen, start.rejected), retain_graph=True
         )
@@ -332,7 +332,7 @@ def test_apo_zero_moves_each_response_by_itself_and_apo_down_lowers_both():
     ahead = of_margins(values([40.0])).chosen.requires_grad_()
     zero = torch.zeros_like(ahead)
     pairs = log_probs(ahead, zero - 45, zero - 5, zero - 5)
-    (gradient,) = torch.autograd.grad(OBJECTIVES["APO-down"].losses(pairs).sum(), ahead)
+    (gradient,) = torch.autograd.grad(losses_of(OBJECTIVES["APO-down"], pairs).sum(), ahead)
     assert gradient.item() > 0
 
 
@@ -341,7 +341,7 @@ def test_nca_holds_the_chosen_up():
     level = values([math.log(2) / 0.3]).requires_grad_()
     for rejected in (-30.0, 30.0):
         zero = torch.zeros_like(level)
-        found = OBJECTIVES["NCA"].losses(log_probs(level, zero + rejected, zero, zero))
+        found = losses_of(OBJECTIVES["NCA"], log_probs(level, zero + rejected, zero, zero))
         (gradient,) = torch.autograd.grad(found.sum(), level)
         assert abs(gradient.item()) <= 1e-15
 
@@ -350,7 +350,7 @@ def test_typos_first_term_has_no_reference_and_its_slope_is_the_losing_probabili
     c, r = values([-3.0]).requires_grad_(), values([-2.0])
     zero = torch.zeros_like(r)
     pairs = log_probs(c, r, zero, zero, reference_kl=zero + 0.7)
-    found = OBJECTIVES["TYPO"].losses(pairs)
+    found = losses_of(OBJECTIVES["TYPO"], pairs)
     (gradient,) = torch.autograd.grad(found.sum(), c)
     p_w, p_l = math.exp(-3), math.exp(-2)
     assert found.item() == pytest.approx(math.log(1 + p_l / p_w) + 0.4 * 0.7)

@@ -11,7 +11,7 @@ from rotopo.data.needs import Needs
 from rotopo.errors import InputError
 from rotopo.models.policy import PolicyConfig
 from rotopo.objectives import BCO, DPO, KTO, SFT, TPO, TYPO, Mixture, SamPO, SimPO
-from tests.objectives.cases import OBJECTIVES, some
+from tests.objectives.cases import OBJECTIVES, losses_of, rewards_of, some
 
 
 def test_the_loss_is_the_weighted_sum_of_all_objectives_and_the_rewards_are_the_firsts():
@@ -19,15 +19,15 @@ def test_the_loss_is_the_weighted_sum_of_all_objectives_and_the_rewards_are_the_
     weights = [0.1 * (i + 1) for i in range(len(parts))]
     mixture = Mixture(parts, weights)
     values = some()
-    expected = sum(w * part.losses(values) for w, part in zip(weights, parts, strict=True))
-    torch.testing.assert_close(mixture.losses(values), expected)
-    for ours, firsts in zip(mixture.rewards(values), parts[0].rewards(values), strict=True):
+    expected = sum(w * losses_of(part, values) for w, part in zip(weights, parts, strict=True))
+    torch.testing.assert_close(losses_of(mixture, values), expected)
+    for ours, firsts in zip(rewards_of(mixture, values), rewards_of(parts[0], values), strict=True):
         assert torch.equal(ours, firsts)
 
 
 def test_weights_are_1_when_not_given():
     values = some()
-    plain = Mixture([DPO(0.3), SFT()]).losses(values)
+    plain = losses_of(Mixture([DPO(0.3), SFT()]), values)
     torch.testing.assert_close(plain, DPO(0.3).losses(values) + SFT().losses(values))
 
 
@@ -57,10 +57,10 @@ def test_a_part_knows_the_epoch():
     )
     mixture.trainer = trainer
     values = some()
-    first = part.losses(values)
+    first = losses_of(part, values)
     trainer.fit_loop.epoch_progress.current.completed = 1
     assert part.current_epoch == mixture.current_epoch == 1
-    assert not torch.equal(part.losses(values), first)
+    assert not torch.equal(losses_of(part, values), first)
 
 
 def test_what_a_part_refuses_the_mixture_refuses():
@@ -72,7 +72,7 @@ def test_what_a_part_refuses_the_mixture_refuses():
         enable_checkpointing=False,
         enable_progress_bar=False,
     )
-    trainer.datamodule = SimpleNamespace(pairs_per_step=4)
+    trainer.datamodule = SimpleNamespace(batching=SimpleNamespace(pairs_per_step=4))
     mixture.trainer = trainer
     with pytest.raises(InputError, match="z0"):
         mixture.on_train_start()

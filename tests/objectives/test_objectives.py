@@ -12,7 +12,16 @@ from rotopo import objectives
 from rotopo.errors import InputError
 from rotopo.models.log_probs import PairLogProbs
 from rotopo.objectives.base import PreferenceModule, ReferenceObjective
-from tests.objectives.cases import BOUNDED, CASES, OBJECTIVES, log_probs, rows_of, some
+from tests.objectives.cases import (
+    BOUNDED,
+    CASES,
+    OBJECTIVES,
+    log_probs,
+    losses_of,
+    rewards_of,
+    rows_of,
+    some,
+)
 
 LN2 = math.log(2)
 every = pytest.mark.parametrize("name", OBJECTIVES)
@@ -35,7 +44,7 @@ def test_the_losses_are_the_formulas(name):
     objective, formula = CASES[name]
     for seed in range(3):
         values = some(seed=seed)
-        assert_equal(objective.losses(values), formula(rows_of(values)))
+        assert_equal(losses_of(objective, values), formula(rows_of(values)))
 
 
 @every
@@ -51,12 +60,12 @@ def test_gradients_are_finite_differences(name):
 
     def losses(c, r, c0, r0, gold, kl):
         made = log_probs(c, r, c0, r0, **fixed, gold=gold, reference_kl=kl)
-        found = objective.losses(made)
+        found = losses_of(objective, made)
         if not name.startswith("DPO-wpo"):
             return found
         # The weights have no gradient: finite differences must see them fixed.
-        weights = objective.losses(start) / CASES["DPO"][0].losses(start)
-        return found / (found / CASES["DPO"][0].losses(made)).detach() * weights.detach()
+        weights = losses_of(objective, start) / losses_of(CASES["DPO"][0], start)
+        return found / (found / losses_of(CASES["DPO"][0], made)).detach() * weights.detach()
 
     leaves = (start.chosen, start.rejected, start.reference_chosen, start.reference_rejected)
     assert torch.autograd.gradcheck(losses, (*leaves, start.gold, start.reference_kl))
@@ -110,21 +119,21 @@ def test_the_first_loss_is_its_constant(name):
     objective = OBJECTIVES[name]
     constant, weight = LIKELIHOOD.get(name, (STARTS.get(name, LN2), 0.0))
     expected = constant - weight * values.chosen_mean
-    torch.testing.assert_close(objective.losses(values), expected, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(losses_of(objective, values), expected, rtol=1e-14, atol=1e-14)
 
 
 @every
 def test_rewards_start_at_zero_and_follow_the_log_probs(name):
     objective = OBJECTIVES[name]
     values = at_the_reference()
-    chosen, rejected = objective.rewards(values)
+    chosen, rejected = rewards_of(objective, values)
     if objective.needs.reference and name not in ("LengthRegularizedDPO", "TYPO"):
         assert not chosen.any()
         assert not rejected.any()
     torch.testing.assert_close(chosen, rejected)
 
     values = some()
-    chosen, rejected = objective.rewards(values)
+    chosen, rejected = rewards_of(objective, values)
     for reward, own, other in (
         (chosen, values.chosen, values.rejected),
         (rejected, values.rejected, values.chosen),
@@ -145,7 +154,7 @@ TURNING = {"IPO", "IPO-sum", "SPPO", "NCA", "EXO", "AOT", "APO-down"} | {
 @pytest.mark.parametrize("name", sorted(OBJECTIVES.keys() - TURNING))
 def test_the_loss_falls_with_the_chosen_and_rises_with_the_rejected(name):
     values = some(40)
-    losses = OBJECTIVES[name].losses(values)
+    losses = losses_of(OBJECTIVES[name], values)
     to_chosen, to_rejected = torch.autograd.grad(
         losses.sum(), (values.chosen, values.rejected), allow_unused=True
     )
@@ -180,12 +189,12 @@ def extremes(dtype: torch.dtype, w: int, l: int) -> PairLogProbs:  # noqa: E741
 def test_loss_rewards_and_gradient_stay_finite(name, dtype, w, l):  # noqa: E741
     values = extremes(dtype, w, l)
     objective = OBJECTIVES[name]
-    losses = objective.losses(values)
+    losses = losses_of(objective, values)
     losses.sum().backward()
     assert losses.isfinite().all()
     for leaf in (values.chosen, values.rejected, values.gold, values.reference_kl):
         assert leaf.grad is None or leaf.grad.isfinite().all()
-    for reward in objective.rewards(values):
+    for reward in rewards_of(objective, values):
         assert reward.isfinite().all()
 
 
@@ -194,7 +203,7 @@ def test_far_from_the_reference_the_losses_are_still_the_formulas(name):
     objective, formula = CASES[name]
     for lengths in ((1, 1), (2, 5)):
         values = extremes(torch.float64, *lengths)
-        assert_equal(objective.losses(values), formula(rows_of(values)))
+        assert_equal(losses_of(objective, values), formula(rows_of(values)))
 
 
 @pytest.mark.parametrize("name", ["DPO-forward_kl", "DPO-alpha", "AlphaPO"])
@@ -205,7 +214,7 @@ def test_where_the_exponential_is_bounded_a_lost_pair_has_a_gradient_that_adam_s
     zero = torch.zeros(1)
     optimizer = torch.optim.Adam([low], lr=1.0)
     for _ in range(2):
-        CASES[name][0].losses(log_probs(low, zero, zero, zero)).sum().backward()
+        losses_of(CASES[name][0], log_probs(low, zero, zero, zero)).sum().backward()
         assert low.grad.item() < -1e10
         optimizer.step()
         optimizer.zero_grad()
@@ -217,7 +226,7 @@ def test_orpo_is_finite_where_a_response_is_certain(dtype):
     zero = torch.zeros(3, dtype=dtype, requires_grad=True)
     low = torch.tensor([0.0, -1e-3, -1e4], dtype=dtype, requires_grad=True)
     for c, r in ((zero, low), (low, zero)):
-        losses = objectives.ORPO().losses(log_probs(c, r, c, r))
+        losses = losses_of(objectives.ORPO(), log_probs(c, r, c, r))
         gradients = torch.autograd.grad(losses.sum(), (zero, low))
         assert losses.isfinite().all()
         assert all(gradient.isfinite().all() for gradient in gradients)
@@ -233,14 +242,14 @@ def test_without_a_reference_no_reference_is_looked_at(name):
     bare = PairLogProbs(values.chosen, values.rejected, values.chosen_length,
                         values.rejected_length, gold=values.gold,
                         gold_length=values.gold_length)  # fmt: skip
-    assert torch.equal(objective.losses(bare), objective.losses(values))
+    assert torch.equal(losses_of(objective, bare), losses_of(objective, values))
 
 
 @every
 def test_a_pairs_loss_depends_on_its_row_alone_unless_it_says_otherwise(name):
     objective = OBJECTIVES[name]
     values = some()
-    losses = objective.losses(values)
+    losses = losses_of(objective, values)
     to_chosen = torch.stack(
         [torch.autograd.grad(loss, values.chosen, retain_graph=True)[0] for loss in losses]
     )

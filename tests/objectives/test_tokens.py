@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from rotopo.data.batch import Role
 from rotopo.models.log_probs import PairLogProbs
 from rotopo.objectives import DPO, LDDPO, SamPO, losses
-from tests.objectives.cases import log_probs, shares, some, squared
+from tests.objectives.cases import log_probs, losses_of, rewards_of, shares, some, squared
 
 
 def pairs(w: list[int], l: list[int], rows: list[int] | None = None) -> PairLogProbs:  # noqa: E741
@@ -29,7 +29,7 @@ def at_epoch(objective: SamPO, epoch: int) -> SamPO:
 @pytest.mark.parametrize("objective", [SamPO(0.3), LDDPO(0.3, 0.0), LDDPO(0.3, 0.5)])
 def test_of_equal_lengths_both_are_dpo(objective):
     equal = pairs([3, 1, 5], [3, 1, 5])
-    torch.testing.assert_close(objective.losses(equal), DPO(0.3).losses(equal))
+    torch.testing.assert_close(losses_of(objective, equal), DPO(0.3).losses(equal))
 
 
 def test_ld_dpo_is_dpo_at_1_and_dpo_on_cut_responses_at_0():
@@ -60,7 +60,7 @@ def test_sampo_takes_as_many_tokens_of_the_longer_response_as_the_shorter_has():
     distinct = sorted({round(x, 9) for x in possible})
     counts = dict.fromkeys(distinct, 0)
     for seed in range(400):
-        chosen, rejected = SamPO(1.0, seed).rewards(start)
+        chosen, rejected = rewards_of(SamPO(1.0, seed), start)
         torch.testing.assert_close(rejected, start.rejected_log_ratio)
         counts[round(chosen.item(), 9)] += 1
     expected = {x: 40 * sum(abs(p - x) < 1e-8 for p in possible) for x in distinct}
@@ -72,7 +72,7 @@ def test_sampo_draws_the_same_for_a_row_an_epoch_and_a_seed_whatever_the_batch()
     w, l, rows = [9, 8, 2, 7], [3, 9, 6, 4], [17, 4, 0, 99]  # noqa: E741
     start = pairs(w, l, rows)
     objective = SamPO(0.3)
-    together = objective.losses(start)
+    together = losses_of(objective, start)
     for i in range(4):
         alone = log_probs(
             *(
@@ -83,20 +83,20 @@ def test_sampo_draws_the_same_for_a_row_an_epoch_and_a_seed_whatever_the_batch()
             [l[i]],
             [rows[i]],
         )
-        torch.testing.assert_close(objective.losses(alone), together[i : i + 1])
-    torch.testing.assert_close(SamPO(0.3).losses(start), together)
+        torch.testing.assert_close(losses_of(objective, alone), together[i : i + 1])
+    torch.testing.assert_close(losses_of(SamPO(0.3), start), together)
 
 
 def test_sampo_draws_afresh_for_another_seed_row_or_epoch_and_validates_on_one_draw():
     start = pairs([40, 31, 12, 37], [23, 39, 26, 14])
-    first = SamPO(0.3).losses(start)
-    assert (SamPO(0.3, seed=1).losses(start) != first).all()
+    first = losses_of(SamPO(0.3), start)
+    assert (losses_of(SamPO(0.3, seed=1), start) != first).all()
     moved = replace(start, rows=start.rows + 100)
-    assert (SamPO(0.3).losses(moved) != first).all()
+    assert (losses_of(SamPO(0.3), moved) != first).all()
     later = at_epoch(SamPO(0.3), 1)
-    assert (later.losses(start) != first).all()
-    torch.testing.assert_close(at_epoch(SamPO(0.3), 0).losses(start), first)
-    validated = [at_epoch(SamPO(0.3), epoch).eval().losses(start) for epoch in (0, 1, 5)]
+    assert (losses_of(later, start) != first).all()
+    torch.testing.assert_close(losses_of(at_epoch(SamPO(0.3), 0), start), first)
+    validated = [losses_of(at_epoch(SamPO(0.3), epoch).eval(), start) for epoch in (0, 1, 5)]
     assert torch.equal(validated[0], validated[1])
     assert torch.equal(validated[0], validated[2])
 
@@ -104,7 +104,7 @@ def test_sampo_draws_afresh_for_another_seed_row_or_epoch_and_validates_on_one_d
 def test_sampo_draws_nothing_from_the_global_generator():
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    SamPO(0.3).losses(pairs([5], [2]))
+    losses_of(SamPO(0.3), pairs([5], [2]))
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -43,6 +43,7 @@ from rotopo.objectives import (
 )
 from rotopo.objectives.base import PreferenceModule
 from tests.models.families import make
+from tests.objectives.cases import baseline, losses_of, rewards_of
 from tests.objectives.trl_side import (
     LAYOUTS,
     PAIRS,
@@ -148,7 +149,7 @@ MeanLoss = Callable[[PreferenceModule, PairLogProbs], Tensor]
 
 
 def mean_loss(objective: PreferenceModule, log_probs: PairLogProbs) -> Tensor:
-    return objective.losses(log_probs).mean()
+    return losses_of(objective, log_probs).mean()
 
 
 @dataclass
@@ -267,7 +268,7 @@ def test_kto(unpaired, bench):
     rows = with_mismatched(bench.rows, unpaired)
     clamped = []
     for side in (bench, other_way_round(bench)):
-        clamped.append(objective.baseline(side.log_probs(objective, rows)).item() == 0)
+        clamped.append(baseline(objective, side.log_probs(objective, rows)).item() == 0)
         trainer = side.trainer("kto", beta=B, per_device_train_batch_size=2, **weights)
         side.compare(trainer, objective, rows)
     assert sorted(clamped) == [False, True]
@@ -378,14 +379,14 @@ def test_bco_is_trls_until_its_shift_has_moved(bench):
     bench.compare(trainer, objective, bench.rows)
     log_probs = bench.log_probs(objective, bench.rows).detach()
     objective.observe(log_probs, step_ended=True)
-    chosen, rejected = objective.rewards(log_probs)
+    chosen, rejected = rewards_of(objective, log_probs)
     shift = (chosen.mean() + rejected.mean()) / 2
     moved = replace(
         log_probs, chosen=log_probs.chosen - shift / B, rejected=log_probs.rejected - shift / B
     )
     assert abs(shift) > 1e-2
     without = BCO(B, reward_shift=False)
-    torch.testing.assert_close(objective.losses(log_probs), without.losses(moved))
+    torch.testing.assert_close(losses_of(objective, log_probs), without.losses(moved))
 
 
 def likely(bench: Bench, row: TokenizedRow) -> TokenizedRow:

@@ -234,4 +234,4 @@ def test_the_first_loss_under_an_identity_adapter_is_ln_2(adapter, layout, dtype
     step = module.training_step(batch, 0)
     assert abs(step["loss"].item() - math.log(2)) <= 1e-6
     if adapter == "rotation":
-        assert largest(module.rewards(step["log_probs"])) == 0
+        assert largest((step["pairs"].chosen, step["pairs"].rejected)) == 0

@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 
 from rotopo.models.log_probs import PairLogProbs
 from rotopo.objectives import BCO, KTO, SFT
-from tests.objectives.cases import OBJECTIVES, log_probs, some
+from tests.objectives.cases import OBJECTIVES, baseline, log_probs, losses_of, some
 
 UNPAIRED = ["KTO", "BCO", "NCA", "SPPO", "APO-zero"]
 
@@ -53,7 +53,7 @@ def test_a_split_pair_is_worth_the_pair(name):
     """KTO takes the mean over a row's responses, the others their sum, as TRL's pairs."""
     pairs = some()
     objective = OBJECTIVES[name]
-    whole, halves = objective.losses(pairs), objective.losses(split(pairs))
+    whole, halves = losses_of(objective, pairs), losses_of(objective, split(pairs))
     chosen, rejected = halves.chunk(2)
     total = chosen + rejected
     torch.testing.assert_close(whole, total / 2 if name == "KTO" else total)
@@ -70,7 +70,7 @@ def test_a_missing_response_has_no_gradient(name, w, l):  # noqa: E741
     c.requires_grad_()
     r.requires_grad_()
     ratios = values([3, -1, 4])
-    found = OBJECTIVES[name].losses(log_probs(c, r, c0, r0, w, l, mismatched_log_ratio=ratios))
+    found = losses_of(OBJECTIVES[name], log_probs(c, r, c0, r0, w, l, mismatched_log_ratio=ratios))
     found.sum().backward()
     assert there.grad.all()
     assert not missing.grad.any()
@@ -86,14 +86,14 @@ def test_ktos_baseline_is_the_clamped_mean_of_other_prompts_log_ratios():
     for ratios, expected in (([10, -4], 0.3 * 3), ([-10, 4], 0), ([0], 0), ([1, 2, 6], 0.9)):
         one = values([-3])
         pairs = log_probs(one, one, one, one, mismatched_log_ratio=values(ratios))
-        assert objective.baseline(pairs).item() == pytest.approx(expected)
+        assert baseline(objective, pairs).item() == pytest.approx(expected)
 
 
 def test_ktos_baseline_has_no_gradient():
     ratios = values([1, 4]).requires_grad_()
     c = values([-3]).requires_grad_()
     one = c.detach()
-    found = KTO(0.3).losses(log_probs(c, one, one, one, mismatched_log_ratio=ratios))
+    found = losses_of(KTO(0.3), log_probs(c, one, one, one, mismatched_log_ratio=ratios))
     to_chosen, to_ratios = torch.autograd.grad(found.sum(), (c, ratios), allow_unused=True)
     assert to_ratios is None
     sigma = torch.sigmoid(values([-0.75]))
@@ -105,7 +105,7 @@ def test_ktos_value_function_is_that_of_gains_and_losses_around_the_baseline():
     one, at = values([-3]), values([-3 + 0.6 / 0.3])
     pairs = log_probs(at, at, one, one, mismatched_log_ratio=values([2]))
     objective = KTO(0.3, desirable_weight=1.4, undesirable_weight=0.6)
-    assert objective.losses(pairs).item() == pytest.approx((1.4 / 2 + 0.6 / 2) / 2)
+    assert losses_of(objective, pairs).item() == pytest.approx((1.4 / 2 + 0.6 / 2) / 2)
 
 
 def pairs_with(chosen: list[float], rejected: list[float]) -> PairLogProbs:
@@ -121,7 +121,7 @@ def test_bcos_shift_is_the_mean_of_both_kinds_mean_rewards_over_steps():
     assert objective.shift.item() == pytest.approx(0.5 * (2 - 1) / 2)
     objective.observe(pairs_with([8], [4]), step_ended=True)
     assert objective.shift.item() == pytest.approx(0.5 * (4 + 2 / 3) / 2)
-    shifted = objective.losses(pairs_with([2], [1])).item()
+    shifted = losses_of(objective, pairs_with([2], [1])).item()
     delta = 0.5 * (4 + 2 / 3) / 2
     expected = -torch.nn.functional.logsigmoid(values([0.5 * 2 - delta, delta - 0.5])).sum()
     assert shifted == pytest.approx(expected.item())
@@ -148,7 +148,7 @@ def test_bcos_shift_does_not_depend_on_how_a_step_is_cut_and_moves_only_between_
         cut.observe(rows[0].detach(), step_ended=True)
         assert cut.shift != before
         torch.testing.assert_close(whole.shift, cut.shift)
-        torch.testing.assert_close(whole.losses(start), cut.losses(start))
+        torch.testing.assert_close(losses_of(whole, start), losses_of(cut, start))
 
 
 def test_bcos_shift_moves_with_the_optimisers_steps():
@@ -203,7 +203,7 @@ def _on_a_rank(rank: int, file: str, results) -> None:
     pairs = log_probs(one, one, one, one, mismatched_log_ratio=ratios)
     shifted = BCO(0.5)
     shifted.observe(pairs_with(*[([1, 3], [-2, 0]), ([8], [4])][rank]), step_ended=True)
-    results.put((KTO(0.3).baseline(pairs).item(), shifted.shift.item()))
+    results.put((baseline(KTO(0.3), pairs).item(), shifted.shift.item()))
     distributed.destroy_process_group()
 
 
@@ -220,6 +220,6 @@ def test_baseline_and_shift_are_over_the_responses_of_all_ranks(tmp_path: Path):
     found = [results.get(timeout=60) for _ in processes]
     for process in processes:
         process.join()
-    for baseline, shift in found:
-        assert baseline == pytest.approx(0.3 * 4)
+    for z0, shift in found:
+        assert z0 == pytest.approx(0.3 * 4)
         assert shift == pytest.approx(0.5 * (4 + 2 / 3) / 2)

@@ -29,38 +29,38 @@ def test_a_step_is_the_mean_over_its_pairs_whatever_the_batches(layout):
     parts = [module.training_step(collate(p, PAD, layout, 1 / 5), 0) for p in (rows[:2], rows[2:])]
     total = sum(part["loss"] for part in parts)
     torch.testing.assert_close(total, whole["loss"], rtol=1e-10, atol=0)
-    chosen, rejected, has_chosen, has_rejected = module.pair_rewards(whole)
-    assert has_chosen.all()
-    assert has_rejected.all()
+    pairs = whole["pairs"]
+    chosen, rejected = pairs.chosen, pairs.rejected
+    assert pairs.is_pair.all()
     h = chosen - rejected - 0.25
     expected = (
         torch.log1p(torch.exp(-h))
         + 0.1 * (chosen + rejected).square()
         + 0.01 * (chosen.square() + rejected.square())
     )
-    torch.testing.assert_close(whole["losses"], expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(pairs.losses, expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(whole["loss"], expected.mean(), rtol=1e-10, atol=1e-12)
 
 
 def test_swapping_the_responses_swaps_their_rewards():
     module, rows = module_of(), some_rows()
-    chosen, rejected, *_ = module.pair_rewards(module.test_step(collate(rows, PAD, "packed", 1), 0))
+    before = module.test_step(collate(rows, PAD, "packed", 1), 0)["pairs"]
     for row in rows:
         row.roles[:] = [Role.REJECTED, Role.CHOSEN]
-    found = module.pair_rewards(module.test_step(collate(rows, PAD, "packed", 1), 0))
-    torch.testing.assert_close(found[0], rejected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(found[1], chosen, rtol=1e-12, atol=1e-12)
+    after = module.test_step(collate(rows, PAD, "packed", 1), 0)["pairs"]
+    torch.testing.assert_close(after.chosen, before.rejected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(after.rejected, before.chosen, rtol=1e-12, atol=1e-12)
 
 
 def test_margins_of_the_data_are_added():
     rows = some_rows()
     plain, shifted = module_of(), module_of(margin=1.0)
-    chosen, rejected, *_ = plain.pair_rewards(plain.test_step(collate(rows, PAD, "packed", 1), 0))
+    pairs = plain.test_step(collate(rows, PAD, "packed", 1), 0)["pairs"]
     from dataclasses import replace
 
     rows = [replace(row, margin=0.5 * row.row) for row in rows]
-    losses = shifted.test_step(collate(rows, PAD, "packed", 1), 0)["losses"]
-    h = chosen - rejected - 1 - 0.5 * torch.arange(5)
+    losses = shifted.test_step(collate(rows, PAD, "packed", 1), 0)["pairs"].losses
+    h = pairs.chosen - pairs.rejected - 1 - 0.5 * torch.arange(5)
     torch.testing.assert_close(losses, torch.log1p(torch.exp(-h)), rtol=1e-10, atol=1e-10)
 
 

@@ -65,9 +65,9 @@ def test_a_run_logs_the_contracts_names_and_is_tested_as_it_was_trained(config):
     chosen, rejected = [], []
     with torch.no_grad():
         for batch in cli.datamodule.test_dataloader():
-            outputs = cli.model.eval().test_step(batch, 0)
-            chosen += outputs["rewards"][0].tolist()
-            rejected += outputs["rewards"][1].tolist()
+            pairs = cli.model.eval().test_step(batch, 0)["pairs"]
+            chosen += pairs.chosen.tolist()
+            rejected += pairs.rejected.tolist()
     both = pd.DataFrame({"chosen": chosen, "rejected": rejected})
     margin = both["chosen"] - both["rejected"]
     by_hand = {"chosen": both["chosen"], "margin": margin, "accuracy": margin > 0}
@@ -137,7 +137,8 @@ def test_given_responses_are_scored_as_in_the_test(config):
     expected = {}
     with torch.no_grad():
         for batch in cli.datamodule.test_dataloader():
-            chosen, rejected = cli.model.eval().test_step(batch, 0)["rewards"]
+            pairs = cli.model.eval().test_step(batch, 0)["pairs"]
+            chosen, rejected = pairs.chosen, pairs.rejected
             both = torch.stack([chosen, rejected], 1).tolist()
             expected |= dict(zip(batch.rows.tolist(), both, strict=True))
     file = config.parent / "given.jsonl"
@@ -187,11 +188,11 @@ def test_margins_of_a_column_are_those_of_their_rows(config, layout):
     cli = command("test", config, "--data.margin=margin", f"--data.layout={layout}")
     with torch.no_grad():
         for batch in cli.datamodule.test_dataloader():
-            outputs = cli.model.eval().test_step(batch, 0)
-            chosen, rejected = outputs["rewards"]
+            pairs = cli.model.eval().test_step(batch, 0)["pairs"]
+            chosen, rejected = pairs.chosen, pairs.rejected
             h = chosen - rejected - batch.rows
             expected = torch.log1p(torch.exp(-h)) + 0.01 * (chosen + rejected).square()
-            torch.testing.assert_close(outputs["losses"], expected)
+            torch.testing.assert_close(pairs.losses, expected)
             assert batch.margins.tolist() == batch.rows.tolist()
 
 
