@@ -8,7 +8,6 @@ made already as it is.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +18,14 @@ from rotopo.data.batch import PairBatch
 from rotopo.errors import InputError
 from rotopo.models.segment_attention import segment_mask
 
+Mask = Tensor | BlockMask
+# By the decoder's names; masks of several kinds of layers by the kind.
+AttentionInputs = dict[str, Mask | dict[str, Mask]]
 
-def attention_inputs(batch: PairBatch, config: PretrainedConfig, dtype: torch.dtype) -> dict:
+
+def attention_inputs(
+    batch: PairBatch, config: PretrainedConfig, dtype: torch.dtype
+) -> AttentionInputs:
     """Keyword arguments of the decoder's forward: masks and positions.
 
     Args:
@@ -47,7 +52,7 @@ def attention_inputs(batch: PairBatch, config: PretrainedConfig, dtype: torch.dt
             f"Layers of type {', '.join(sorted(unknown))} ({config.model_type}) cannot share a "
             "line between responses: set data.layout to 'padded'."
         )
-    mask: Any
+    mask: Mask | dict[str, Mask]
     if "sliding_attention" in kinds:
         assert window is not None
         mask = {
@@ -111,7 +116,7 @@ def flex_mask(batch: PairBatch, dtype: torch.dtype, window: int | None) -> Block
     )
 
 
-_MASKS: dict[str, Callable[[PairBatch, torch.dtype, int | None], Tensor | BlockMask]] = {
+_MASKS: dict[str, Callable[[PairBatch, torch.dtype, int | None], Mask]] = {
     "segments": segment_mask,
     "flex_attention": flex_mask,
     "sdpa": dense_mask,

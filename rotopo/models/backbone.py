@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, cast
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rotopo.data.batch import Layout, PairBatch
 from rotopo.errors import InputError
-from rotopo.models.attention import attention_inputs
+from rotopo.models.attention import AttentionInputs, attention_inputs
 from rotopo.models.beside import copies, embeddings
 from rotopo.models.compilation import compile_layers
 from rotopo.models.mixed_precision import Masters, in_compute_dtype
@@ -21,13 +21,13 @@ from rotopo.models.sharding import Sharding, divide
 from rotopo.pretrained import first_line
 
 
-def decoder_inputs(model: PreTrainedModel, batch: PairBatch) -> dict[str, Any]:
+def decoder_inputs(model: PreTrainedModel, batch: PairBatch) -> AttentionInputs:
     """What the decoder takes beside token ids, the same for policy and reference."""
     return attention_inputs(batch, model.config.get_text_config(), embeddings(model).dtype)
 
 
 def hidden_states(
-    model: PreTrainedModel, batch: PairBatch, inputs: dict[str, Any], index: Tensor
+    model: PreTrainedModel, batch: PairBatch, inputs: AttentionInputs, index: Tensor
 ) -> Tensor:
     """The decoder's last hidden states of the tokens at a flat index [N] -> [N, D]."""
     outputs = model.base_model(input_ids=batch.input_ids, use_cache=False, **inputs)
@@ -123,7 +123,7 @@ class Backbone(nn.Module):
                 compile_layers(model, setting)
         self.compiled = True
 
-    def trained_states(self, batch: PairBatch, inputs: dict[str, Any], index: Tensor) -> Tensor:
+    def trained_states(self, batch: PairBatch, inputs: AttentionInputs, index: Tensor) -> Tensor:
         """As :func:`hidden_states`, of what trains; keeps the router loss of the same pass."""
         if self.router is None:
             return hidden_states(self.language_model, batch, inputs, index)

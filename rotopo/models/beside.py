@@ -70,7 +70,7 @@ def untie(model: Any) -> None:
         other.weight = nn.Parameter(other.weight.detach().clone(), requires_grad=False)
 
 
-def read_outside(model: Any) -> bool:
+def read_outside(model: PreTrainedModel) -> bool:
     """Whether something trains whose weight is read outside the forward pass of its module: rows of
     tokens, or the output head, which is applied in tiles."""
     head = model.get_output_embeddings()

@@ -11,7 +11,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -23,7 +23,6 @@ from rotopo.models.sharding import decoder_layers
 
 P = ParamSpec("P")
 R = TypeVar("R")
-B = TypeVar("B")
 
 # Where one parameter hangs, by module and name: in several places if weights are tied.
 _Places = list[tuple[nn.Module, str]]
@@ -72,7 +71,7 @@ def kept_wide(model: PreTrainedModel) -> list[nn.Module]:
     ]
 
 
-def narrowed(model: PreTrainedModel, dtype: torch.dtype) -> dict[int, Any]:
+def narrowed(model: PreTrainedModel, dtype: torch.dtype) -> dict[int, nn.Parameter]:
     """What gives a copy of a model weights in a half type, none of which trains.
 
     They are those that :class:`Masters` computes with, bit for bit.
@@ -119,6 +118,15 @@ class Masters:
         return _replaced(self._all if layers else self._outside, self.dtype)
 
 
+class HasMasters(Protocol):
+    """What may compute with copies."""
+
+    masters: Masters | None
+
+
+B = TypeVar("B", bound=HasMasters)
+
+
 def in_compute_dtype(
     method: Callable[Concatenate[B, P], R],
 ) -> Callable[Concatenate[B, P], R]:
@@ -126,8 +134,7 @@ def in_compute_dtype(
 
     @functools.wraps(method)
     def replaced(self: B, *args: P.args, **kwargs: P.kwargs) -> R:
-        masters: Masters | None = self.masters  # type: ignore[attr-defined]
-        with nullcontext() if masters is None else masters.replaced():
+        with nullcontext() if self.masters is None else self.masters.replaced():
             return method(self, *args, **kwargs)
 
     return replaced

@@ -121,7 +121,7 @@ class Policy(Backbone):
                     "be the reference any more."
                 )
         elif needs_reference:
-            weights: dict[int, Any] = {}
+            weights: dict[int, nn.Parameter] = {}
             if sharding is not None:
                 weights = _shared(model)
             elif narrow is not None:
@@ -335,7 +335,7 @@ def _with_kl(
     return TokenLogProbs(**values)
 
 
-def _shared(model: nn.Module) -> dict[int, Any]:
+def _shared(model: nn.Module) -> dict[int, nn.Parameter]:
     """What lets a copy of a model share its weights, as two that are mapped to one file do."""
     return {id(p): nn.Parameter(p.detach()) for p in model.parameters()}
 
