@@ -274,7 +274,7 @@ def test_what_merging_would_change_is_refused(tmp_path, tiny_tokenizer, monkeypa
     tie_embeddings(tmp_path / "model")
     one = fit(config, *QUICK, "--model.policy.adapter.target_modules=[embed_tokens]")
     with monkeypatch.context() as patch:
-        patch.setattr("rotopo.models.beside.untie", lambda model: None)
+        patch.setattr("rotopo.export.weights.untie", lambda model: None)
         assert "do not say what was trained" in refused(one.folder, tmp_path / "export")
     assert not (tmp_path / "export").exists()
     export(one.folder, tmp_path / "merged")
