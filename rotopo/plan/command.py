@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -66,8 +65,7 @@ def make(args: list[str], options: argparse.Namespace) -> Plan:
     from rotopo.load import described
 
     card = _card(options)
-    made, _, settings = described(args)
-    module: Any = made
+    module, _, settings = described(args)
     trainer, data = settings.trainer, settings.data.init_args
     refuse_rounds(trainer)
     strategy = strategy_of(trainer, options.ranks)
@@ -171,7 +169,7 @@ def _computed_in(module: PairwiseModule) -> torch.dtype:
     return module.language_model.dtype if name is None else getattr(torch, name)
 
 
-def _flops(module: Any, load: Load, pairs_per_step: int, cached: bool) -> float | None:
+def _flops(module: PairwiseModule, load: Load, pairs_per_step: int, cached: bool) -> float | None:
     """Floating-point operations of an optimiser step, as ``speed/mfu`` counts them; None where not
     all that the model computes is counted."""
     model = module.language_model

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from jsonargparse import Namespace
 
@@ -11,6 +10,7 @@ from rotopo.data.needs import Needs
 from rotopo.errors import InputError
 from rotopo.plan.load import Load
 from rotopo.plan.memory import Strategy
+from rotopo.training import PairwiseModule
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _devices(devices: int | str | list[int]) -> int:
     )
 
 
-def reference_cached(module: Any, trainer: Namespace) -> bool:
+def reference_cached(module: PairwiseModule, trainer: Namespace) -> bool:
     """Whether a fit computes the reference's log-probs before its first step.
 
     ``auto`` is what a run without limits makes of it.

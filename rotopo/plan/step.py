@@ -89,7 +89,7 @@ class Stepper:
         accumulated: bool,
         sharded: bool,
     ) -> None:
-        self.module: Any = module
+        self.module = module
         self.device = device
         self.accumulated = accumulated
         self.sharded = sharded
