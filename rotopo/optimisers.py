@@ -34,7 +34,7 @@ def configured(
     """
     if make_optimizer is None:
         raise InputError("model.optimizer is not set: name one, e.g. torch.optim.AdamW.")
-    optimizer = make_optimizer(_groups(parameters))
+    optimizer = make_optimizer(groups_of(parameters))
     if make_scheduler is None:
         return {"optimizer": optimizer}
     settings = getattr(make_scheduler, "keywords", {})  # of the partial that the CLI makes
@@ -70,7 +70,7 @@ def configured(
     return {"optimizer": optimizer, "lr_scheduler": config}
 
 
-def _groups(parameters: Iterator[tuple[str, Parameter]]) -> list[dict[str, Any]]:
+def groups_of(parameters: Iterator[tuple[str, Parameter]]) -> list[dict[str, Any]]:
     """Weight decay would pull rotations back to where no rotation is: they go without."""
     trained = [(name, p) for name, p in parameters if p.requires_grad]
     rotation = [p for name, p in trained if ".rotation_" in name]
