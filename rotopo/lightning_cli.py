@@ -169,7 +169,10 @@ class RotopoCLI(LightningCLI):
         return Job.of_command(number, root, self.parser.dump(settings, skip_validation=True))
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Lightning's, whose end by SIGTERM or a full disk is told in one line."""
+        self.carry_out(subcommand)
+
+    def carry_out(self, subcommand: str) -> None:
+        """Run the Trainer's method; an end by SIGTERM or a full disk is told in one line."""
         keeper = self.trainer.checkpoint_callback
         try:
             with in_one_line(self._settings, lambda: self._began.began):

@@ -23,7 +23,7 @@ class _Parts(RotopoCLI):
         self.model.trainer = trainer  # which modules ask for their rank when they load
         return trainer
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def carry_out(self, subcommand: str) -> None:
         pass
 
 

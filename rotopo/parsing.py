@@ -1,8 +1,8 @@
 """How settings are read: Lightning's parser, and the private parts of jsonargparse behind it.
 
 Each function says why the public interface does not do. A release of jsonargparse that moves one
-of the names fails in ``tests/test_parsing.py``, which says which; until then an upper bound in
-pyproject.toml keeps such a release out.
+of the names fails in ``tests/run/test_lightning.py``, which says which; until then an upper bound
+in pyproject.toml keeps such a release out.
 """
 
 from dataclasses import is_dataclass

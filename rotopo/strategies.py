@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from rotopo.errors import InputError
 from rotopo.run import checkpoint_folders, checkpoints
 from rotopo.run.checkpoint_folders import replacing
-from rotopo.run.lightning import without_wrappers
+from rotopo.run.lightning import divide_among_all_ranks, talk_through, without_wrappers
 
 if TYPE_CHECKING:  # else rotopo --help would wait for torch's distributed tensors
     from rotopo.models.sharding import Sharding
@@ -62,6 +62,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             timeout=timeout,
         )
         self.cpu_offload = cpu_offload
+        self.writes_folders = save_distributed_checkpoint
 
     @property
     def sharding(self) -> "Sharding":
@@ -71,13 +72,10 @@ class FSDP2Strategy(ModelParallelStrategy):
         return Sharding(self.device_mesh["data_parallel"], self.cpu_offload)
 
     def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        divide_among_all_ranks(self)
+        if self.cpu_offload and self.root_device.type == "cuda" and not self.process_group_backend:
+            talk_through(self, "cpu:gloo,cuda:nccl")
         super().setup_environment()
-
-    def _get_process_group_backend(self) -> str:
-        if self.cpu_offload and self.root_device.type == "cuda":
-            return self._process_group_backend or "cpu:gloo,cuda:nccl"
-        return super()._get_process_group_backend()
 
     def model_to_device(self) -> None:
         # Weights are where they belong: of what is offloaded only the buffers are not.
@@ -100,7 +98,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """In torch's own form, so that every strategy can go on from it."""
         if isinstance(optimizer, LightningOptimizer):
-            optimizer = optimizer._optimizer
+            optimizer = optimizer.optimizer
         state = optimizer.state_dict()
         of = {number: self._for_checkpoint(values) for number, values in state["state"].items()}
         return {"state": of, "param_groups": state["param_groups"]}
@@ -108,7 +106,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def _for_checkpoint(self, values: dict[str, Any]) -> dict[str, Any]:
         from rotopo.models.sharding import whole
 
-        if self._save_distributed_checkpoint:
+        if self.writes_folders:
             return values
         kept = {}
         for name, value in values.items():
@@ -121,7 +119,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
         path = Path(self.broadcast(filepath))
-        if not self._save_distributed_checkpoint:
+        if not self.writes_folders:
             if self.is_global_zero:
                 with replacing(path) if path.is_dir() else nullcontext():
                     self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
@@ -210,13 +208,13 @@ class FSDP1Strategy(FSDPStrategy):
             if parameter.requires_grad
         }
 
-    def _setup_model(self, model: Module) -> Module:
+    def setup_environment(self) -> None:
         if self.root_device.type == "cpu":
             raise InputError(
                 "trainer.strategy: torch's first FSDP needs GPUs: take "
                 "configs/strategies/fsdp2.yaml, which also runs on processors."
             )
-        return super()._setup_model(model)
+        super().setup_environment()
 
     def _gathered(self, write: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Parameters that train, whole, unit by unit, by all ranks together."""
@@ -236,7 +234,7 @@ class FSDP1Strategy(FSDPStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         if isinstance(optimizer, LightningOptimizer):
-            optimizer = optimizer._optimizer
+            optimizer = optimizer.optimizer
         with self._whole_states(rank0_only=True):
             named = Fsdp1.optim_state_dict(self._root, optimizer)
         numbers = {self._names[p]: n for n, p in enumerate(_parameters(optimizer))}

@@ -12,6 +12,9 @@ from rotopo.strategies import FSDP1Strategy
 
 
 class FSDPOnProcessors(FSDP1Strategy):
+    def setup_environment(self) -> None:
+        FSDPStrategy.setup_environment(self)  # ours refuses processors
+
     def _setup_model(self, model: nn.Module) -> nn.Module:
         original = FullyShardedDataParallel.__init__
 
@@ -19,4 +22,4 @@ class FSDPOnProcessors(FSDP1Strategy):
             original(self, *arguments, **settings | {"device_id": torch.device("cpu")})
 
         with mock.patch.object(FullyShardedDataParallel, "__init__", init):
-            return FSDPStrategy._setup_model(self, model)
+            return super()._setup_model(model)

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from rotopo.callbacks.measured import Measured
 from rotopo.data.batch import PairBatch
 from rotopo.errors import InputError
+from rotopo.models.modes import evaluating
 from rotopo.run.lightning import data_of
 from rotopo.run.steps import ends_step, works_in_steps_only
 
@@ -77,17 +78,14 @@ class Geometry(Callback):
 
     @torch.no_grad()
     def _log(self, trainer: Trainer, module: Any) -> None:
-        model = module.language_model
-        training = model.training
-        model.eval()
         values: dict[str, float] = {}
-        for name, measure in (
-            ("geometry of hidden states", self._of_states),
-            ("geometry of weights", self._of_weights),
-        ):
-            found = self.measured(trainer, name, partial(measure, trainer, module))
-            values |= {} if found is None else found
-        model.train(training)
+        with evaluating(module.language_model):
+            for name, measure in (
+                ("geometry of hidden states", self._of_states),
+                ("geometry of weights", self._of_weights),
+            ):
+                found = self.measured(trainer, name, partial(measure, trainer, module))
+                values |= {} if found is None else found
         self.measured_at = trainer.global_step
         for logger in trainer.loggers:
             logger.log_metrics(

@@ -9,11 +9,12 @@ import torch
 from rotopo.data.batch import Role, TokenizedRow, collate
 from rotopo.data.needs import Needs
 from rotopo.errors import InputError
+from rotopo.models.modes import evaluating
 
 if TYPE_CHECKING:  # else rotopo --help would wait for PEFT and transformers
     from transformers import PreTrainedTokenizerBase
 
-    from rotopo.models.policy import Policy
+from rotopo.models.policy import Policy
 
 
 @torch.no_grad()
@@ -75,15 +76,13 @@ def perplexity(
     has_reference = isinstance(policy.model, PeftModel) or policy.reference is not None
     needs = Needs(reference=has_reference, pairs=False)
     total = reference_total = 0.0
-    training = policy.model.training
-    policy.model.eval()
-    for first in range(0, len(rows), windows_per_batch):
-        batch = collate(rows[first : first + windows_per_batch], 0, "padded", loss_scale=1.0)
-        log_probs = policy(batch.to(policy.device), needs)
-        total -= float(log_probs.chosen.double().sum())
-        if log_probs.reference_chosen is not None:
-            reference_total -= float(log_probs.reference_chosen.double().sum())
-    policy.model.train(training)
+    with evaluating(policy.model):
+        for first in range(0, len(rows), windows_per_batch):
+            batch = collate(rows[first : first + windows_per_batch], 0, "padded", loss_scale=1.0)
+            log_probs = policy(batch.to(policy.device), needs)
+            total -= float(log_probs.chosen.double().sum())
+            if log_probs.reference_chosen is not None:
+                reference_total -= float(log_probs.reference_chosen.double().sum())
 
     if not math.isfinite(total):
         raise InputError(f"{file}: its log-probs are not finite: the policy has diverged.")

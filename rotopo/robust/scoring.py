@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from rotopo.data.rows import Rows, unpaired_rows
 from rotopo.data.sampler import EvalSampler
 from rotopo.errors import InputError
+from rotopo.models.modes import evaluating
 from rotopo.models.outcome import PairOutcome
 from rotopo.run.lightning import data_of
 
@@ -73,9 +74,7 @@ def scored(trainer: Trainer, rows: Rows, description: str) -> Iterator[tuple[Ten
     assert isinstance(sampler, EvalSampler)
     hidden = None if trainer.is_global_zero else True
     bar = tqdm(loader, description, leave=False, disable=hidden)
-    training = [m for m in module.modules() if m.training]
-    module.eval()
-    try:
+    with evaluating(module):
         for number, batch in enumerate(bar):
             batch = trainer.strategy.batch_to_device(batch)
             output: Any = trainer.strategy.validation_step(batch, number)
@@ -84,9 +83,6 @@ def scored(trainer: Trainer, rows: Rows, description: str) -> Iterator[tuple[Ten
             places = torch.tensor(sampler.batches[number])
             # Behind the last row stands the first again, where rows are fewer than ranks.
             yield places.where(places < len(rows), 0), values.to("cpu", torch.float64)
-    finally:
-        for m in training:
-            m.training = True
 
 
 def require_pairs(rows: Rows, who: str) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.environments import ClusterEnvironment
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 if TYPE_CHECKING:  # else rotopo --help would wait for it
     from rotopo.data.module import PairwiseDataModule
@@ -43,6 +44,18 @@ def remake_loaders_every_epoch(trainer: Trainer) -> None:
     """Have the training loader made anew for every epoch: a setting of the Trainer's constructor,
     which a callback learns too late for."""
     trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+
+
+def divide_among_all_ranks(strategy: ModelParallelStrategy) -> None:
+    """Have every rank hold a share of each weight. The constructor takes a number, which nobody
+    knows there: Lightning's own choice for it is the number of nodes."""
+    strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes
+
+
+def talk_through(strategy: ModelParallelStrategy, backend: str) -> None:
+    """Name the backend by which ranks talk, once the device is known; the constructor is too
+    early for that."""
+    strategy._process_group_backend = backend
 
 
 def forget_train_loader(trainer: Trainer) -> None:

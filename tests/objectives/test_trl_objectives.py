@@ -386,7 +386,7 @@ def test_bco_is_trls_until_its_shift_has_moved(bench):
     )
     assert abs(shift) > 1e-2
     without = BCO(B, reward_shift=False)
-    torch.testing.assert_close(losses_of(objective, log_probs), without.losses(moved))
+    torch.testing.assert_close(losses_of(objective, log_probs), losses_of(without, moved))
 
 
 def likely(bench: Bench, row: TokenizedRow) -> TokenizedRow:
