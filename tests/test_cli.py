@@ -100,7 +100,7 @@ def test_a_short_name_of_an_optimiser_is_torchs(settings):
 
 def test_the_tokenizer_is_the_models(config):
     cli = run(["test", "--config", str(config)])
-    assert cli.datamodule.tokenizer_path == cli.model.policy_config.path
+    assert cli.datamodule.pairs.tokenizer_path == cli.model.policy_config.path
 
 
 @pytest.mark.parametrize(

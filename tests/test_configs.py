@@ -181,7 +181,7 @@ def test_the_reward_model_goes_on_top_of_the_quickstart(build, quickstart):
     after = cli.config["fit"].as_dict()
     assert type(cli.model) is RewardModule
     backbone, policy = cli.model.backbone_config, quickstart["model"]["init_args"]["policy"]
-    assert backbone.path == policy["path"] == cli.datamodule.tokenizer_path
+    assert backbone.path == policy["path"] == cli.datamodule.pairs.tokenizer_path
     assert type(backbone.adapter).__name__ == "LoraConfig"
     scheduler = quickstart["model"]["init_args"]["scheduler"]
     assert after["model"]["init_args"]["scheduler"] == scheduler

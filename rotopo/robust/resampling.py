@@ -127,7 +127,7 @@ def check(trainer: Trainer, rows: Rows, settings: Resampling) -> None:
     largest = max(sizes.tokens([i]) for i in range(len(longest)))
     if largest > data.batching.token_budget:
         raise InputError(
-            f"data.batching.token_budget is {data.batching.token_budget}, but with responses of "
+            f"data.token_budget is {data.batching.token_budget}, but with responses of "
             f"resampling.max_new_tokens ({settings.max_new_tokens}) a new pair may take {largest} "
             "tokens: raise the one, or lower the other."
         )

@@ -371,8 +371,8 @@ def test_a_template_that_reads_the_clock_gets_one_time(load, written, tmp_path, 
     # Without the cache the checkpoint knows.
     shutil.rmtree(tmp_path / "cache")
     resumed = PairwiseDataModule(
-        str(first.tokenizer_path),
-        first.source,
+        first.pairs.tokenizer_path,
+        first.pairs.source,
         chat_template=template,
         cache_dir=str(tmp_path / "c"),
     )

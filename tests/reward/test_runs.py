@@ -54,7 +54,7 @@ def test_a_run_logs_the_contracts_names_and_is_tested_as_it_was_trained(config):
     classes = {type(callback) for callback in cli.trainer.callbacks}
     assert {ImplicitRewards, Speed, PredictionWriter} <= classes
     assert Displacement not in classes
-    assert cli.datamodule.tokenizer_path == cli.model.backbone_config.path
+    assert cli.datamodule.pairs.tokenizer_path == cli.model.backbone_config.path
     log = pd.read_csv(Path(cli.trainer.log_dir) / "metrics.csv")
     names = ["loss", *(f"rewards/{n}" for n in ("chosen", "rejected", "margin", "accuracy", "sum"))]
     assert {f"{split}/{name}" for split in ("train", "val") for name in names} <= set(log)

@@ -215,6 +215,7 @@ def test_it_filters_for_reward_models(config, tmp_path):
         (["--trainer.max_epochs=1"], "set trainer.max_epochs to 2, 3, 4"),
         (["--trainer.callbacks.epochs_per_round=2"], "set trainer.max_epochs to 4, 6, 8"),
         (["--trainer.val_check_interval=3"], "val_check_interval is 3, but a round may have 2"),
+        ([*LONG, "--data.token_budget=300"], "data.token_budget is 300, but with responses of"),
         ([*LONG, "--data.token_budget=300"], "of resampling.max_new_tokens (200) a new pair"),
     ],
 )
