@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 import rotopo.objectives
 import rotopo.reward  # (classes are known by their short names once imported)
 import rotopo.robust  # noqa: F401
+from rotopo.callbacks.doctor import DataDoctor
 from rotopo.callbacks.monitors import Monitors
 from rotopo.data.doctor.diagnosis import refusal, render
 from rotopo.data.module import PairwiseDataModule
@@ -226,7 +227,8 @@ class RotopoCLI(LightningCLI):
         own = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
         requeue = [Requeue(self._job)] if self._job is not None else []
         given_ones = (one for one in own if one is not None)
-        kwargs["callbacks"] = [Monitors(), self._began, *requeue, *given_ones]
+        # The doctor first: what it refuses leaves no settings behind.
+        kwargs["callbacks"] = [DataDoctor(), Monitors(), self._began, *requeue, *given_ones]
         with naming("trainer", on_purpose=False):
             try:
                 trainer = super().instantiate_trainer(**kwargs)

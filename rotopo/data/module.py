@@ -229,7 +229,7 @@ class PairwiseDataModule(LightningDataModule):
     @cached_property
     def predicted(self) -> Predicted:
         """The rows of :meth:`predict_dataloader`, whose predictions somebody writes down."""
-        return Predicted(self.pairs, self.score, self._asked is not None and self._asked.needs.ends)
+        return Predicted(self.pairs, self.score)
 
     def prediction_fingerprint(self) -> str:
         """Hash of what :meth:`predict_dataloader` gives: rows and their division into batches."""
@@ -290,9 +290,10 @@ class PairwiseDataModule(LightningDataModule):
         test, each once, by the first row that has it. Batches hold prompts of similar lengths, the
         longest first.
         """
+        rows = self.predicted.rows(self._asked is not None and self._asked.needs.ends)
         if self.score is not None:
-            refuse_beyond(self.predicted.rows, self._positions, f"data.score: {self.score}")
-        return self._loaders().prediction(self.predicted.rows, self.score is not None)
+            refuse_beyond(rows, self._positions, f"data.score: {self.score}")
+        return self._loaders().prediction(rows, self.score is not None)
 
     def batches(self, rows: Rows, places: Sequence[int]) -> DataLoader:
         """Some rows, as :meth:`rotopo.data.loaders.Loaders.some` divides them."""

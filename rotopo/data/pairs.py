@@ -14,7 +14,7 @@ import numpy as np
 from rotopo.data.balance import balanced
 from rotopo.data.batch import Role
 from rotopo.data.noise import LabelNoise, TrainingPairs, with_flips
-from rotopo.data.rows import Rows, pair_lengths
+from rotopo.data.rows import pair_lengths
 from rotopo.data.schemas import Format, Preference, read_row, resolve_format
 from rotopo.data.settings import at_least, one_of
 from rotopo.data.splits import Splits
@@ -280,7 +280,7 @@ class Pairs:
         numbers = self.of[name]["row"][:]
         return dict(zip(numbers, rows.select(numbers)[column][:], strict=True))
 
-    def prompts(self, name: str) -> Rows:
+    def prompts(self, name: str) -> "Dataset":
         """A split's prompts without responses, each once, by the first row that has it."""
         # By their texts and cut by themselves: a row's tokens are cut to leave its longer response
         # room, by which one prompt would become several.
@@ -297,7 +297,7 @@ class Pairs:
         numbers, ids = zip(*prompts.values(), strict=True)
         none: list[list[int]] = [[]] * len(ids)
         columns = {"prompt": ids, "chosen": none, "rejected": none, "row": numbers}
-        return Rows(Dataset.from_dict(columns))
+        return Dataset.from_dict(columns)
 
     def describe(self) -> dict[str, int | str]:
         """What a run should log about its data: pairs per split, flipped labels, what truncation

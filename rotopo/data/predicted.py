@@ -5,13 +5,16 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rotopo.data.pairs import Pairs
 from rotopo.data.responses import Responses
 from rotopo.data.rows import Rows
 from rotopo.errors import InputError
 from rotopo.files import sha256
+
+if TYPE_CHECKING:  # else rotopo --help would wait for datasets
+    from datasets import Dataset
 
 
 @dataclass
@@ -22,12 +25,10 @@ class Predicted:
         pairs: the run's.
         score: a jsonl file of responses to score; None to respond to prompts: those of the test
             split, or of the validation split where there is no test.
-        ends: whether the module reads the state of a response's last token.
     """
 
     pairs: Pairs
     score: str | None
-    ends: bool = False
 
     @cached_property
     def responses(self) -> Responses:
@@ -52,11 +53,20 @@ class Predicted:
         raise InputError("data.test and data.validation are 0: there is no prompt to respond to.")
 
     @cached_property
-    def rows(self) -> Rows:
-        """The rows, in the order of their source."""
+    def tokens(self) -> "Dataset":
+        """The rows as tokens, in the order of their source."""
         if self.score is None:
             return self.pairs.prompts(self.split)
-        return Rows(self.responses.tokens, behind=self.pairs.encoder.pad_id if self.ends else None)
+        return self.responses.tokens
+
+    def rows(self, ends: bool) -> Rows:
+        """The rows as a module takes them.
+
+        Args:
+            ends: whether it reads the state of a response's last token.
+        """
+        behind = self.pairs.encoder.pad_id if ends and self.score is not None else None
+        return Rows(self.tokens, behind=behind)
 
     def fingerprint(self, *settings: Any) -> str:
         """Hash of the rows, and of settings that divide them into batches."""
@@ -64,7 +74,7 @@ class Predicted:
 
         # The lines of a file say more than their tokens, and come out again.
         lines = self.responses.lines if self.score is not None else []
-        rows, encoder = fingerprint_rows(self.rows.pairs), self.pairs.encoder.fingerprint()
+        rows, encoder = fingerprint_rows(self.tokens), self.pairs.encoder.fingerprint()
         facts = [rows, encoder, lines, *settings]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -72,7 +82,7 @@ class Predicted:
         """What a line of predictions says beside the prediction itself.
 
         Args:
-            row: its number, as in ``rows``.
+            row: its number, as in ``tokens``.
         """
         if self.score is not None:
             return self.responses.lines[row]

@@ -339,11 +339,12 @@ def test_a_row_has_the_last_word_on_arguments(load):
 
 def test_a_file_of_responses_is_tokenised_as_in_training(load, tmp_path):
     data = load("tool_history.jsonl", "tools.jinja", test=0.3)
-    line = data.predicted.line(data.predicted.rows[0].row)
+    first = data.predicted.rows(ends=False)[0]
+    line = data.predicted.line(first.row)
     file = tmp_path / "responses.jsonl"
     file.write_text(json.dumps(line | {"response": "It is warm."}))
     scored = Responses(str(file), data.encoder)
-    assert scored.tokens[0]["prompt"] == data.predicted.rows[0].prompt
+    assert scored.tokens[0]["prompt"] == first.prompt
     assert "get_temp" in data.encoder.tokenizer.decode(scored.tokens[0]["prompt"])
 
 

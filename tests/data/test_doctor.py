@@ -730,6 +730,7 @@ def test_errors_stop_before_the_model_is_loaded(config, message, monkeypatch, co
         assert "vocabulary: model 100, tokenizer 265" in error
         assert "model.policy.path" in error
         assert "data.doctor" in error
+    assert not list(config.parent.rglob("runs/*/config.yaml"))
 
 
 def test_the_command_prints_every_check_and_loads_no_model(config, monkeypatch, capsys):

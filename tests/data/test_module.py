@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from rotopo.data.batch import PairBatch, PromptBatch
 from rotopo.data.module import PairwiseDataModule
+from rotopo.data.needs import Needs
 from rotopo.errors import InputError
 
 N = 60
@@ -273,6 +274,19 @@ def test_a_source_can_be_tested_whole(make, trainer):
     assert sorted(rows_of(data.predict_dataloader())) == list(range(N))
     with pytest.raises(InputError, match="no pair to train on"):
         run.fit(model, datamodule=make(set_up=False, validation=0.0, test=1.0))
+
+
+def test_responses_are_scored_as_the_module_at_hand_reads_them(make, tmp_path):
+    """A reward model reads the last token's state: it gets a token behind it, a policy none."""
+    file = tmp_path / "responses.jsonl"
+    file.write_text(json.dumps({"prompt": "a", "response": "b c"}) + "\n")
+    data = make(score=str(file))
+    lengths = []
+    for ends in (False, True, False):
+        data.ask(Needs(reference=False, ends=ends), "a module")
+        (batch,) = data.predict_dataloader()
+        lengths.append(batch.lengths.item())
+    assert lengths == [lengths[0], lengths[0] + 1, lengths[0]]
 
 
 def test_a_prompt_that_is_cut_is_still_one_prompt(make, tmp_path):
