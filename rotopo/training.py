@@ -41,7 +41,7 @@ from rotopo.run.steps import check_steps_are_whole, works_in_steps_only
 if TYPE_CHECKING:  # else rotopo --help would wait for them
     from transformers import PreTrainedModel
 
-    from rotopo.data.batch import PairBatch
+    from rotopo.data.batch import PairBatch, PromptBatch
     from rotopo.models.backbone import Backbone
     from rotopo.models.settings import BackboneConfig
     from rotopo.models.sharding import Sharding
@@ -243,8 +243,7 @@ class PairwiseModule(LightningModule):
         if router is not None:
             # Not scaled by pairs: over micro-batches and ranks it is a mean, which Lightning's
             # division by the accumulation and DDP's by the ranks make of it.
-            loss, self.backbone.router_loss = self.backbone.router_loss, None
-            assert loss is not None
+            loss = self.backbone.take_router_loss()
             output["loss"] = output["loss"] + router.coefficient * loss
             output["router_loss"] = loss.detach()
         return output
@@ -315,7 +314,7 @@ class PairwiseModule(LightningModule):
         self._resumption.load(self.trainer, checkpoint)
 
     @abstractmethod
-    def predict(self, batch: Any) -> list[dict[str, Any]]:
+    def predict(self, batch: "PromptBatch | PairBatch") -> list[dict[str, Any]]:
         """What to write about each row of a batch."""
 
     def leave_out(self, rows: Container[int]) -> None:
@@ -326,7 +325,9 @@ class PairwiseModule(LightningModule):
         """
         self._predicted = rows
 
-    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(
+        self, batch: "PromptBatch | PairBatch", batch_idx: int
+    ) -> list[dict[str, Any]]:
         """As :meth:`predict`; nothing for a batch that an interrupted run has done."""
         done = all(row in self._predicted for row in batch.rows.tolist())
         if trainer_of(self) is not None:  # ranks that work on one model have to work together
@@ -363,7 +364,7 @@ class PairwiseModule(LightningModule):
         facts |= {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
         facts["base_fingerprint"] = self.base_fingerprint
         data = data_if_any(self.trainer)
-        if data is not None and isinstance(data, PairwiseDataModule):
+        if isinstance(data, PairwiseDataModule):
             facts |= data.pairs.describe()
         for logger in self.trainer.loggers:
             logger.log_hyperparams(facts)

@@ -93,7 +93,7 @@ def _why_not(trainer: Trainer, module: Any) -> str:
     return ""
 
 
-def _sees_all_pairs(trainer: Trainer, data: Any, limits: list[Any]) -> bool:
+def _sees_all_pairs(trainer: Trainer, data: PairwiseDataModule, limits: list[Any]) -> bool:
     """Whether no limit of the Trainer's keeps it from going over the data at least once."""
     # A share of 1.0 is all batches; the integer 1 is one of them, and no batch at all costs none.
     if not all(limit is None or limit == 0 or repr(limit) == "1.0" for limit in limits):

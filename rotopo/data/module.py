@@ -156,8 +156,8 @@ class PairwiseDataModule(LightningDataModule):
         super().__init__()
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self.pairs = Pairs(
-            tokenizer,
-            {
+            tokenizer_path=tokenizer,
+            encoding={
                 "chat_template": chat_template,
                 "chat_template_kwargs": chat_template_kwargs,
                 "system_message": system_message,
@@ -165,31 +165,31 @@ class PairwiseDataModule(LightningDataModule):
                 "max_length": max_length,
                 "truncation": truncation,
             },
-            Splits(source, train_split, validation, test, group_by, seed),
-            format,
-            extra_responses or {},
-            margin,
-            train_pairs,
-            balance_lengths,
-            noise,
-            accuracy_by,
-            template_time,
-            split_dialogues,
-            on_bad_row,
-            on_unwritten,
-            num_proc,
-            self.cache_dir,
-            rank_zero_info,
-            rank_zero_warn,
+            splits=Splits(source, train_split, validation, test, group_by, seed),
+            format=format,
+            extra_responses=extra_responses or {},
+            margin=margin,
+            train_pairs=train_pairs,
+            balance_lengths=balance_lengths,
+            noise=noise,
+            accuracy_by=accuracy_by,
+            template_time=template_time,
+            split_dialogues=split_dialogues,
+            on_bad_row=on_bad_row,
+            on_unwritten=on_unwritten,
+            num_proc=num_proc,
+            cache_dir=self.cache_dir,
+            say=rank_zero_info,
+            warn=rank_zero_warn,
         )
         self.batching = Batching(
-            layout,
-            token_budget,
-            pairs_per_step,
-            eval_pairs_per_batch,
-            length_window,
-            num_workers,
-            seed,
+            layout=layout,
+            token_budget=token_budget,
+            pairs_per_step=pairs_per_step,
+            eval_pairs_per_batch=eval_pairs_per_batch,
+            length_window=length_window,
+            num_workers=num_workers,
+            seed=seed,
         )
         self.score = score
         self.doctor = doctor
@@ -208,7 +208,11 @@ class PairwiseDataModule(LightningDataModule):
         self._asked = Ask(needs, who, draw)
 
     def let_choose(self, selector: Selector) -> None:
-        """Have somebody decide before every epoch of the fit what to train on."""
+        """Let a selector decide before every epoch of the fit what to train on.
+
+        Args:
+            selector: forgotten by the next fit's :meth:`setup`.
+        """
         self._selector = selector
 
     @property
@@ -228,7 +232,7 @@ class PairwiseDataModule(LightningDataModule):
 
     @cached_property
     def predicted(self) -> Predicted:
-        """The rows of :meth:`predict_dataloader`, whose predictions somebody writes down."""
+        """The rows of :meth:`predict_dataloader`, and what is written beside their predictions."""
         return Predicted(self.pairs, self.score)
 
     def prediction_fingerprint(self) -> str:

@@ -134,6 +134,12 @@ class Backbone(nn.Module):
         self.router_loss = self.router(batch, outputs)
         return outputs.last_hidden_state.flatten(0, 1)[index]
 
+    def take_router_loss(self) -> Tensor:
+        """The router loss of the batch that has just gone through [], which is then forgotten."""
+        loss, self.router_loss = self.router_loss, None
+        assert loss is not None
+        return loss
+
     def compute_in(self, dtype: torch.dtype, apart: Sequence[nn.Module], divided: bool) -> None:
         """Keep the weights as they are, and compute in another dtype.
 

@@ -24,7 +24,6 @@ from rotopo.callbacks import (
 from rotopo.data.asked import Draw
 from rotopo.data.batch import PairBatch, PromptBatch
 from rotopo.data.module import PairwiseDataModule
-from rotopo.data.needs import Needs
 from rotopo.errors import InputError
 from rotopo.models.log_probs import PairLogProbs
 from rotopo.models.outcome import PairOutcome, StepOutput
@@ -51,7 +50,6 @@ class PreferenceModule(PairwiseModule):
         sampling: how ``predict`` generates.
     """
 
-    needs: Needs = Needs()
     # The setting that holds the policy to its reference: what studies sweep.
     strength: ClassVar[str] = "beta"
     # Whether a response's reward depends on the other response of its pair.
@@ -83,10 +81,11 @@ class PreferenceModule(PairwiseModule):
 
     def complete(self, log_probs: PairLogProbs) -> PairLogProbs:
         """Log-probs with what the losses and rewards depend on beside them, in ``handed``: sums
-        over ranks, running values, draws. Called once for every micro-batch, before these.
+        over ranks, running values, draws. Called once for every batch that a step computes, before
+        these; not for responses that ``predict`` scores one by one.
 
         Args:
-            log_probs: of the micro-batch.
+            log_probs: of the batch.
         """
         return log_probs
 

@@ -82,8 +82,8 @@ class Mixture(PreferenceModule):
             part.on_train_start()
 
     def observe(self, log_probs: PairLogProbs, step_ended: bool) -> None:
-        for part in self.parts:
-            part.observe(log_probs, step_ended)
+        for i, part in enumerate(self.parts):
+            part.observe(_of_part(i, log_probs), step_ended)
 
 
 def _of_part(number: int, log_probs: PairLogProbs) -> PairLogProbs:

@@ -9,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from rotopo.data.module import PairwiseDataModule
 from rotopo.files import to_json, to_jsonl, write_whole
 from rotopo.robust.flips import flip_detection
 from rotopo.robust.resampling import NewPair
@@ -127,7 +128,7 @@ class Decision:
         return cls(state["epoch"], state["step"], **arrays, most=state["most"], new=new)
 
 
-def write(decisions: list[Decision], data: Any, rho: float, folder: Path) -> None:
+def write(decisions: list[Decision], data: PairwiseDataModule, rho: float, folder: Path) -> None:
     """Write ``rounds.json``, ``pairs.csv`` and ``accepted.jsonl``, each whole.
 
     Args:

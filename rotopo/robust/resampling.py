@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from lightning.pytorch import Trainer
@@ -18,10 +18,14 @@ from rotopo.data.batch import Sizes
 from rotopo.data.rows import Rows
 from rotopo.errors import InputError
 from rotopo.models.settings import Sampling
+from rotopo.objectives.base import PreferenceModule
 from rotopo.robust.scoring import score
 from rotopo.robust.selection import best_and_worst
 from rotopo.run.lightning import data_of
 from rotopo.run.steps import works_in_steps_only
+
+if TYPE_CHECKING:  # else rotopo --help would wait for PEFT and transformers
+    from rotopo.models.policy import Policy
 
 _ORIGINALS = ("chosen", "rejected")
 # Dropped prompts whose responses are in memory at once.
@@ -102,9 +106,9 @@ def check(trainer: Trainer, rows: Rows, settings: Resampling) -> None:
     Raises:
         InputError: why not.
     """
-    module: Any = trainer.lightning_module
+    module = trainer.lightning_module
     name = type(module).__name__
-    if not hasattr(module, "policy_config"):
+    if not isinstance(module, PreferenceModule):
         raise InputError(f"resampling: {name} is a reward model, which generates no responses.")
     if module.paired_rewards or module.needs.roles:
         raise InputError(
@@ -147,13 +151,14 @@ def resample(
         dropped: places of those that were dropped.
         settings: how.
     """
-    module: Any = trainer.lightning_module
+    module = trainer.lightning_module
+    assert isinstance(module, PreferenceModule)
     source = f"{module.prediction_fingerprint()} {settings}"  # hashes all that trains: once
     made: list[NewPair | None] = []
     folders = []
     for number, start in enumerate(range(0, len(dropped), _PROMPTS_AT_ONCE)):
         part = dropped[start : start + _PROMPTS_AT_ONCE]
-        pools, folder = _pools(trainer, rows, part, settings, source, number)
+        pools, folder = _pools(trainer, module.backbone, rows, part, settings, source, number)
         made += _new_pairs(trainer, rows, part, pools, settings.against_chosen)
         folders.append(folder)
     trainer.strategy.barrier()
@@ -163,6 +168,7 @@ def resample(
 
 def _pools(
     trainer: Trainer,
+    policy: "Policy",
     rows: Rows,
     dropped: Sequence[int],
     settings: Resampling,
@@ -173,14 +179,13 @@ def _pools(
     that keeps what was drawn."""
     from rotopo.models.samples import draw
 
-    module: Any = trainer.lightning_module
     data = data_of(trainer)
     originals, K = [rows.pairs[place] for place in dropped], settings.samples
     # Another seed for each part of the prompts.
     seed = settings.seed + number
     with trainer.precision_plugin.forward_context():
         drawn, folder = draw(
-            module.policy,
+            policy,
             [row["prompt"] for row in originals for _ in range(K)],
             Sampling(settings.max_new_tokens, settings.temperature, seed=seed),
             data.encoder,

@@ -67,14 +67,13 @@ def scored(trainer: Trainer, rows: Rows, description: str) -> Iterator[tuple[Ten
         places of the rows [B], and their loss and the rewards of chosen and rejected, float64 on
         the CPU [B, 3].
     """
-    module: Any = trainer.lightning_module
     data = data_of(trainer)
     loader = data.batches(rows, range(len(rows)))
     sampler = loader.batch_sampler
     assert isinstance(sampler, EvalSampler)
     hidden = None if trainer.is_global_zero else True
     bar = tqdm(loader, description, leave=False, disable=hidden)
-    with evaluating(module):
+    with evaluating(trainer.lightning_module):
         for number, batch in enumerate(bar):
             batch = trainer.strategy.batch_to_device(batch)
             output: Any = trainer.strategy.validation_step(batch, number)

@@ -384,6 +384,21 @@ def test_a_template_that_reads_the_clock_gets_one_time(load, written, tmp_path, 
     assert spelled(resumed) == spelled(again)
 
 
+def test_all_ranks_take_the_firsts_time(tiny_tokenizer_dir, tmp_path):
+    """As when another node has tokenised the same data at another time, in a cache of its own."""
+    file, template = CASES / "json_text.jsonl", str(CASES / "todays_date.jinja")
+    data = PairwiseDataModule(
+        str(tiny_tokenizer_dir), str(file), chat_template=template, cache_dir=str(tmp_path)
+    )
+    data.prepare_data()
+    assert "Today Date: 29 Feb 2024" not in spelled(data)[0]
+    strategy = SimpleNamespace(broadcast=lambda _: "2024-02-29T08:09:10")
+    data.trainer = SimpleNamespace(strategy=strategy, state=SimpleNamespace(fn="fit"))
+    data.setup("fit")
+    assert "Today Date: 29 Feb 2024" in spelled(data)[0]
+    assert data.state_dict()["template_time"] == "2024-02-29T08:09:10"
+
+
 def test_the_time_can_be_set(load):
     data = load("json_text.jsonl", "todays_date.jinja", template_time="1999-12-31")
     assert "Today Date: 31 Dec 1999" in spelled(data)[0]

@@ -48,6 +48,17 @@ def test_running_values_of_a_part_move_and_are_saved():
     assert name in mixture.saved_names()
 
 
+def test_a_part_observes_with_what_it_was_handed():
+    class Sees(BCO):
+        def observe(self, log_probs, step_ended):
+            self.seen = self.losses(log_probs)
+
+    part, values = Sees(), some()
+    mixture = Mixture([KTO(), part])
+    mixture.observe(mixture.complete(values).detach(), step_ended=True)
+    assert torch.equal(part.seen, losses_of(part, values))
+
+
 def test_a_part_knows_the_epoch():
     """SamPO draws afresh in each."""
     part = SamPO(0.3)
