@@ -19,7 +19,7 @@ def configured(
     make_optimizer: OptimizerCallable | None,
     make_scheduler: LRSchedulerCallable | None,
     parameters: Iterator[tuple[str, Parameter]],
-    trainer: Trainer,
+    trainer: Trainer | None,
 ) -> dict[str, Any]:
     """What ``configure_optimizers`` returns.
 
@@ -27,7 +27,7 @@ def configured(
         make_optimizer: builds an optimiser of groups of parameters.
         make_scheduler: builds a schedule of an optimiser; None keeps the learning rate.
         parameters: the module's, by name.
-        trainer: says how many steps there are.
+        trainer: says how many steps there are, to a schedule that asks.
 
     Raises:
         InputError: a setting is missing, or goes with no other.
@@ -40,6 +40,7 @@ def configured(
     settings = getattr(make_scheduler, "keywords", {})  # of the partial that the CLI makes
     total: dict[str, Any] = {}
     if "total_steps" in settings and settings["total_steps"] is None:
+        assert trainer is not None
         steps = trainer.estimated_stepping_batches
         if steps == math.inf:
             raise InputError(

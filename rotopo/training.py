@@ -249,7 +249,7 @@ class PairwiseModule(LightningModule):
         return output
 
     def configure_optimizers(self) -> Any:
-        return configured(self.optimizer, self.scheduler, self.named_parameters(), self.trainer)
+        return configured(self.optimizer, self.scheduler, self.named_parameters(), trainer_of(self))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         with naming("model.optimizer"):

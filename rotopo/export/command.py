@@ -9,15 +9,7 @@ from typing import Any
 import torch
 
 from rotopo.errors import InputError
-from rotopo.export.card import Card, model_card
 from rotopo.export.job import Dtype, Form, Job, Kind, dtype_of, probes_of
-from rotopo.export.run_folder import (
-    check_pairs,
-    choose_checkpoint,
-    find_test,
-    read_metrics,
-    read_yaml,
-)
 from rotopo.files import write_whole, writing_whole_folder
 from rotopo.load import parts
 from rotopo.models.settings import BackboneConfig
@@ -65,8 +57,16 @@ def export(
             not have, a base model or data that are gone, something at ``output``, no space, or
             files that differ from what was trained. Then nothing is left at ``output``.
     """
-    # Here, so that rotopo export --help does not wait for PEFT.
+    # Here, so that rotopo export --help waits for neither PEFT nor pandas.
+    from rotopo.export.card import Card, model_card
     from rotopo.export.checks import check_outputs, check_tokens
+    from rotopo.export.run_folder import (
+        check_pairs,
+        choose_checkpoint,
+        find_test,
+        read_metrics,
+        read_yaml,
+    )
     from rotopo.export.weights import write
 
     if prompts < 1:

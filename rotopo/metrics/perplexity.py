@@ -14,7 +14,7 @@ from rotopo.models.modes import evaluating
 if TYPE_CHECKING:  # else rotopo --help would wait for PEFT and transformers
     from transformers import PreTrainedTokenizerBase
 
-from rotopo.models.policy import Policy
+    from rotopo.models.policy import Policy
 
 
 @torch.no_grad()
