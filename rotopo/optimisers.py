@@ -30,7 +30,7 @@ def configured(
         trainer: says how many steps there are, to a schedule that asks.
 
     Raises:
-        InputError: a setting is missing, or goes with no other.
+        InputError: a setting is missing, or does not go with the others.
     """
     if make_optimizer is None:
         raise InputError("model.optimizer is not set: name one, e.g. torch.optim.AdamW.")
@@ -72,7 +72,8 @@ def configured(
 
 
 def groups_of(parameters: Iterator[tuple[str, Parameter]]) -> list[dict[str, Any]]:
-    """Weight decay would pull rotations back to where no rotation is: they go without."""
+    """What trains, in groups of the optimiser's: rotations have no weight decay, which would pull
+    them back to no rotation at all."""
     trained = [(name, p) for name, p in parameters if p.requires_grad]
     rotation = [p for name, p in trained if ".rotation_" in name]
     others = [p for name, p in trained if ".rotation_" not in name]

@@ -129,7 +129,7 @@ class PairwiseModule(LightningModule):
         self.strict_loading = False  # on_load_checkpoint is stricter about what matters
         self._resumption = Resumption()
         self.row_losses: Tensor | None = None  # of the micro-batch at hand [B]
-        self._predicted: Container[int] = ()  # rows of which no prediction is wanted
+        self._left_out: Container[int] = ()  # rows that need no prediction
 
     def setup(self, stage: str) -> None:
         """Ask the data for what the module needs, and refuse a Trainer that would cast everything,
@@ -323,13 +323,13 @@ class PairwiseModule(LightningModule):
         Args:
             rows: their numbers; none, once the prediction is over.
         """
-        self._predicted = rows
+        self._left_out = rows
 
     def predict_step(
         self, batch: "PromptBatch | PairBatch", batch_idx: int
     ) -> list[dict[str, Any]]:
         """As :meth:`predict`; nothing for a batch that an interrupted run has done."""
-        done = all(row in self._predicted for row in batch.rows.tolist())
+        done = all(row in self._left_out for row in batch.rows.tolist())
         if trainer_of(self) is not None:  # ranks that work on one model have to work together
             done = self.trainer.strategy.reduce_boolean_decision(done)
         if done:

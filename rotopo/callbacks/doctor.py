@@ -16,9 +16,10 @@ from rotopo.run.lightning import data_if_any
 
 
 class DataDoctor(Callback):
-    """Has every fit begin with the checks of ``rotopo doctor``, unless ``data.doctor`` is false.
+    """Begins every fit with the checks of ``rotopo doctor``, unless ``data.doctor`` is false.
 
-    Before the model is loaded. It writes what it finds to ``doctor.json`` in the run's folder.
+    It runs before the model is loaded, and writes what it finds to ``doctor.json`` in the run's
+    folder.
 
     Raises:
         InputError: there is an error in the data; on all ranks.

@@ -35,7 +35,7 @@ class PairOutcome:
 class StepOutput(TypedDict):
     """What every step of a module returns; ``loss`` is what is trained on.
 
-    ``router_loss`` is a mixture of experts' own, before its coefficient.
+    ``router_loss`` is the load-balancing loss of a mixture of experts, before its coefficient.
     """
 
     loss: Tensor

@@ -16,7 +16,7 @@ from rotopo.run.lightning import validation_is_due
 
 
 class Resumption:
-    """Of one module's fit: what its checkpoints say of the place in the run, and the return to it.
+    """What the checkpoints of a module's fit say of the place in the run, and the return to it.
 
     Lightning restores its loops and the loader's position. It does not restore the random state,
     counts its place in the epoch in micro-batches, and leaves out a validation that was due.
@@ -45,7 +45,7 @@ class Resumption:
     def enter(self, trainer: Trainer) -> None:
         """At the start of training: do what was due, and begin the next epoch where one ended."""
         self._validate_if_due(trainer)
-        # From a checkpoint of an epoch's last batch Lightning resumes behind that epoch, but does
+        # From a checkpoint of an epoch's last batch Lightning resumes after that epoch, but does
         # not count the next one as begun; a second resumption would then train for too long.
         loop = trainer.fit_loop
         if loop.epoch_progress.current.completed == loop.epoch_progress.current.ready:
