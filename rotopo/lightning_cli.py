@@ -29,8 +29,8 @@ from rotopo.errors import InputError, input_error
 from rotopo.files import full_disk
 from rotopo.parsing import (
     Parser,
+    find_classes,
     keep_only_what_classes_share,
-    prefer_torchs_optimisers,
     refuse_ill_typed,
 )
 from rotopo.refusals import Began, Building, in_one_line, naming, refuse_repeated_names, unwrapped
@@ -252,7 +252,7 @@ def run(args: list[str] | None = None) -> RotopoCLI:
 
 def built(command: type[Kind], args: list[str] | None) -> Kind:
     keep_only_what_classes_share()
-    prefer_torchs_optimisers()
+    find_classes()
     warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
     # The run's folder already holds config.yaml when the CSV logger looks at it.
     warnings.filterwarnings("ignore", "Experiment logs directory")

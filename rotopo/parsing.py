@@ -6,6 +6,7 @@ in pyproject.toml keeps such a release out.
 """
 
 from dataclasses import is_dataclass
+from importlib import import_module
 from typing import Any
 
 import jsonargparse._typehints as jsonargparse_typehints
@@ -66,11 +67,12 @@ def keep_only_what_classes_share() -> None:
     jsonargparse_typehints.discard_init_args_on_class_path_change = discard
 
 
-def prefer_torchs_optimisers() -> None:
-    """Have a short name that torch.optim has mean torch's class.
+def find_classes() -> None:
+    """Have a short name that torch.optim has mean torch's class, and find classes that have moved.
 
     bitsandbytes, which PEFT imports wherever it is installed, has optimisers of the same names, and
-    jsonargparse would then ask for the full path of each.
+    jsonargparse would then ask for the full path of each. And a saved config.yaml names the file of
+    a class where the user did, and keeps to it; see :func:`_in_its_room`.
     """
     original = jsonargparse_typehints.resolve_class_path_by_name
     if getattr(original, "wrapped_by_rotopo", False):
@@ -81,10 +83,24 @@ def prefer_torchs_optimisers() -> None:
         wanted = cls if isinstance(cls, tuple) else (cls,)
         if isinstance(own, type) and torch.optim.Optimizer in wanted:
             return f"torch.optim.{name}"
-        return original(cls, name)
+        return original(cls, _in_its_room(name) if name.startswith("rotopo.") else name)
 
     resolve.wrapped_by_rotopo = True  # type: ignore[attr-defined]
     jsonargparse_typehints.resolve_class_path_by_name = resolve
+
+
+def _in_its_room(name: str) -> str:
+    """A class of ours that has left its file for another: the room's name for it."""
+    file, _, own = name.rpartition(".")
+    room = ".".join(name.split(".")[:2])
+    return name if _has(file, own) or not _has(room, own) else f"{room}.{own}"
+
+
+def _has(module: str, name: str) -> bool:
+    try:
+        return hasattr(import_module(module), name)
+    except ModuleNotFoundError:
+        return False
 
 
 def _shared_settings(old_path: str, new_path: str) -> set[str]:

@@ -98,6 +98,15 @@ def test_a_short_name_of_an_optimiser_is_torchs(settings):
     assert optimizer["class_path"] == "torch.optim.Rprop"
 
 
+@pytest.mark.parametrize("file", ["pairwise", "a_file_that_is_gone"])
+def test_a_class_that_has_left_its_file_is_found_in_its_room(settings, file):
+    """A saved config.yaml names the file where its user did."""
+    after = settings(f"--model=rotopo.objectives.{file}.SamPO")["model"]
+    assert after["class_path"] == "rotopo.objectives.SamPO"
+    kept = settings("--model=rotopo.objectives.pairwise.DPO")["model"]
+    assert kept["class_path"] == "rotopo.objectives.pairwise.DPO"
+
+
 def test_the_tokenizer_is_the_models(config):
     cli = run(["test", "--config", str(config)])
     assert cli.datamodule.pairs.tokenizer_path == cli.model.policy_config.path
