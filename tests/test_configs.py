@@ -428,7 +428,7 @@ def test_a_file_begins_with_what_it_is_and_its_lines_are_short(file):
     assert max(map(len, lines)) <= 100
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", "fsdp"])
+@pytest.mark.parametrize("name", sorted(f.stem for f in (CONFIGS / "strategies").glob("*")))
 def test_a_strategy_goes_on_top_of_any_file_and_leaves_the_rest_of_it(name, quickstart):
     """Parsed and not built: FSDP1 would be refused without a GPU."""
     file = CONFIGS / "strategies" / f"{name}.yaml"

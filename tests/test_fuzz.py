@@ -247,6 +247,7 @@ def plain_reading(name: str, row: dict) -> tuple:
         second = text_or_messages(get("response_2"), "assistant")
         pair = (first, second) if label in (1, "1", "1.0") else (second, first)
         return text_or_messages(get("question"), "user"), *pair
+    assert name == "sharegpt", f"the format {name} has no plain reading here yet"
     prompt = speakers_turns(get("conversations"))
     if get("system") and not (prompt and prompt[0]["role"] == "system"):
         need(isinstance(get("system"), str))

@@ -46,7 +46,8 @@ class Mixture(PreferenceModule):
             if own != (PolicyConfig(), None, None, Sampling()):
                 raise InputError(
                     f"objectives: {type(part).__name__} has a policy, optimizer, scheduler or "
-                    "sampling of its own; they belong to the mixture."
+                    "sampling of its own; they belong to the mixture: delete them from the part, "
+                    "also where an older release has saved them in a config.yaml."
                 )
         self.parts = list(objectives)
         self.paired_rewards = objectives[0].paired_rewards
