@@ -195,6 +195,7 @@ class FSDP1Strategy(FSDPStrategy):
                 "trainer.strategy: FSDPStrategy cannot divide weights of 8 bits, only of 4: set "
                 "quantize to 4bit, or take configs/strategies/ddp.yaml."
             )
+        self.refuse_processors()
         super().setup(trainer)
         root: Any = self.model
         self._root = root
@@ -208,13 +209,13 @@ class FSDP1Strategy(FSDPStrategy):
             if parameter.requires_grad
         }
 
-    def setup_environment(self) -> None:
+    def refuse_processors(self) -> None:
+        """Refuse to run without a GPU, as torch would."""
         if self.root_device.type == "cpu":
             raise InputError(
                 "trainer.strategy: torch's first FSDP needs GPUs: take "
                 "configs/strategies/fsdp2.yaml, which also runs on processors."
             )
-        super().setup_environment()
 
     def _gathered(self, write: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Parameters that train, whole, unit by unit, by all ranks together."""

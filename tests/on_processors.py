@@ -4,7 +4,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -12,8 +11,8 @@ from rotopo.strategies import FSDP1Strategy
 
 
 class FSDPOnProcessors(FSDP1Strategy):
-    def setup_environment(self) -> None:
-        FSDPStrategy.setup_environment(self)  # ours refuses processors
+    def refuse_processors(self) -> None:
+        """Torch is told the device."""
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         original = FullyShardedDataParallel.__init__
