@@ -154,7 +154,6 @@ class PairwiseDataModule(LightningDataModule):
         doctor: bool = True,
     ) -> None:
         super().__init__()
-        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self.pairs = Pairs(
             tokenizer_path=tokenizer,
             encoding={
@@ -178,7 +177,7 @@ class PairwiseDataModule(LightningDataModule):
             on_bad_row=on_bad_row,
             on_unwritten=on_unwritten,
             num_proc=num_proc,
-            cache_dir=self.cache_dir,
+            cache_dir=Path(cache_dir).expanduser() if cache_dir else default_cache_dir(),
             say=rank_zero_info,
             warn=rank_zero_warn,
         )
@@ -194,7 +193,7 @@ class PairwiseDataModule(LightningDataModule):
         self.score = score
         self.doctor = doctor
         self._asked: Ask | None = None
-        self._rows_of: dict[tuple[str, Needs | None], Rows] = {}
+        self._rows_of: dict[str, Rows] = {}  # as they are asked for
         self._selector: Selector | None = None
 
     def ask(self, needs: Needs, who: str, draw: Draw | None = None) -> None:
@@ -205,7 +204,7 @@ class PairwiseDataModule(LightningDataModule):
             who: its name, for messages.
             draw: draws responses from its reference, once they are wanted.
         """
-        self._asked = Ask(needs, who, draw)
+        self._asked, self._rows_of = Ask(needs, who, draw), {}
 
     def let_choose(self, selector: Selector) -> None:
         """Let a selector decide before every epoch of the fit what to train on.
@@ -248,7 +247,7 @@ class PairwiseDataModule(LightningDataModule):
             self.pairs.load()
 
     def setup(self, stage: str | None = None) -> None:
-        self._asked = None  # another module may be next
+        self._asked, self._rows_of = None, {}  # another module may be next
         if stage == "fit":
             self._selector = None  # that of another run; this one's callbacks come next
         if not self.pairs.of and not self._only_scores():
@@ -337,12 +336,11 @@ class PairwiseDataModule(LightningDataModule):
                 model can read.
         """
         # Kept: loaders are made more than once, and mismatches and samples take their time.
-        key = name, self._asked.needs if self._asked is not None else None
-        if key not in self._rows_of:
+        if name not in self._rows_of:
             made = rows_for(self.pairs, name, self._asked)
             refuse_beyond(made, self._positions, name)
-            self._rows_of[key] = made
-        return self._rows_of[key]
+            self._rows_of[name] = made
+        return self._rows_of[name]
 
     def probe(self, pairs: int) -> PairBatch:
         """The first validation pairs (training pairs where there are none), as one batch that is

@@ -185,7 +185,7 @@ class PreferenceModule(PairwiseModule):
             prompts,
             self.sample_tokens,
             data.encoder,
-            data.cache_dir / "reference_samples",
+            data.pairs.cache_dir / "reference_samples",
             data.batching.seed,
         )
 

@@ -189,7 +189,7 @@ def _pools(
             [row["prompt"] for row in originals for _ in range(K)],
             Sampling(settings.max_new_tokens, settings.temperature, seed=seed),
             data.encoder,
-            data.cache_dir / "samples",
+            data.pairs.cache_dir / "samples",
             source,
         )
     pools: list[Pool] = []

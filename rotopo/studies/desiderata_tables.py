@@ -89,10 +89,9 @@ def constraint(
     """DPO and the RLHF loss that it stands for, both with an added α‖θ‖² on the logits θ.
 
     π = softmax(θ). DPO's loss is, as the convention says, half of the mean over labelled pairs or
-    that mean;
-    RLHF's is −E_π[r] + λ·KL(π ‖ π_ref) with Bradley and Terry's reward r = log π*. Without α both
-    have the minimiser π_ref·(π*)^{1/λ}, up to its norm. Both the constraint and this loss are in
-    EXPO's official code; half of the mean, of ``ordered_pairs``, is [ours].
+    that mean; RLHF's is −E_π[r] + λ·KL(π ‖ π_ref) with Bradley and Terry's reward r = log π*.
+    Without α both have the minimiser π_ref·(π*)^{1/λ}, up to its norm. Both the constraint and this
+    loss are in EXPO's official code; half of the mean, of ``ordered_pairs``, is [ours].
     """
     rows = population(prompt, convention)
     dpo = at_strength(DPO(), strength)

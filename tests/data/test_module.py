@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 
-from rotopo.data.batch import PairBatch, PromptBatch
+from rotopo.data.batch import PairBatch, PromptBatch, Role
 from rotopo.data.module import PairwiseDataModule
 from rotopo.data.needs import Needs
 from rotopo.errors import InputError
@@ -402,6 +402,18 @@ def test_bad_row_names_source_row_and_field(make, tmp_path):
     data = make(source=str(file), on_bad_row="drop")
     assert data.pairs.describe()["rows/train/bad"] == 1
     assert all(5 not in rows for rows in splits(data).values())
+
+
+def test_each_module_gets_the_samples_of_its_own_reference(make):
+    """Also of two that need the same on one datamodule."""
+    data = make()
+    needs = Needs(roles=(Role.REFERENCE_SAMPLE,))
+    for token in (5, 6):
+        data.setup("fit")
+        data.ask(needs, "TYPO", lambda prompts, token=token: [[token]] * len(prompts))
+        rows = data.rows("train")
+        assert rows.columns[Role.REFERENCE_SAMPLE] == [[token]] * len(rows)
+        assert data.rows("train") is rows
 
 
 def test_settings_parse_and_have_help():

@@ -89,7 +89,7 @@ def test_nothing_is_left_in_the_cache_and_the_random_state_stays(run):
     rows = run.datamodule.rows("train")
     first = resample(run.trainer, rows, DROPPED, settings)
     assert torch.equal(torch.get_rng_state(), before)
-    assert not list((run.datamodule.cache_dir / "samples").iterdir())
+    assert not list((run.datamodule.pairs.cache_dir / "samples").iterdir())
     assert resample(run.trainer, rows, DROPPED, settings) == first
     other = Resampling(samples=2, max_new_tokens=5, seed=1)
     assert resample(run.trainer, rows, DROPPED, other) != first
