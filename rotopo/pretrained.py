@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,9 +18,12 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import find_adapter_config_file
 
 from rotopo.errors import InputError
 from rotopo.files import writing_whole_folder
+
+_TOKENIZER = "tokenizer_config.json"  # which every folder with a tokenizer has
 
 
 def cache_dir() -> Path:
@@ -61,9 +65,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     Raises:
         InputError: nothing is there, or it holds no tokenizer.
     """
-    folder = pretrained_folder(path)
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(pretrained_folder(with_tokenizer(path)))
     except (OSError, ValueError) as error:
         raise InputError(
             f"The model's path: no tokenizer at {path!r}: {first_line(error)}"
@@ -82,7 +85,8 @@ def vocabulary_size(path: str) -> int | None:
 
 def _text_config(path: str) -> PretrainedConfig | None:
     try:
-        config = AutoConfig.from_pretrained(pretrained_folder(path), trust_remote_code=False)
+        folder = pretrained_folder(base_of_adapter(path) or path)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         return config.get_text_config()
     except (OSError, ValueError):  # a tokenizer alone, or code of the model's own
         return None
@@ -181,6 +185,53 @@ def pretrained_folder(path: str) -> str:
     if looks_local and not Path(resolved).exists():
         raise InputError(f"The model's path: there is no file or folder {path!r}.")
     return resolved
+
+
+def adapter_settings(path: str) -> dict[str, Any] | None:
+    """What ``adapter_config.json`` says, if an adapter of PEFT's lies at a path; else None.
+
+    Args:
+        path: as of :func:`pretrained_folder`.
+
+    Raises:
+        InputError: the file cannot be read, or the path is none.
+    """
+    folder = pretrained_folder(path)
+    if Path(folder).is_file():
+        return None
+    try:
+        file = find_adapter_config_file(folder)
+    except OSError:  # no such repository: whoever loads it says so
+        return None
+    if file is None:
+        return None
+    try:
+        settings = json.loads(Path(file).read_text("utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: not the configuration of an adapter: {error}") from error
+    return settings
+
+
+def base_of_adapter(path: str) -> str | None:
+    """The base model that an adapter's folder names; None of other folders, and where it names
+    none."""
+    settings = adapter_settings(path)
+    return settings and (settings.get("base_model_name_or_path") or None)
+
+
+def with_tokenizer(path: str, base_path: str | None = None) -> str:
+    """Where the tokenizer of a model or adapter is: at its path, or of an adapter that was saved
+    without one at its base's.
+
+    Args:
+        path: as of :func:`pretrained_folder`.
+        base_path: the adapter's base, if it is set.
+    """
+    if adapter_settings(path) is None or (Path(pretrained_folder(path)) / _TOKENIZER).is_file():
+        return path
+    return base_path or base_of_adapter(path) or path
 
 
 def _convert_gguf(file: Path) -> Path:

@@ -283,6 +283,7 @@ class PairwiseModule(LightningModule):
             "base_fingerprint": self.base_fingerprint,
             "shapes": {k: list(v.shape) for k, v in checkpoint["state_dict"].items()},
         }
+        checkpoint["start"] = self.backbone.starting_adapter()
         self._resumption.save(self.trainer, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -311,6 +312,7 @@ class PairwiseModule(LightningModule):
                 f"ckpt_path: checkpoint and module train different parameters ({len(wrong)} of "
                 f"them, {min(wrong)} for one): check the adapter's settings."
             )
+        self.backbone.start_as(checkpoint.get("start"))
         self._resumption.load(self.trainer, checkpoint)
 
     @abstractmethod

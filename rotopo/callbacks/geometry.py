@@ -116,7 +116,7 @@ class Geometry(Callback):
         cosines, energy = [], 0.0
         # Weights that train are gathered one by one, as they are and not as they are computed with;
         # those under an adapter in groups, which together are a whole model.
-        alone = module.model_config.adapter is None
+        alone = not module.backbone.adapted
         for group in [None] if alone else in_turn(module.backbone):
             for weight in merged_weights(module.language_model, group):
                 cosines.append(float(neuron_cosine(weight)))

@@ -57,6 +57,7 @@ class CacheReference(Callback):
                     f"{cache.folder} does not hold what other ranks have computed: let "
                     "policy.reference_cache or $ROTOPO_CACHE name a folder that all nodes share."
                 )
+        module.policy.let_go_of_reference()
 
 
 def cache_rows(trainer: Trainer, rows: Rows, places: Sequence[int], description: str) -> None:

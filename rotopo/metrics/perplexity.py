@@ -49,8 +49,6 @@ def perplexity(
         InputError: no readable text, too short a one, or a window that the model has no positions
             for; or a policy that has diverged.
     """
-    from peft import PeftModel
-
     for name, value in (("window", window), ("windows_per_batch", windows_per_batch)):
         if value < 1:
             raise InputError(f"{name} is {value}: it has to be at least 1.")
@@ -73,8 +71,7 @@ def perplexity(
         TokenizedRow([ids[start]], [ids[start + 1 : start + 1 + window]], [Role.CHOSEN], number)
         for number, start in enumerate(starts)
     ]
-    has_reference = isinstance(policy.model, PeftModel) or policy.reference is not None
-    needs = Needs(reference=has_reference, pairs=False)
+    needs = Needs(reference=policy.has_reference, pairs=False)
     total = reference_total = 0.0
     with evaluating(policy.model):
         for first in range(0, len(rows), windows_per_batch):

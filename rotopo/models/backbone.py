@@ -1,23 +1,27 @@
 """The decoder inside policies and reward models: hidden states, with and without the adapter."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rotopo import ranks
 from rotopo.data.batch import Layout, PairBatch
 from rotopo.errors import InputError
 from rotopo.models.attention import AttentionInputs, attention_inputs
 from rotopo.models.beside import copies, embeddings
 from rotopo.models.compilation import compile_layers
 from rotopo.models.mixed_precision import Masters, in_compute_dtype
+from rotopo.models.moved_base import move_to_start
 from rotopo.models.router import RouterLoss
-from rotopo.models.sharding import Sharding, divide
+from rotopo.models.sharding import Sharding, decoder_layers, divide, share_of, whole
+from rotopo.models.starting import StartingAdapter
 from rotopo.pretrained import first_line
 
 
@@ -65,9 +69,10 @@ class Backbone(nn.Module):
     Args:
         model: the Hugging Face model, with or without a PEFT adapter.
         base_fingerprint: see :func:`rotopo.models.loading.fingerprint`.
-        reference: a frozen copy, if there is one.
+        reference: another model as the reference, or a frozen copy, if there is one.
 
     Attributes:
+        start: the adapter as it started, if that is not the identity; it is the reference then.
         sharding: how the model is divided among ranks, if it is.
         masters: what puts copies in the places of weights to compute with, if something does.
         router: the router loss that the model is trained with, if it is.
@@ -84,6 +89,11 @@ class Backbone(nn.Module):
         self.model = model
         self.base_fingerprint = base_fingerprint
         self.reference = reference
+        self.start: StartingAdapter | None = None
+        self._fixed: list[str] = []
+        # Until the model is used: what a saved start would be taken out of.
+        self._originals: dict[str, Tensor] = {}
+        self._moved = ""  # the initialisation that has moved the base, if one has
         self.compiled = False
         self.sharding: Sharding | None = None
         self.masters: Masters | None = None
@@ -183,32 +193,140 @@ class Backbone(nn.Module):
         Returns:
             Each [tokens, D] in at least float32; None of a reference that is not there.
         """
-        if reference and not (isinstance(self.model, PeftModel) or self.reference):
+        if reference and not self.has_reference:
             return None
         chosen = self.reference_model() if reference else nullcontext(self.language_model)
         with self._uncompiled(), chosen as model:
             return layer_states(model, batch)
 
+    @property
+    def adapted(self) -> bool:
+        """Whether there is an adapter on the model."""
+        return isinstance(self.model, PeftModel)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether there is one to compute with."""
+        return self.adapted or self.reference is not None
+
     @contextmanager
     def reference_model(self) -> Iterator[PreTrainedModel]:
-        """The reference: the adapter switched off, or the frozen copy.
+        """The reference: another model or a frozen copy; else the base under the adapter as it
+        started, which is the adapter switched off where that is the identity.
 
         Raises:
-            ValueError: there is neither.
+            ValueError: there is none.
         """
-        if isinstance(self.model, PeftModel):
+        if self.reference is not None:
+            yield self.reference
+        elif self.start is not None:
+            with self.start.in_place(self.language_model):
+                yield self.language_model
+        elif isinstance(self.model, PeftModel):
             with self.model.disable_adapter():
                 yield self.language_model
-        elif self.reference is not None:
-            yield self.reference
         else:
             raise ValueError("This model was loaded without a reference.")
+
+    def remember_start(
+        self, added: Sequence[str], identity: bool, originals: dict[str, Tensor], setting: str
+    ) -> None:
+        """Keep what the adapter on the model starts with, where the reference or a resumed run
+        needs it.
+
+        Args:
+            added: names of the parameters and buffers that the adapter has brought.
+            identity: whether the adapter starts as the identity.
+            originals: see :func:`rotopo.models.loading.adapt`.
+            setting: what messages call the model's settings.
+
+        Raises:
+            InputError: a start beside the layers of a model that is divided.
+        """
+        model = self.language_model
+        own = dict(tensors(model))
+        trained = [name for name in added if own[name].requires_grad]
+        self._fixed = [name for name in added if not own[name].requires_grad]
+        self._originals = originals
+        if originals:
+            self._moved = str(cast(PeftModel, self.model).active_peft_config.init_lora_weights)
+        if identity:
+            return
+        if self.sharding is not None:
+            layers = {id(p) for layer in decoder_layers(model) for p in layer.parameters()}
+            beside = [name for name in trained if id(own[name]) not in layers]
+            if beside:
+                raise InputError(
+                    f"{setting}.adapter: under FSDP2 the reference cannot be the adapter as it "
+                    f"started where that trains weights outside the layers ({beside[0]}): take "
+                    "configs/strategies/ddp.yaml."
+                )
+        self.start = StartingAdapter(model, trained)
+
+    def starting_adapter(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds of the start, whole, on the processor: ``trained``, the values of
+        what trains, where the reference follows from them; and ``fixed``, what the adapter does not
+        train. All ranks together."""
+        own = dict(tensors(self.language_model))
+        start = self.start.tensors() if self.start is not None else {}
+        return {
+            "trained": {name: whole(value) for name, value in start.items()},
+            "fixed": {name: whole(own[name]) for name in self._fixed},
+        }
+
+    @torch.no_grad()
+    def start_as(self, saved: Mapping[str, dict[str, Tensor]] | None) -> None:
+        """Take the start of a checkpoint, and what follows from it in the base, instead of this
+        model's own.
+
+        Args:
+            saved: as of :meth:`starting_adapter`; None of a checkpoint of a version that held none,
+                and whose reference was the adapter switched off.
+
+        Raises:
+            InputError: the checkpoint has another start, or the base would have to move again.
+        """
+        if saved is None:
+            if self._moved:
+                raise InputError(
+                    "ckpt_path: this checkpoint was written by a version that did not keep what "
+                    f"{self._moved} started from: its base and reference cannot be made again."
+                )
+            if self.start is not None:
+                self.start = None
+                rank_zero_warn(
+                    "ckpt_path: this checkpoint was written by a version whose reference was the "
+                    "adapter switched off: so it is here."
+                )
+            return
+        here = self.start.tensors() if self.start is not None else {}
+        if saved["trained"].keys() != here.keys() or saved["fixed"].keys() != set(self._fixed):
+            raise InputError(
+                "ckpt_path: this checkpoint's adapter started in another way than the one here: "
+                "check the adapter's settings, its initialisation for one, and the model's path."
+            )
+        own = dict(tensors(self.language_model))
+        for name, value in saved["fixed"].items():
+            own[name].copy_(share_of(value, own[name]))
+        shares = {name: share_of(value, here[name]) for name, value in saved["trained"].items()}
+        differs = any(not torch.equal(share, here[name]) for name, share in shares.items())
+        if not any(ranks.of_all(differs)):
+            return
+        for name, share in shares.items():
+            here[name].copy_(share)
+        if self._moved and not self._originals:
+            raise InputError(
+                "ckpt_path: this model has been used, and its base cannot be moved to where the "
+                "checkpoint's adapter started: load the checkpoint into a new module."
+            )
+        move_to_start(self.language_model, self._originals, saved["trained"])
 
     def _uncompiled(self) -> AbstractContextManager:
         """For what runs rarely or in a new shape every time, and is not worth compiling."""
         return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
 
     def _check_once(self, layout: Layout) -> None:
+        self._originals = {}
         if layout not in self._checked:
             with self._uncompiled():
                 self._check(layout)
@@ -237,3 +355,9 @@ class Backbone(nn.Module):
                 f"{model.config.model_type} cannot work on the {batch.layout} layout "
                 f"({first_line(error)}): set data.layout to 'padded'."
             ) from error
+
+
+def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,7 +20,9 @@ from transformers import (
 from rotopo.errors import InputError
 from rotopo.models import beside
 from rotopo.models.mixed_precision import compute_dtype
+from rotopo.models.moved_base import Base, moves_base, refuse_initialisation
 from rotopo.models.quantized import compute_as_in_training, quantized
+from rotopo.models.saved_adapter import SavedAdapter
 from rotopo.models.settings import BackboneConfig, DtypeName, Quantization
 from rotopo.models.sharding import Sharding
 from rotopo.pretrained import conversion_advice, first_line, pretrained_folder
@@ -108,6 +110,7 @@ def load_as_set(
     config: BackboneConfig,
     sharding: Sharding | None,
     dtype: torch.dtype | None = None,
+    merges: bool = False,
 ) -> tuple[PreTrainedModel, torch.dtype, PreTrainedModel]:
     """A model as its settings say, the dtype that they give its weights, and the model that it is
     known by (see :func:`fingerprint`): itself, or what it was before it was quantised.
@@ -115,8 +118,10 @@ def load_as_set(
     Args:
         load: takes the arguments of :func:`load_model`.
         config: the settings.
-        sharding: how the model is to be divided among ranks: its weights stay in their file.
+        sharding: how the model is to be divided among ranks: its weights stay in their file, unless
+            they are changed before that.
         dtype: of the weights instead of the settings'.
+        merges: whether an adapter is going to be merged into it.
 
     Raises:
         InputError: settings that do not work, or a model to quantise that is quantised already.
@@ -124,7 +129,8 @@ def load_as_set(
     trained = trained_dtype(config)
     settings = quantized(config, dtype or trained, sharding)
     arguments = (config.attention, config.trust_remote_code)
-    divided = sharding is not None and not settings
+    changed = merges or moves_base(config.adapter)
+    divided = sharding is not None and not settings and not changed
     model = load(config.path, None if divided else dtype or trained, *arguments, **settings)
     if (dtype or trained) == torch.float64:
         model.set_experts_implementation("eager")  # torch has no grouped products in float64
@@ -179,20 +185,29 @@ def load_model(
 
 
 def adapt(
-    model: PreTrainedModel, config: BackboneConfig, head: nn.Module
-) -> PreTrainedModel | PeftModel:
+    model: PreTrainedModel,
+    config: BackboneConfig,
+    head: nn.Module,
+    goes_on: SavedAdapter | None = None,
+) -> tuple[PreTrainedModel | PeftModel, dict[str, Tensor]]:
     """Put the adapter on a model, if there is one, and switch activation checkpointing on.
 
     Args:
         model: the model, as loaded.
         config: its settings.
         head: the model's head, which ``all-linear`` leaves out.
+        goes_on: what gives the adapter its values, if it has been trained before.
+
+    Returns:
+        the model; and by layer the weights that the base had, where the adapter has changed them,
+        see :mod:`rotopo.models.moved_base`.
 
     Raises:
         InputError: an adapter that does not fit the model or works on the prompt, or settings
             that do not go together.
     """
     adapted: PreTrainedModel | PeftModel = model
+    moved: dict[str, Tensor] = {}
     if config.adapter is not None:
         name = f"{config.setting}.adapter"
         if config.adapter.is_prompt_learning:
@@ -201,19 +216,24 @@ def adapt(
                 "adapter that changes layers (LoRA, rotation, OFT, ...)."
             )
         beside.refuse_tokens(beside.embeddings(model), config.adapter, name)
+        refuse_initialisation(config.adapter, name)
+        base = Base(model, config.adapter)
         # By it PEFT knows what all-linear leaves out.
         model.get_output_embeddings = lambda: head  # type: ignore[method-assign]
         try:
             # A copy: PEFT writes into the configuration what it found in the model.
             adapted = cast(PeftModel, get_peft_model(model, copy.deepcopy(config.adapter)))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AssertionError, AttributeError) as error:
             raise InputError(f"{name} ({type(config.adapter).__name__}): {error}") from error
         finally:
             del model.get_output_embeddings
         beside.refuse(model, config.adapter, name)
+        moved = base.moved(model, name)
+        if goes_on is not None and not beside.embeddings(model).is_meta:
+            goes_on.load_into(cast(PeftModel, adapted))
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return adapted
+    return adapted, moved
 
 
 def fingerprint(

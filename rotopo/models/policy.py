@@ -1,10 +1,8 @@
 """Policy: a batch of pairs -> their log-probs, under θ and under the reference; generation."""
 
-import copy
-import hashlib
-import json
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, cast, get_args
 
@@ -16,17 +14,26 @@ from transformers import PreTrainedModel
 from rotopo.data.batch import Layout, PairBatch, PromptBatch, Role, TokenizedRow, collate
 from rotopo.data.needs import Needs
 from rotopo.errors import InputError
-from rotopo.models.backbone import Backbone, decoder_inputs, hidden_states, rounding
+from rotopo.models.backbone import Backbone, decoder_inputs, hidden_states, rounding, tensors
 from rotopo.models.beside import embeddings
 from rotopo.models.head import Head, TokenLogProbs, token_log_probs
 from rotopo.models.loading import adapt, fingerprint, load_as_set, load_model
 from rotopo.models.log_probs import PairLogProbs, pair_log_probs
-from rotopo.models.mixed_precision import compute_dtype, in_compute_dtype, kept_wide, narrowed
+from rotopo.models.merging import merge
+from rotopo.models.mixed_precision import compute_dtype, in_compute_dtype, kept_wide
 from rotopo.models.modes import evaluating
+from rotopo.models.reference import (
+    OtherReference,
+    fingerprint_of_reference,
+    frozen_copy,
+    refuse_other_start,
+)
 from rotopo.models.reference_cache import ReferenceCache
 from rotopo.models.router import RouterLoss
+from rotopo.models.saved_adapter import Source, fingerprint_of, source_of
 from rotopo.models.settings import PolicyConfig, ReferenceMode, Sampling
 from rotopo.models.sharding import Sharding
+from rotopo.models.starting import starts_as_identity
 from rotopo.pretrained import cache_dir, positions_of
 
 # Of the reference's log-probs: what a run that dies loses at most.
@@ -38,10 +45,15 @@ class Policy(Backbone):
 
     Args:
         model: the model, with or without a PEFT adapter.
-        reference: a frozen copy as the reference of a model without an adapter; with an adapter
-            the reference is the adapter switched off, and this stays None.
+        reference: another model as the reference, or a frozen copy of one without an adapter;
+            None lets it follow from the adapter, see :meth:`.Backbone.reference_model`.
         base_fingerprint: hash of the base model's weights, see
             :func:`rotopo.models.loading.fingerprint`.
+
+    Attributes:
+        other_reference: what the reference is if the settings name one.
+        starts_at_reference: whether policy and reference are one model before the first step, which
+            a fit checks: for whoever gives the policy other weights to set to false.
 
     Raises:
         InputError: an adapter on the output head.
@@ -55,6 +67,8 @@ class Policy(Backbone):
     ) -> None:
         super().__init__(model, base_fingerprint, reference)
         self.cache: ReferenceCache | None = None
+        self.other_reference: OtherReference | None = None
+        self.starts_at_reference = True
         head = self.language_model.get_output_embeddings()
         if not hasattr(head, "weight") or hasattr(head, "base_layer"):
             raise InputError(
@@ -81,8 +95,11 @@ class Policy(Backbone):
         Raises:
             InputError: a path, dtype, attention or adapter that does not work, by its setting.
         """
-        model, trained, known_by = load_as_set(load_model, config, sharding, dtype)
-        return cls.build(model, config, needs_reference, trained, sharding, known_by)
+        source = source_of(config)
+        model, trained, known_by = load_as_set(
+            load_model, source.config, sharding, dtype, merges=source.merged is not None
+        )
+        return cls.build(model, config, needs_reference, trained, sharding, known_by, source)
 
     @classmethod
     def build(
@@ -93,9 +110,10 @@ class Policy(Backbone):
         dtype: torch.dtype | None = None,
         sharding: Sharding | None = None,
         known_by: PreTrainedModel | None = None,
+        source: Source[PolicyConfig] | None = None,
     ) -> Self:
         """As :meth:`load`, from a model in memory, to be converted to a dtype as it is divided;
-        known by another one if it is quantised."""
+        known by another one if it is quantised; and with what its path has said of its adapter."""
         if config.reference not in get_args(ReferenceMode):
             raise InputError(
                 f"policy.reference is {config.reference!r}: it has to be one of "
@@ -106,12 +124,22 @@ class Policy(Backbone):
                 "policy.reference_cache is set, but policy.reference is 'online' and uses none: "
                 "set it to 'cached' or 'auto'."
             )
+        source = source or Source(config)
+        config, merged = source.config, source.merged
         base = fingerprint(known_by or model, dtype, config.quantize)
+        if merged is not None:
+            merge(model, merged)
+            base += f"+{merged.fingerprint}"
+        wide: set[int] = set()
+        if merged is not None:
+            wide = merge(model, merged, config.setting)
+            base += f"+{merged.fingerprint}"
         # By their ids: who held the parameters would keep whole what is divided.
-        own = {id(p): dtype for p in model.parameters()}
+        own = {id(p): None if id(p) in wide else dtype for p in model.parameters()}
+        buffers = {id(buffer) for buffer in model.buffers()}
         narrow = compute_dtype(config)
-        adapted = adapt(model, config, model.get_output_embeddings())
-        reference = None
+        adapted, originals = adapt(model, config, model.get_output_embeddings(), source.goes_on)
+        identity = True
         if config.adapter is not None:
             changed = sum(p.requires_grad for p in adapted.parameters() if id(p) in own)
             if changed:
@@ -120,16 +148,22 @@ class Policy(Backbone):
                     "parameters of the base model (its biases, say): switched off, it would not "
                     "be the reference any more."
                 )
-        elif needs_reference:
-            weights: dict[int, nn.Parameter] = {}
-            if sharding is not None:
-                weights = _shared(model)
-            elif narrow is not None:
-                weights = narrowed(model, narrow)
-            reference = copy.deepcopy(model, weights)
-            reference.requires_grad_(False).eval()
-            own |= {id(p): narrow or dtype for p in reference.parameters()}
+            identity = not (source.goes_on or originals) and starts_as_identity(
+                adapted, f"{config.setting}.adapter"
+            )
+        added = [n for n, t in tensors(model) if id(t) not in own.keys() | buffers]
+        reference, other = None, None
+        if needs_reference and config.reference_path is not None and not embeddings(model).is_meta:
+            other = OtherReference(config, narrow or dtype or model.dtype, sharding)
+            reference = other.load()
+        elif needs_reference and (config.adapter is None or config.reference_path is not None):
+            reference = frozen_copy(model, sharding is not None, narrow)
+        if reference is not None:
+            adapter = set() if other is None else other.adapter
+            own |= {id(p): narrow or dtype for p in reference.parameters() if id(p) not in adapter}
         policy = cls(adapted.train(), reference, base)
+        policy.other_reference = other
+        policy.starts_at_reference = other is None
         policy.router = RouterLoss.of(model, config)
         apart: list[nn.Module] = []
         if narrow is not None:
@@ -142,6 +176,7 @@ class Policy(Backbone):
         if sharding is not None:
             assert dtype is not None
             policy.divide(own, dtype, sharding, apart)
+        policy.remember_start(added, identity, originals, config.setting)
         return policy
 
     @in_compute_dtype
@@ -182,13 +217,54 @@ class Policy(Backbone):
 
     @property
     def reference_fingerprint(self) -> str:
-        """Hash of all that the reference's log-probs follow from: weights, dtype, configuration."""
-        config = self.language_model.config.to_dict()
-        for name in ("_name_or_path", "transformers_version", "dtype", "use_cache"):
-            config.pop(name, None)
-        dtype = str(self.compute_dtype)
-        parts = [self.base_fingerprint, dtype, json.dumps(config, sort_keys=True, default=str)]
-        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+        """Hash of all that the reference's log-probs follow from: weights, dtype, configuration.
+        All ranks together."""
+        if self.other_reference is not None:
+            return self.other_reference.fingerprint
+        weights = self.base_fingerprint
+        if self.start is not None:
+            start = self.starting_adapter()
+            config = cast(PeftModel, self.model).active_peft_config
+            weights += f" {fingerprint_of(config, start['trained'] | start['fixed'])}"
+        return fingerprint_of_reference(self.language_model, weights, self.compute_dtype)
+
+    @contextmanager
+    def reference_model(self) -> Iterator[PreTrainedModel]:
+        if self.reference is None and self.other_reference is not None:
+            self.reference = self.other_reference.load().to(self.device)
+        with super().reference_model() as model:
+            yield model
+
+    def let_go_of_reference(self) -> None:
+        """Free the memory of a reference that is another model, which will be loaded again where
+        something asks for it; one that is divided among ranks stays."""
+        if self.other_reference is not None and self.sharding is None:
+            self.reference = None
+
+    @torch.no_grad()
+    def check_start(self, batch: PairBatch, needs: Needs) -> None:
+        """Check, before the first step, that the policy is its reference.
+
+        Args:
+            batch: some rows.
+            needs: of the objective.
+
+        Raises:
+            InputError: it is not.
+        """
+        with evaluating(self.model), self._uncompiled():
+            found = self(batch, replace(needs, roles=()))
+        cached = self.cache is not None and self.cache.get(batch.keys) is not None
+        model = self.language_model
+        # Computed side by side they are equal; a cached one comes from a batch of other rows.
+        share = max(1e-4, 4 * rounding(model, embeddings(model))) if cached else 0.0
+        refuse_other_start(
+            torch.cat([found.chosen, found.rejected]),
+            torch.cat([found.reference_chosen, found.reference_rejected]),
+            torch.cat([found.chosen_length, found.rejected_length]),
+            share,
+            str(self.cache.folder) if cached and self.cache is not None else None,
+        )
 
     def open_cache(self, folder: str | None = None, precision: str = "") -> ReferenceCache:
         """The reference's log-probs on disk, which :meth:`forward` reads from then on.
@@ -252,8 +328,6 @@ class Policy(Backbone):
                 f"are more than the model's {limit.count} positions: lower max_new_tokens, or "
                 "data.max_length, which bounds the prompts."
             )
-        model: Any = self.reference if reference and self.reference is not None else self.model
-        off = reference and isinstance(model, PeftModel)
         greedy = sampling.temperature == 0
         # All that a model's own generation_config might set otherwise.
         settings: dict[str, Any] = {"do_sample": not greedy, "repetition_penalty": 1.0}
@@ -261,9 +335,9 @@ class Policy(Backbone):
             settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         # The layers' copies too: they are made once rather than for every token.
         copies = nullcontext() if self.masters is None else self.masters.replaced(layers=True)
-        without = model.disable_adapter() if off else nullcontext()
-        with evaluating(model), self._uncompiled(), copies, without:
-            output = model.generate(
+        chosen = self.reference_model() if reference else nullcontext(self.language_model)
+        with chosen as model, evaluating(model), self._uncompiled(), copies:
+            output: Any = model.generate(
                 input_ids=prompts.input_ids,
                 attention_mask=prompts.attention_mask,
                 max_new_tokens=sampling.max_new_tokens,
@@ -333,11 +407,6 @@ def _with_kl(
                 whole = values.get(name, value.new_zeros(N))
                 values[name] = whole.index_add(0, index, value)
     return TokenLogProbs(**values)
-
-
-def _shared(model: nn.Module) -> dict[int, nn.Parameter]:
-    """What lets a copy of a model share its weights, as two that are mapped to one file do."""
-    return {id(p): nn.Parameter(p.detach()) for p in model.parameters()}
 
 
 def _head(model: PreTrainedModel) -> Head:

@@ -18,7 +18,6 @@ from rotopo.rotation import RotationConfig
 ADAPTERS = (
     RotationConfig,
     peft.LoraConfig,
-    peft.AdaLoraConfig,
     peft.BOFTConfig,
     peft.GraloraConfig,
     peft.HiraConfig,

@@ -15,12 +15,14 @@ from transformers.utils import logging
 
 from rotopo.data.batch import Layout, PairBatch, Role, TokenizedRow, collate
 from rotopo.errors import InputError
-from rotopo.models.backbone import Backbone, decoder_inputs, rounding
+from rotopo.models.backbone import Backbone, decoder_inputs, rounding, tensors
 from rotopo.models.beside import embeddings
 from rotopo.models.loading import adapt, fingerprint, load_as_set, load_config
+from rotopo.models.merging import merge
 from rotopo.models.mixed_precision import compute_dtype, in_compute_dtype, kept_wide
 from rotopo.models.modes import evaluating
 from rotopo.models.router import RouterLoss
+from rotopo.models.saved_adapter import Source, source_of
 from rotopo.models.settings import BackboneConfig
 from rotopo.models.sharding import Sharding, gathered
 from rotopo.pretrained import conversion_advice, first_line, pretrained_folder
@@ -61,8 +63,11 @@ class Scorer(Backbone):
             InputError: a path, dtype, attention or adapter that does not work, by its setting; a
                 model that has no such head, or one with several outputs.
         """
-        model, trained, known_by = load_as_set(_load_model, config, sharding, dtype)
-        return cls.build(model, config, trained, sharding, known_by)
+        source = source_of(config)
+        model, trained, known_by = load_as_set(
+            _load_model, source.config, sharding, dtype, merges=source.merged is not None
+        )
+        return cls.build(model, config, trained, sharding, known_by, source)
 
     @classmethod
     def build(
@@ -72,9 +77,12 @@ class Scorer(Backbone):
         dtype: torch.dtype | None = None,
         sharding: Sharding | None = None,
         known_by: PreTrainedModel | None = None,
+        source: Source[BackboneConfig] | None = None,
     ) -> Self:
         """As :meth:`load`, from a model in memory, to be converted to a dtype as it is divided;
-        known by another one if it is quantised."""
+        known by another one if it is quantised; and with what its path has said of its adapter."""
+        source = source or Source(config)
+        config, merged = source.config, source.merged
         head = getattr(model, "score", None)
         if not isinstance(head, nn.Linear) or model.base_model is model:
             raise InputError(
@@ -87,7 +95,12 @@ class Scorer(Backbone):
                 "is one: take another model."
             )
         base = fingerprint((known_by or model).base_model, dtype, config.quantize)
-        own = {id(p): dtype for p in model.base_model.parameters()}
+        wide: set[int] = set()
+        if merged is not None:
+            wide = merge(model, merged, config.setting)
+            base += f"+{merged.fingerprint}"
+        own = {id(p): None if id(p) in wide else dtype for p in model.base_model.parameters()}
+        here = {id(tensor) for _, tensor in tensors(model)}
         head.to(torch.promote_types(head.weight.dtype, torch.float32))
         head.register_forward_pre_hook(_cast_to_head)
         if config.adapter is not None:
@@ -95,7 +108,8 @@ class Scorer(Backbone):
             # For a task PEFT would wrap model and head in its own way.
             adapter.task_type = None
             config = dataclasses.replace(config, adapter=adapter)
-        adapted = adapt(model, config, head)
+        adapted, originals = adapt(model, config, head, source.goes_on)
+        added = [name for name, tensor in tensors(model) if id(tensor) not in here]
         if model.score is not head:
             raise InputError(
                 "backbone.adapter: an adapter on the score head is not supported, which trains "
@@ -114,6 +128,8 @@ class Scorer(Backbone):
         if sharding is not None:
             assert dtype is not None
             scorer.divide(own, dtype, sharding, apart)
+        # Nothing refers to how it started but a base that it was taken out of.
+        scorer.remember_start(added, not originals, originals, config.setting)
         return scorer
 
     @in_compute_dtype

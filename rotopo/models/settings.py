@@ -22,7 +22,10 @@ class BackboneConfig:
 
     Args:
         path: a model's name on the Hub, a folder, a GGUF file, or ``package:PACKAGE/FILE`` for
-            one of these inside an installed Python package.
+            one of these inside an installed Python package; or the folder of an adapter that PEFT
+            or ``rotopo export`` wrote, or of a run of ``rotopo fit`` that trained one. Without
+            ``adapter`` that adapter goes on training, and the reference is what it was at the
+            start; with one it is merged into its base first, and the new one is put on top.
         adapter: any PEFT adapter by class path, e.g. ``rotopo.rotation.RotationConfig`` or
             ``peft.LoraConfig``; None trains every weight of the model. Where an adapter takes
             ``modules_to_save`` or ``trainable_token_indices`` (for tokens that were added to the
@@ -59,6 +62,8 @@ class BackboneConfig:
             :mod:`rotopo.models.router`.
         trust_remote_code: run the Python code that the model's folder brings along. Only for a
             model whose code you have read, or whose author you trust.
+        base_path: the base model of an adapter at ``path``, where its folder does not name it, or
+            it has moved since.
     """
 
     setting: ClassVar[str] = "backbone"  # what messages call it
@@ -73,6 +78,7 @@ class BackboneConfig:
     quantize: Quantization | None = None
     router_loss: float | None = None
     trust_remote_code: bool = False
+    base_path: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,12 +94,16 @@ class PolicyConfig(BackboneConfig):
             from a batch of other pairs; so margins before training are near 0, not at 0.
         reference_cache: folder of the cache; None is one for each model in $ROTOPO_CACHE or
             ~/.cache/rotopo.
+        reference_path: another model, or adapter, as the reference, with the same tokens; as
+            ``path``. With a cached reference it is in memory only while the cache is filled. None
+            is the policy as it is before the first step.
     """
 
     setting: ClassVar[str] = "policy"
 
     reference: ReferenceMode = "online"
     reference_cache: str | None = None
+    reference_path: str | None = None
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,10 @@ def module_of(model: Path, kind=DPO):
     torch.manual_seed(1)
     adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     policy = PolicyConfig(path=str(model), adapter=adapter, dtype="float64")
-    return kind(beta=30.0, policy=policy)
+    module = kind(beta=30.0, policy=policy)
+    module.configure_model()
+    module.policy.start = None  # as if the adapter had been trained to its random values
+    return module
 
 
 def run_test(

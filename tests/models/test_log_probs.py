@@ -26,7 +26,9 @@ def policy() -> Policy:
     torch.manual_seed(0)
     adapter = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     config = PolicyConfig(path="", adapter=adapter)
-    return Policy.build(make("llama"), config, needs_reference=True).eval()
+    policy = Policy.build(make("llama"), config, needs_reference=True).eval()
+    policy.start = None  # as if the adapter had been trained to its random values
+    return policy
 
 
 def log_p(policy: Policy, row: TokenizedRow, response: list[int]) -> torch.Tensor:

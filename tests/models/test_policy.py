@@ -36,7 +36,9 @@ def lora(family: str, **settings) -> LoraConfig:
 def policy_of(family: str, adapter=None, **settings) -> Policy:
     torch.manual_seed(1)
     config = PolicyConfig(path="", adapter=adapter)
-    return Policy.build(make(family, **settings), config, needs_reference=True)
+    policy = Policy.build(make(family, **settings), config, needs_reference=True)
+    policy.start = None  # as if the adapter had been trained to its random values
+    return policy
 
 
 def dpo_loss(log_probs: PairLogProbs) -> torch.Tensor:

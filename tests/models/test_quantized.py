@@ -194,7 +194,6 @@ def dequantised_twin(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 SMALL = {
-    peft.AdaLoraConfig: {"total_step": 10},
     peft.BOFTConfig: {"boft_block_size": 4},
     peft.IA3Config: {"feedforward_modules": []},
     peft.OFTConfig: {"oft_block_size": 4},

@@ -19,7 +19,9 @@ def policy(tiny_tokenizer) -> Policy:
     torch.manual_seed(0)
     model = make("llama", torch.float32, vocab_size=len(tiny_tokenizer))
     adapter = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
-    return Policy.build(model, PolicyConfig(adapter=adapter), needs_reference=True)
+    policy = Policy.build(model, PolicyConfig(adapter=adapter), needs_reference=True)
+    policy.start = None  # as if the adapter had been trained to its random values
+    return policy
 
 
 @pytest.fixture

@@ -166,6 +166,7 @@ def test_bcos_shift_moves_with_the_optimisers_steps():
         return next(batches)
 
     policy.router = None
+    policy.starts_at_reference = False
     objective.policy = policy
     shifts = []
     for i in range(4):

@@ -72,6 +72,8 @@ def encode(
 def moved_policy(model: PreTrainedModel, adapter: PeftConfig | None) -> Policy:
     """A policy away from its reference."""
     policy = Policy.build(copy.deepcopy(model), PolicyConfig("", adapter), needs_reference=True)
+    policy.start = None  # as if the adapter had been trained to its random values
+    policy.starts_at_reference = False
     if adapter is None:  # LoRA's random start is away from the reference already
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
