@@ -217,8 +217,8 @@ def adapter_settings(path: str) -> dict[str, Any] | None:
 def base_of_adapter(path: str) -> str | None:
     """The base model that an adapter's folder names; None of other folders, and where it names
     none."""
-    settings = adapter_settings(path)
-    return settings and (settings.get("base_model_name_or_path") or None)
+    settings = adapter_settings(path) or {}
+    return settings.get("base_model_name_or_path") or None
 
 
 def with_tokenizer(path: str, base_path: str | None = None) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rotopo.data.batch import PairBatch, Role
-from rotopo.models.head import TokenLogProbs
+from rotopo.models.head import Head, TokenLogProbs, token_log_probs
 
 
 @dataclass(frozen=True)
@@ -219,3 +219,26 @@ def pair_log_probs(
         ),
         **optional,
     )
+
+
+def tokens_with_kl(
+    batch: PairBatch, states: Tensor, head: Head, reference: tuple[Tensor, Head], moments: bool
+) -> TokenLogProbs:
+    """All tokens' values, and the KL to the reference of the reference samples' (0 elsewhere)."""
+    sampled = batch.roles[batch.owners] == Role.REFERENCE_SAMPLE
+    N, reference_states, reference_head = len(states), *reference
+    values: dict[str, Tensor] = {}
+    for part, against in (
+        (~sampled, None),
+        (sampled, (reference_states[sampled], reference_head)),
+    ):
+        index = part.nonzero().squeeze(1)
+        found = token_log_probs(
+            states[index], head, batch.targets[index], moments=moments, reference=against
+        )
+        for name in ("log_prob", "sum_squared", "kl"):
+            value = getattr(found, name)
+            if value is not None:
+                whole = values.get(name, value.new_zeros(N))
+                values[name] = whole.index_add(0, index, value)
+    return TokenLogProbs(**values)

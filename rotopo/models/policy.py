@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self, cast, get_args
+from typing import Any, Self, cast
 
 import torch
 from peft import PeftModel
@@ -16,22 +16,23 @@ from rotopo.data.needs import Needs
 from rotopo.errors import InputError
 from rotopo.models.backbone import Backbone, decoder_inputs, hidden_states, rounding, tensors
 from rotopo.models.beside import embeddings
-from rotopo.models.head import Head, TokenLogProbs, token_log_probs
+from rotopo.models.head import Head, token_log_probs
 from rotopo.models.loading import adapt, fingerprint, load_as_set, load_model
-from rotopo.models.log_probs import PairLogProbs, pair_log_probs
+from rotopo.models.log_probs import PairLogProbs, pair_log_probs, tokens_with_kl
 from rotopo.models.merging import merge
 from rotopo.models.mixed_precision import compute_dtype, in_compute_dtype, kept_wide
 from rotopo.models.modes import evaluating
 from rotopo.models.reference import (
     OtherReference,
     fingerprint_of_reference,
-    frozen_copy,
+    reference_for,
+    refuse_modes,
     refuse_other_start,
 )
 from rotopo.models.reference_cache import ReferenceCache
 from rotopo.models.router import RouterLoss
 from rotopo.models.saved_adapter import Source, fingerprint_of, source_of
-from rotopo.models.settings import PolicyConfig, ReferenceMode, Sampling
+from rotopo.models.settings import PolicyConfig, Sampling
 from rotopo.models.sharding import Sharding
 from rotopo.models.starting import starts_as_identity
 from rotopo.pretrained import cache_dir, positions_of
@@ -114,22 +115,10 @@ class Policy(Backbone):
     ) -> Self:
         """As :meth:`load`, from a model in memory, to be converted to a dtype as it is divided;
         known by another one if it is quantised; and with what its path has said of its adapter."""
-        if config.reference not in get_args(ReferenceMode):
-            raise InputError(
-                f"policy.reference is {config.reference!r}: it has to be one of "
-                f"{', '.join(get_args(ReferenceMode))}."
-            )
-        if config.reference_cache and config.reference == "online":
-            raise InputError(
-                "policy.reference_cache is set, but policy.reference is 'online' and uses none: "
-                "set it to 'cached' or 'auto'."
-            )
+        refuse_modes(config)
         source = source or Source(config)
         config, merged = source.config, source.merged
         base = fingerprint(known_by or model, dtype, config.quantize)
-        if merged is not None:
-            merge(model, merged)
-            base += f"+{merged.fingerprint}"
         wide: set[int] = set()
         if merged is not None:
             wide = merge(model, merged, config.setting)
@@ -153,11 +142,8 @@ class Policy(Backbone):
             )
         added = [n for n, t in tensors(model) if id(t) not in own.keys() | buffers]
         reference, other = None, None
-        if needs_reference and config.reference_path is not None and not embeddings(model).is_meta:
-            other = OtherReference(config, narrow or dtype or model.dtype, sharding)
-            reference = other.load()
-        elif needs_reference and (config.adapter is None or config.reference_path is not None):
-            reference = frozen_copy(model, sharding is not None, narrow)
+        if needs_reference:
+            reference, other = reference_for(model, config, narrow or dtype, narrow, sharding)
         if reference is not None:
             adapter = set() if other is None else other.adapter
             own |= {id(p): narrow or dtype for p in reference.parameters() if id(p) not in adapter}
@@ -202,7 +188,7 @@ class Policy(Backbone):
         head = _head(self.language_model)
         if Role.REFERENCE_SAMPLE in needs.roles:
             assert reference is not None, "a KL needs the reference itself, not a cache"
-            tokens = _with_kl(batch, states, head, reference, needs.moments)
+            tokens = tokens_with_kl(batch, states, head, reference, needs.moments)
         else:
             tokens = token_log_probs(states, head, batch.targets, moments=needs.moments)
         return pair_log_probs(batch, tokens, reference_log_probs, needs.roles)
@@ -231,7 +217,8 @@ class Policy(Backbone):
     @contextmanager
     def reference_model(self) -> Iterator[PreTrainedModel]:
         if self.reference is None and self.other_reference is not None:
-            self.reference = self.other_reference.load().to(self.device)
+            self.reference = self.other_reference.load()
+            nn.Module.to(self.reference, self.device)
         with super().reference_model() as model:
             yield model
 
@@ -255,16 +242,10 @@ class Policy(Backbone):
         with evaluating(self.model), self._uncompiled():
             found = self(batch, replace(needs, roles=()))
         cached = self.cache is not None and self.cache.get(batch.keys) is not None
-        model = self.language_model
         # Computed side by side they are equal; a cached one comes from a batch of other rows.
-        share = max(1e-4, 4 * rounding(model, embeddings(model))) if cached else 0.0
-        refuse_other_start(
-            torch.cat([found.chosen, found.rejected]),
-            torch.cat([found.reference_chosen, found.reference_rejected]),
-            torch.cat([found.chosen_length, found.rejected_length]),
-            share,
-            str(self.cache.folder) if cached and self.cache is not None else None,
-        )
+        weight = embeddings(self.language_model)
+        share = max(1e-4, 4 * rounding(self.language_model, weight)) if cached else 0.0
+        refuse_other_start(found, share, self.cache if cached else None)
 
     def open_cache(self, folder: str | None = None, precision: str = "") -> ReferenceCache:
         """The reference's log-probs on disk, which :meth:`forward` reads from then on.
@@ -336,8 +317,9 @@ class Policy(Backbone):
         # The layers' copies too: they are made once rather than for every token.
         copies = nullcontext() if self.masters is None else self.masters.replaced(layers=True)
         chosen = self.reference_model() if reference else nullcontext(self.language_model)
+        model: Any
         with chosen as model, evaluating(model), self._uncompiled(), copies:
-            output: Any = model.generate(
+            output = model.generate(
                 input_ids=prompts.input_ids,
                 attention_mask=prompts.attention_mask,
                 max_new_tokens=sampling.max_new_tokens,
@@ -384,29 +366,6 @@ class Policy(Backbone):
                     else "Its output head seems to do more than multiply."
                 )
             )
-
-
-def _with_kl(
-    batch: PairBatch, states: Tensor, head: Head, reference: tuple[Tensor, Head], moments: bool
-) -> TokenLogProbs:
-    """All tokens' values, and the KL to the reference of the reference samples' (0 elsewhere)."""
-    sampled = batch.roles[batch.owners] == Role.REFERENCE_SAMPLE
-    N, reference_states, reference_head = len(states), *reference
-    values: dict[str, Tensor] = {}
-    for part, against in (
-        (~sampled, None),
-        (sampled, (reference_states[sampled], reference_head)),
-    ):
-        index = part.nonzero().squeeze(1)
-        found = token_log_probs(
-            states[index], head, batch.targets[index], moments=moments, reference=against
-        )
-        for name in ("log_prob", "sum_squared", "kl"):
-            value = getattr(found, name)
-            if value is not None:
-                whole = values.get(name, value.new_zeros(N))
-                values[name] = whole.index_add(0, index, value)
-    return TokenLogProbs(**values)
 
 
 def _head(model: PreTrainedModel) -> Head:

@@ -4,16 +4,19 @@ import copy
 import hashlib
 import json
 from dataclasses import replace
+from typing import get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from rotopo.errors import InputError
 from rotopo.models.loading import adapt, fingerprint, load_as_set, load_model
+from rotopo.models.log_probs import PairLogProbs
 from rotopo.models.mixed_precision import narrowed
+from rotopo.models.reference_cache import ReferenceCache
 from rotopo.models.saved_adapter import fingerprint_of, source_of
-from rotopo.models.settings import PolicyConfig
+from rotopo.models.settings import PolicyConfig, ReferenceMode
 from rotopo.models.sharding import Sharding
 from rotopo.pretrained import load_tokenizer
 
@@ -92,53 +95,81 @@ def fingerprint_of_reference(model: PreTrainedModel, weights: str, dtype: torch.
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
 
-def frozen_copy(
-    model: PreTrainedModel, sharing: bool, dtype: torch.dtype | None
-) -> PreTrainedModel:
-    """A model as it is now.
+def refuse_modes(config: PolicyConfig) -> None:
+    """Refuse settings of the reference that do not go together.
+
+    Raises:
+        InputError: a mode that there is not, or a folder for a cache that is not used.
+    """
+    if config.reference not in get_args(ReferenceMode):
+        raise InputError(
+            f"policy.reference is {config.reference!r}: it has to be one of "
+            f"{', '.join(get_args(ReferenceMode))}."
+        )
+    if config.reference_cache and config.reference == "online":
+        raise InputError(
+            "policy.reference_cache is set, but policy.reference is 'online' and uses none: "
+            "set it to 'cached' or 'auto'."
+        )
+
+
+def reference_for(
+    model: PreTrainedModel,
+    config: PolicyConfig,
+    dtype: torch.dtype | None,
+    narrow: torch.dtype | None,
+    sharding: Sharding | None,
+) -> tuple[PreTrainedModel | None, OtherReference | None]:
+    """The reference of a policy that has one of its own, and what it is of where settings name it:
+    a copy of a model whose every weight trains. Else it follows from the adapter.
 
     Args:
-        model: without an adapter.
-        sharing: share its weights, as two that are mapped to one file do.
-        dtype: of the copy's weights; None leaves them.
+        model: the policy's, before the first step.
+        config: its settings.
+        dtype: of another model's weights; None takes the policy's.
+        narrow: of a copy's weights; None leaves them.
+        sharding: how it is to be divided among ranks.
     """
+    if config.reference_path is not None and model.device.type != "meta":
+        other = OtherReference(config, dtype or model.dtype, sharding)
+        return other.load(), other
+    if config.adapter is not None and config.reference_path is None:
+        return None, None
     weights: dict[int, nn.Parameter] = {}
-    if sharing:
+    if sharding is not None:  # share them, as two models that are mapped to one file do
         weights = {id(p): nn.Parameter(p.detach()) for p in model.parameters()}
-    elif dtype is not None:
-        weights = narrowed(model, dtype)
+    elif narrow is not None:
+        weights = narrowed(model, narrow)
     reference = copy.deepcopy(model, weights)
     reference.requires_grad_(False).eval()
-    return reference
+    return reference, None
 
 
-def refuse_other_start(
-    policy: Tensor, reference: Tensor, tokens: Tensor, rounding: float, cache: str | None
-) -> None:
+def refuse_other_start(found: PairLogProbs, rounding: float, cache: ReferenceCache | None) -> None:
     """Compare a policy before its first step with its reference, which are one model.
 
     Args:
-        policy: log-probs of some responses [S].
-        reference: the same under the reference [S].
-        tokens: of each response [S].
+        found: their log-probs of some rows.
         rounding: what a log-prob may differ by as a share of its size, where they were not computed
             side by side.
-        cache: the folder that the reference's come from, if they do.
+        cache: where the reference's come from, if they do.
 
     Raises:
         InputError: they are not one model.
     """
-    difference = (policy - reference).abs().sum() / tokens.sum()
-    if not difference <= rounding * policy.abs().sum() / tokens.sum():
-        advice = "policy and reference should be one model there: please report this"
+    ratios = found.chosen_log_ratio.abs() + found.rejected_log_ratio.abs()
+    size = found.chosen.abs() + found.rejected.abs()
+    if not ratios.sum() <= rounding * size.sum():
+        advice = "they should be one model there: please report this"
         if cache is not None:
             advice = (
-                f"the values in {cache} are not this model's: remove that folder, and they are "
-                "computed again"
+                f"the values in {cache.folder} are not this model's: remove that folder, and they "
+                "are computed again"
             )
+        tokens = (found.chosen_length + found.rejected_length).sum()
         raise InputError(
-            f"policy.reference: before the first step, policy and reference differ by "
-            f"{difference:.3g} nats a token; {advice}."
+            "policy.reference: before the first step, policy and reference differ by "
+            f"{ratios.sum() / tokens:.3g} nats a token; {advice}."
         )
 
 

@@ -3,6 +3,7 @@ the adapter that goes on training or is merged into it."""
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Self, TypeVar
 
@@ -166,13 +167,14 @@ def source_of(config: Config) -> Source[Config]:
     return Source(base, merged=saved)
 
 
-def fingerprint_of(config: PeftConfig, tensors: dict[str, Tensor]) -> str:
+def fingerprint_of(config: PeftConfig, tensors: Mapping[str, Tensor]) -> str:
     """A short hash of an adapter: what its configuration says of the function, and its values."""
     said = {k: v for k, v in config.to_dict().items() if k not in _BOOKKEEPING}
     digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=_plain).encode())
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        flat = value.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

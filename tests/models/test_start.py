@@ -157,19 +157,11 @@ def own_log_prob(model, row: TokenizedRow, k: int) -> torch.Tensor:
 
 QUICK = ["lora", "pissa", "olora", "dora-pissa", "HRA", "FOURIERFT", "VERA", "ROTATION"]
 # No layers of their own, refused by name, or among LORA.
-ELSEWHERE = {
-    "ADAPTION_PROMPT",
-    "POLY",
-    "SHADOW",
-    "ADALORA",
-    "LORA",
-    "LN_TUNING",
-    "TRAINABLE_TOKENS",
-}
+ELSEWHERE = "ADAPTION_PROMPT POLY SHADOW ADALORA LORA LN_TUNING TRAINABLE_TOKENS"
 EVERY = [*LORA] + [
     name
     for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()
-    if (name := str(getattr(kind, "value", kind))) not in ELSEWHERE
+    if (name := str(getattr(kind, "value", kind))) not in ELSEWHERE.split()
     and "target_modules" in inspect.signature(config).parameters
 ]
 
