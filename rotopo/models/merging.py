@@ -22,7 +22,9 @@ class WideLinear(nn.Linear):
     """A linear layer whose weight is wider than what it is given and what it returns."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input.to(self.weight.dtype), self.weight, self.bias).to(input.dtype)
+        wide = self.weight.dtype
+        bias = None if self.bias is None else self.bias.to(wide)
+        return F.linear(input.to(wide), self.weight, bias).to(input.dtype)
 
 
 @torch.no_grad()

@@ -95,6 +95,8 @@ class Fit:
         optimizer = settings.pop("optimizer", lambda p: torch.optim.SGD(p, 0.1))
         self.module = DPO(0.3, policy=policy, optimizer=optimizer)
         self.losses: list[float] = []
+        self.seen: list[list[int]] = []  # rows of each step
+        self.first: dict[str, torch.Tensor] = {}  # what trains, before the first step
         self.keeper = ModelCheckpoint(
             folder / f"kept-{settings.pop('name', 'run')}", every_n_train_steps=1, save_top_k=-1
         )
@@ -118,6 +120,10 @@ class Fit:
         original = self.module._step
 
         def seen(batch):
+            if not self.seen:
+                own = self.module.policy.model.named_parameters()
+                self.first = {n: p.detach().clone() for n, p in own if p.requires_grad}
+            self.seen.append(batch.rows.tolist())
             output = original(batch)
             self.losses.append(float(output["loss"].detach()))
             return output
