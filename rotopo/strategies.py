@@ -190,6 +190,11 @@ class FSDP1Strategy(FSDPStrategy):
                 "tokens, that the adapter trains (modules_to_save, trainable_token_indices) from "
                 "where they are read: take configs/strategies/fsdp2.yaml or ddp.yaml."
             )
+        if module.backbone.start is not None:
+            raise InputError(
+                "trainer.strategy: FSDPStrategy cannot go back to where the adapter started, which "
+                "is the reference here: take configs/strategies/fsdp2.yaml or ddp.yaml."
+            )
         if getattr(module.language_model, "is_loaded_in_8bit", False):
             raise InputError(
                 "trainer.strategy: FSDPStrategy cannot divide weights of 8 bits, only of 4: set "

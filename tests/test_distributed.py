@@ -18,6 +18,8 @@ from tests.test_training import CHECKPOINTS, last_checkpoint
 
 ROTATION = ["--model.policy.adapter=rotopo.rotation.RotationConfig"]
 LORA = ["--model.policy.adapter.lora_dropout=0"]
+PISSA = [*LORA, "--model.policy.adapter.init_lora_weights=pissa"]
+RANDOM = [*LORA, "--model.policy.adapter.init_lora_weights=orthogonal"]
 REWARD = [
     "--model=rotopo.reward.RewardModule",
     "--model.centering=0.1",
@@ -43,6 +45,7 @@ OBJECTIVES = {
     "cached reference": [*LORA, "--model.policy.reference=cached"],
     "geometry": [*LORA, "--trainer.callbacks+=rotopo.callbacks.Geometry"],
     "geometry of all weights": [*FULL, "--trainer.callbacks+=rotopo.callbacks.Geometry"],
+    "the adapter's start as reference": PISSA,
     "4-bit base": [*ROTATION, "--model.policy.quantize=4bit"],
     "8-bit base": [*LORA, "--model.policy.quantize=8bit"],
 }
@@ -162,6 +165,12 @@ def test_fsdp1_and_8_bits_are_refused(config):
 
 
 @pytest.mark.slow
+def test_fsdp1_keeps_no_start(config):
+    with pytest.raises(RuntimeError, match="cannot go back to where the adapter started"):
+        on_ranks(1, *arguments(config, "run", [*PISSA, *ranks("fsdp")]))
+
+
+@pytest.mark.slow
 def test_fsdp1_does_not_compute_in_another_dtype(config):
     with pytest.raises(RuntimeError, match=r"policy\.compute_dtype the policy's weights"):
         on_ranks(1, *arguments(config, "run", [*HALF, *ranks("fsdp")]))
@@ -238,6 +247,9 @@ GOES_ON = [
     ("fsdp2", "ddp", [], HALF),
     ("ddp", "fsdp2", [], HALF),
     ("fsdp2", "fsdp2", SHARED, HALF),
+    ("fsdp2", "one", [], RANDOM),
+    ("one", "fsdp2", [], RANDOM),
+    ("fsdp2", "ddp", SHARED, PISSA),
     ("fsdp", "one", [], ROTATION),
     ("one", "fsdp", [], ROTATION),
     ("fsdp", "fsdp2", [], ROTATION),
@@ -247,6 +259,7 @@ GOES_ON = [
 def name_of(before: str, after: str, form: list[str], options: list[str]) -> str:
     what = "rotation" if options == ROTATION else "full fine-tuning"
     what += " in bfloat16" * (options == HALF)
+    what = {tuple(PISSA): "a moved base", tuple(RANDOM): "a random start"}.get(tuple(options), what)
     return f"{what}: {before}{' in a folder' * bool(form)}, then {after}"
 
 
@@ -272,7 +285,8 @@ def test_a_run_goes_on_elsewhere(config, before, after, form, options):
     start(before, "before")
     (checkpoint,) = (config.parent / "before").rglob("*step=4.ckpt")
     assert checkpoint.is_dir() == bool(form)
-    start(after, "after", f"--ckpt_path={checkpoint}")
+    # Another start of the adapter, for one, were it not the checkpoint's.
+    start(after, "after", f"--ckpt_path={checkpoint}", "--seed_everything=2")
     expected, found = trained(config.parent / "whole"), trained(config.parent / "after")
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=name)
