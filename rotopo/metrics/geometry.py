@@ -22,9 +22,9 @@ from transformers.pytorch_utils import Conv1D
 from rotopo.errors import InputError
 from rotopo.models.sharding import gathered, in_turn
 from rotopo.rotation.givens import Delta
-from rotopo.rotation.tuner import RotationLayer, is_quantised
+from rotopo.rotation.layer import RotationLinear, is_quantised
 
-ROTATING_LAYERS = (RotationLayer, OFTLinear, BOFTLinear, HRALinear)
+ROTATING_LAYERS = (RotationLinear, OFTLinear, BOFTLinear, HRALinear)
 
 
 def orthogonality_errors(model: nn.Module) -> dict[str, float]:
@@ -47,11 +47,11 @@ def orthogonality_errors(model: nn.Module) -> dict[str, float]:
 def orthogonality_error(layer: nn.Module, adapter_name: str = "default", probes: int = 64) -> float:
     """max |RᵀR − I| of an adapter's input rotation, products in float64 so that they add no error.
 
-    For RotationLayer it is round-off by construction: a check. For PEFT's OFT, BOFT and HRA it
+    For RotationLinear it is round-off by construction: a check. For PEFT's OFT, BOFT and HRA it
     says whether their approximation holds (OFT's Cayley–Neumann series drifts at larger norms).
 
     Args:
-        layer: a RotationLayer, or PEFT's linear layer of OFT, BOFT or HRA, of D inputs.
+        layer: a RotationLinear, or PEFT's linear layer of OFT, BOFT or HRA, of D inputs.
         adapter_name: the adapter on that layer.
         probes: exact for D ≤ 1024; beyond, this many columns of RᵀR − I, evenly spaced.
 
@@ -67,7 +67,7 @@ def orthogonality_error(layer: nn.Module, adapter_name: str = "default", probes:
     adapters = getattr(layer, layer.adapter_layer_names[0])
     if adapter_name not in adapters:
         raise InputError(f"The layer has no adapter {adapter_name!r}, only {', '.join(adapters)}.")
-    if isinstance(layer, RotationLayer):
+    if isinstance(layer, RotationLinear):
         delta = Delta(*(None if t is None else _exact(t) for t in adapters[adapter_name]().delta))
         columns = _probe_columns(layer.in_features, probes)
         there_and_back = delta.inverse().rotate(delta.rotate(columns))

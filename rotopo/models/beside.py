@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rotopo.errors import InputError
-from rotopo.rotation.tuner import is_quantised
+from rotopo.rotation.layer import is_quantised
 
 
 def original(module: nn.Module) -> nn.Module:

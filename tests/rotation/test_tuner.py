@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rotopo.errors import InputError
 from rotopo.metrics.geometry import cosine_gram, hyperspherical_energy
-from rotopo.rotation import RotationConfig, RotationLayer
+from rotopo.rotation import RotationConfig, RotationLinear
 from rotopo.rotation.givens import _tree_indices
 from tests.rotation.reference import givens_product, reflections, shifted
 
@@ -59,11 +59,11 @@ def layer_of(
     random: bool = True,
     bias: bool = True,
     **settings,
-) -> RotationLayer:
+) -> RotationLinear:
     torch.manual_seed(D)
     model = OneLayer(linear_of(D, out, dtype, kind, bias))
     get_peft_model(model, RotationConfig(target_modules=["linear"], **settings))
-    assert isinstance(model.linear, RotationLayer)
+    assert isinstance(model.linear, RotationLinear)
     if random:
         randomise(model)
     return model.linear
@@ -77,7 +77,7 @@ def randomise(model: nn.Module, seed: int = 0, size: float = 0.5) -> None:
                 p.add_(size * torch.randn(p.shape, generator=generator, dtype=p.dtype))
 
 
-def matrix_of(layer: RotationLayer, adapter: str = "default") -> tuple[Tensor, Tensor]:
+def matrix_of(layer: RotationLinear, adapter: str = "default") -> tuple[Tensor, Tensor]:
     """Rᵀ and s of an adapter, from its parameters by explicit products."""
     rotation = layer.rotation_adapter[adapter]
     R_t = torch.eye(layer.in_features, dtype=torch.float64)
@@ -92,7 +92,7 @@ def matrix_of(layer: RotationLayer, adapter: str = "default") -> tuple[Tensor, T
     return R_t, s if rotation.magnitude is None else 1 + rotation.magnitude.detach().double()
 
 
-def base_weight(layer: RotationLayer) -> Tensor:
+def base_weight(layer: RotationLinear) -> Tensor:
     weight = layer.base_layer.weight.detach()
     return weight.T if isinstance(layer.base_layer, Conv1D) else weight
 
@@ -344,7 +344,7 @@ def test_merge_and_unload_gives_the_plain_model(variant: str):
     randomise(model)
     expected = logits(model)
     merged = model.merge_and_unload()
-    assert not any(isinstance(module, RotationLayer) for module in merged.modules())
+    assert not any(isinstance(module, RotationLinear) for module in merged.modules())
     assert {type(m) for m in merged.modules()} == {type(m) for m in tiny_llama().modules()}
     torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-6)
 
@@ -458,7 +458,7 @@ def test_gpt2():
     base = AutoModelForCausalLM.from_config(config).double().eval()
     expected = logits(base)
     model = get_peft_model(base, RotationConfig(target_modules=["c_attn"]))
-    assert isinstance(model.base_model.model.transformer.h[0].attn.c_attn, RotationLayer)
+    assert isinstance(model.base_model.model.transformer.h[0].attn.c_attn, RotationLinear)
     assert torch.equal(logits(model), expected)
     randomise(model)
     rotated = logits(model)
@@ -571,7 +571,7 @@ def test_a_target_that_matches_nothing_is_named():
 
 def test_all_linear_leaves_the_head_alone():
     model = get_peft_model(tiny_llama(), RotationConfig(target_modules="all-linear"))
-    assert isinstance(model.base_model.model.model.layers[0].mlp.up_proj, RotationLayer)
+    assert isinstance(model.base_model.model.model.layers[0].mlp.up_proj, RotationLinear)
     assert isinstance(model.base_model.model.lm_head, nn.Linear)
 
 
