@@ -1,10 +1,16 @@
 """Each run has a folder of its own, and writes over nothing of another's."""
 
 import hashlib
+import json
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
+from types import ModuleType
+from typing import Any
+from unittest.mock import MagicMock
 
+import lightning.pytorch.loggers.wandb
 import pandas as pd
 import pytest
 import torch
@@ -13,9 +19,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rotopo.cli import run
 from rotopo.errors import InputError
+from rotopo.export.command import export
 from rotopo.export.run_folder import choose_checkpoint
 from rotopo.run.folder import RunFolder, root_of
 from rotopo.run.keeping import flatten_names
+from tests.ranks import on_ranks, strategy
 from tests.small_run import save_config
 
 SHORT = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=0"]
@@ -87,6 +95,8 @@ def test_whatever_the_loggers_a_run_is_in_its_folder(config, tmp_path, given):
         own = tmp_path / "lightning_logs" / "version_0"
         expected, found = (pd.read_csv(f / "metrics.csv") for f in (folder, own))
         assert expected["train/loss"].equals(found["train/loss"])
+    if given == "list":
+        return
     before = contents(folder)
     for n, command in enumerate(("validate", "test", "predict"), 1):
         cli = run([command, f"--config={config}", f"--ckpt_path={file}", *options])
@@ -175,5 +185,103 @@ def _error(choose, run_folder: Path, kept: Path) -> str:
 
 
 def test_two_settings_that_would_write_over_checkpoints_are_refused(message, tmp_path):
-    keeper = f"{{class_path: ModelCheckpoint, init_args: {{dirpath: {tmp_path / 'kept'}, enable_version_counter: false}}}}"
+    settings = f"dirpath: {tmp_path / 'kept'}, enable_version_counter: false"
+    keeper = f"{{class_path: ModelCheckpoint, init_args: {{{settings}}}}}"
     assert "leave one of the two out" in message(f"--trainer.callbacks=[{keeper}]")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("starter", ["torchrun", "srun"])
+def test_ranks_share_one_folder(config, tmp_path, starter):
+    options = [*SHORT, *strategy("ddp"), "--trainer.logger=false"]
+    for n in range(2):
+        on_ranks(2, "fit", f"--config={config}", *options, starter=starter)
+        found = {path.name for path in (tmp_path / "runs").iterdir()} - {".slurm"}
+        assert found == {f"version_{i}" for i in range(n + 1)}
+        folder = tmp_path / "runs" / f"version_{n}"
+        assert {path.name for path in folder.iterdir()} == WHOLE
+        assert len(list((folder / "checkpoints").iterdir())) == 1
+
+
+# Weights & Biases
+
+
+@pytest.fixture
+def wandb(monkeypatch) -> list[dict[str, Any]]:
+    """A stand-in for the package: what its runs were begun with, and what was logged to each."""
+    begun: list[dict[str, Any]] = []
+
+    class Run:
+        def __init__(self, **settings):
+            self.settings, self.logged = settings, []
+            self.id = settings["id"] or f"id{len(begun)}"
+            self.config = MagicMock()
+            begun.append(
+                {"id": self.id, "logged": self.logged, **settings, "given": settings["id"]}
+            )
+
+        def log(self, values):
+            self.logged.append(values)
+
+    module, lib, runs = (ModuleType(n) for n in ("wandb", "wandb.sdk.lib", "wandb.wandb_run"))
+    module.run, module.init = None, Run
+    lib.RunDisabled, runs.Run = type("RunDisabled", (), {}), Run
+    for name, one in (("wandb", module), ("wandb.sdk.lib", lib), ("wandb.wandb_run", runs)):
+        monkeypatch.setitem(sys.modules, name, one)
+    monkeypatch.setattr(lightning.pytorch.loggers.wandb, "_WANDB_AVAILABLE", True)
+    monkeypatch.setenv("WANDB_MODE", "offline")  # which the logger sets
+    return begun
+
+
+WANDB = ["--trainer.logger=WandbLogger", "--trainer.logger.offline=true"]
+
+
+def test_wandb_goes_on_under_its_id(config, wandb):
+    folder = fit(config, *SHORT, *WANDB)
+    assert {path.name for path in folder.iterdir()} == WHOLE
+    (file,) = (folder / "checkpoints").iterdir()
+    resumed = fit(config, *WANDB, f"--ckpt_path={file}")
+    settings = yaml.safe_load((resumed / "config.yaml").read_text())
+    assert settings["trainer"]["logger"]["init_args"]["id"] == "id0"
+    (last,) = (resumed / "checkpoints").iterdir()
+    longer = "--trainer.max_epochs=3"
+    fit(config, *WANDB, longer, "--trainer.logger.id=mine", f"--ckpt_path={last}")
+    assert [one["given"] for one in wandb] == [None, "id0", "mine"]
+    assert {one["resume"] for one in wandb} == {"allow"}
+    assert all(any("train/loss" in values for values in one["logged"]) for one in wandb)
+
+
+def test_each_of_several_goes_on_under_its_own(config, tmp_path, wandb):
+    a, b = (f"{{class_path: WandbLogger, init_args: {{project: {name}}}}}" for name in "ab")
+    table = f"{{class_path: CSVLogger, init_args: {{save_dir: {tmp_path}}}}}"
+    several = f"--trainer.logger=[{a}, {table}, {b}]"
+    (file,) = (fit(config, *SHORT, several) / "checkpoints").iterdir()
+    fit(config, several, f"--ckpt_path={file}")
+    assert [(one["project"], one["given"]) for one in wandb] == [
+        ("a", None),
+        ("b", None),
+        ("a", "id0"),
+        ("b", "id1"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "loggers",
+    [
+        pytest.param(["--trainer.logger=false"], id="none"),
+        pytest.param(WANDB, id="wandb", marks=pytest.mark.slow),
+    ],
+)
+def test_a_second_run_changes_nothing_of_the_firsts_export(config, tmp_path, wandb, loggers):
+    """The second's adapter is of another rank, and its scale another."""
+    first = fit(config, *SHORT, *loggers)
+    export(first, tmp_path / "before" / "out", prompts=2)
+    other = ["--model.policy.adapter.r=2", "--model.beta=0.7", "--seed_everything=5"]
+    second = fit(config, *SHORT, *loggers, *other)
+    assert second != first
+    export(first, tmp_path / "after" / "out", prompts=2)
+    assert contents(tmp_path / "before") == contents(tmp_path / "after")
+    (last,) = (first / "checkpoints").iterdir()
+    export(first, tmp_path / "named" / "out", checkpoint=last, form="adapter", prompts=2)
+    adapter = json.loads((tmp_path / "named" / "out" / "adapter_config.json").read_text())
+    assert adapter["r"] == 4
