@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jsonargparse import Namespace
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -34,7 +33,10 @@ from rotopo.parsing import (
     refuse_ill_typed,
 )
 from rotopo.refusals import Began, Building, in_one_line, naming, refuse_repeated_names, unwrapped
+from rotopo.run import wandb
 from rotopo.run.checkpoints import WholeCheckpointIO, check, disk_is_full, last_good
+from rotopo.run.folder import RunFolder, ToldFolder, loggers_in, refuse_to_replace, root_of
+from rotopo.run.keeping import OwnCheckpoints, flatten_names
 from rotopo.run.slurm import Job, Requeue, take_over
 from rotopo.training import PairwiseModule
 
@@ -108,6 +110,7 @@ class RotopoCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         for name in ("model", "data"):
             refuse_ill_typed(name, self._get(self.config, name))
+        self._go_on_at_wandb()
         # After Lightning's, which build the module and the datamodule.
         self._building = Building(self._settings())
         self.parser.add_instantiator(self._building, object)
@@ -128,6 +131,14 @@ class RotopoCLI(LightningCLI):
         path = self._settings().get("ckpt_path")
         if path and Path(path).exists() and self.datamodule.encoder.template.reads_clock:
             self.datamodule.take_clock(check(Path(path)))
+
+    def _go_on_at_wandb(self) -> None:
+        """Have W&B's loggers go on with the run of the checkpoint's fit."""
+        path = self._settings().get("ckpt_path")
+        if self.config.subcommand == "fit" and path and Path(path).exists():
+            loggers = wandb.settings_of(self._settings().trainer.logger)
+            if loggers:
+                wandb.go_on(loggers, check(Path(path)))
 
     def _settings(self) -> Namespace:
         return self.config[self.config.subcommand]
@@ -166,7 +177,7 @@ class RotopoCLI(LightningCLI):
         settings = self.config.clone()
         for size in ("devices", "num_nodes"):  # may be what SLURM has given this time
             settings.fit.trainer.pop(size)
-        root = Path(self.config.fit.trainer.default_root_dir or "runs")
+        root = root_of(self.config.fit.trainer.default_root_dir)
         return Job.of_command(number, root, self.parser.dump(settings, skip_validation=True))
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -195,22 +206,25 @@ class RotopoCLI(LightningCLI):
             raise disk_is_full(None, full, folder and Path(folder)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """TensorBoard and CSV in ``default_root_dir/version_N`` unless loggers are given;
+        """A folder of the run's own, ``default_root_dir/version_N``, whatever loggers are given;
         checkpoints written whole, unless ``plugins`` has another way."""
         config = self._get(self.config_init, "trainer")
         given = config.plugins or []
         plugins = given if isinstance(given, list) else [given]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, WholeCheckpointIO()]
+        own = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
+        callbacks = [one for one in own if one is not None]
+        flatten_names(callbacks)
+        kept: list[Callback] = []
         if self.subcommand == "doctor":  # wherever the fit is going to run
             kwargs |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
             kwargs |= {"plugins": None, "logger": False}
-        elif config.logger is None:
-            root = config.default_root_dir or "runs"
-            board = TensorBoardLogger(root, name="")
-            # What a killed run has logged stays, up to a few steps.
-            csv = CSVLogger(root, name="", version=board.version, flush_logs_every_n_steps=5)
-            kwargs["logger"] = [board, csv]
+        else:
+            folder = RunFolder(root_of(config.default_root_dir))
+            kwargs["logger"] = loggers = loggers_in(folder, config.logger)
+            goes_on = bool(self._settings().get("ckpt_path"))
+            kept = [ToldFolder(folder), OwnCheckpoints(callbacks, goes_on), wandb.WandbIds(loggers)]
         for name, least in (
             ("accumulate_grad_batches", 1),
             ("check_val_every_n_epoch", 1),
@@ -224,16 +238,17 @@ class RotopoCLI(LightningCLI):
         if config.val_check_interval == 0:
             raise InputError("trainer.val_check_interval is 0: it has to be above zero.")
         self._began = Began()
-        own = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
         requeue = [Requeue(self._job)] if self._job is not None else []
-        given_ones = (one for one in own if one is not None)
         # The doctor first: what it refuses leaves no settings behind.
-        kwargs["callbacks"] = [DataDoctor(), Monitors(), self._began, *requeue, *given_ones]
+        always = [*kept, DataDoctor(), Monitors(), self._began, *requeue]
+        kwargs["callbacks"] = [*always, *callbacks]
         with naming("trainer", on_purpose=False):
             try:
                 trainer = super().instantiate_trainer(**kwargs)
             except OverflowError as error:
                 raise InputError(f"trainer.devices is {config.devices}: too many.") from error
+        if trainer.is_global_zero:
+            refuse_to_replace(trainer.loggers)
         take_over(trainer, self._job)
         return trainer
 
@@ -256,6 +271,8 @@ def built(command: type[Kind], args: list[str] | None) -> Kind:
     warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
     # The run's folder already holds config.yaml when the CSV logger looks at it.
     warnings.filterwarnings("ignore", "Experiment logs directory")
+    # A fit that goes on keeps its checkpoints in a folder of its own.
+    warnings.filterwarnings("ignore", "The dirpath has changed from")
     # A run without validation is nothing to warn about.
     warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
     # What libraries deprecate in one another is nothing that a user can mend.

@@ -10,6 +10,7 @@ import jsonargparse
 import pytest
 import torch
 import yaml
+from lightning.pytorch.loggers import CSVLogger
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -227,7 +228,8 @@ def test_the_noise_studys_file_goes_on_top_of_lora(build):
         optimizer.step()
         scheduler.step()
         assert scheduler.get_last_lr() == scheduler.base_lrs
-    assert not cli.trainer.loggers
+    (table,) = cli.trainer.loggers
+    assert isinstance(table, CSVLogger)
     assert any(type(c).__name__ == "ModelCheckpoint" for c in cli.trainer.callbacks)
 
 

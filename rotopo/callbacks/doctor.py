@@ -1,7 +1,6 @@
 """The data doctor's checks at the beginning of a fit."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
@@ -12,7 +11,8 @@ from rotopo.data.doctor.examination import Finding
 from rotopo.data.module import PairwiseDataModule
 from rotopo.errors import InputError
 from rotopo.files import to_json, write_whole
-from rotopo.run.lightning import data_if_any
+from rotopo.run.folder import folder_of
+from rotopo.run.lightning import data_if_any, is_trial
 
 
 class DataDoctor(Callback):
@@ -39,9 +39,9 @@ class DataDoctor(Callback):
         if isinstance(found, InputError):
             raise found
         assert found is not None
-        folder = trainer.log_dir  # asked on every rank
-        if trainer.is_global_zero and trainer.logger is not None and folder is not None:
-            write_whole(Path(folder) / "doctor.json", to_json([asdict(f) for f in found]))
+        folder = folder_of(trainer)  # asked on every rank
+        if trainer.is_global_zero and trainer.loggers and not is_trial(trainer):
+            write_whole(folder / "doctor.json", to_json([asdict(f) for f in found]))
         rank_zero_info(render(found, complete=False))
         refused = refusal(found)
         if refused is not None:

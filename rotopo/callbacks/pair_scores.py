@@ -1,6 +1,5 @@
 """What ``rotopo test`` finds out about pairs: metrics, and every pair with its scores."""
 
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,6 +9,7 @@ from rotopo.data.messages import Message, text_of
 from rotopo.files import to_json, to_jsonl, write_whole
 from rotopo.metrics.rewards import RewardMetrics
 from rotopo.models.log_probs import sum_of_role
+from rotopo.run.folder import folder_of
 from rotopo.run.lightning import data_of
 
 _TITLES = {
@@ -87,7 +87,7 @@ class PairScores(Callback):
         for name in _TITLES:
             if found[name] is not None:
                 pl_module.log(f"test/{name}", found[name])
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on every rank
+        folder = folder_of(trainer)  # asked on every rank
         lines = self._lines(trainer)
         if trainer.is_global_zero:
             write_whole(folder / "test_pairs.jsonl", to_jsonl(lines))

@@ -9,6 +9,7 @@ from rotopo.callbacks.measured import Measured
 from rotopo.errors import InputError
 from rotopo.files import to_json, write_whole
 from rotopo.metrics.perplexity import perplexity
+from rotopo.run.folder import folder_of
 from rotopo.run.lightning import data_of
 
 
@@ -61,6 +62,6 @@ class Perplexity(Callback):
         for name in ("perplexity", "reference_perplexity"):
             if name in found:
                 pl_module.log(f"test/{name}", found[name])
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on every rank
+        folder = folder_of(trainer)  # asked on every rank
         if trainer.is_global_zero:
             write_whole(folder / "perplexity.json", to_json(found))

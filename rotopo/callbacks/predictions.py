@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from rotopo.errors import InputError
 from rotopo.files import to_jsonl, write_whole
+from rotopo.run.folder import folder_of
 from rotopo.run.lightning import data_of
 
 
@@ -95,7 +96,7 @@ class PredictionWriter(Callback):
         )
         data = data_of(trainer)
         name = "responses.jsonl" if data.score is None else "scores.jsonl"
-        target = self.path or Path(trainer.log_dir or trainer.default_root_dir) / name
+        target = self.path or folder_of(trainer) / name
         trainer.strategy.barrier()
         if not trainer.is_global_zero:
             self.part.close()

@@ -10,7 +10,6 @@ of rounds are [ours], for the paper's were not found:
 - The next round trains on what was kept and accepted, with the optimiser carried over.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from rotopo.robust.decisions import Decision, write
 from rotopo.robust.resampling import NewPair, Resampling, check, resample
 from rotopo.robust.scoring import require_pairs, score
 from rotopo.robust.selection import keep, n_kept, threshold
+from rotopo.run.folder import folder_of
 from rotopo.run.lightning import data_of, remake_loaders_every_epoch
 
 
@@ -191,6 +191,6 @@ class Alternation(Callback):
         rank_zero_info(text + ".")
 
     def _write(self, trainer: Trainer) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "rounds"  # on every rank
+        folder = folder_of(trainer) / "rounds"  # on every rank
         if self.decisions and trainer.is_global_zero:
             write(self.decisions, data_of(trainer), self.rho, folder)

@@ -2,6 +2,8 @@
 
 import signal
 import threading
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
@@ -78,10 +80,20 @@ class Interruption(Callback):
         again = requeue is not None and any_rank(self.asked == requeue.signal > 0, all=False)
         folder = kept_in(trainer)
         if folder is not None:
-            trainer.save_checkpoint(f"{folder}/last-interrupted.ckpt")
+            trainer.save_checkpoint(trainer.strategy.broadcast(_free_name(folder)))
         if not (again and requeue):
             raise SIGTERMException(128 + signal.SIGTERM)
         if trainer.is_global_zero:
             requeue.job.queue_again()
         trainer.strategy.barrier()  # SLURM may end all ranks when one has ended
         raise SIGTERMException(128 + requeue.signal)
+
+
+def _free_name(folder: str) -> str:
+    """Another one than that of an earlier start, in a folder that several starts keep theirs in."""
+    name = file = f"{folder}/last-interrupted"
+    for version in count(1):
+        if not Path(f"{file}.ckpt").exists():
+            break
+        file = f"{name}-v{version}"
+    return f"{file}.ckpt"

@@ -8,6 +8,7 @@ pyproject.toml keeps such a release out.
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy
 
@@ -28,6 +29,18 @@ def data_if_any(trainer: Trainer) -> "PairwiseDataModule | None":
 def callbacks_of(trainer: Trainer) -> list[Callback]:
     """The callbacks of a run. Lightning's type has no such attribute; the Trainer does."""
     return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def counts_versions(keeper: ModelCheckpoint) -> bool:
+    """Whether a checkpoint whose name is taken gets another, ``last-v1.ckpt``, and the one that is
+    there stays. Told nowhere else once it is set."""
+    return keeper._enable_version_counter
+
+
+def is_trial(trainer: Trainer) -> bool:
+    """Whether it is ``fast_dev_run``, of which nothing is logged or kept. Lightning's type has no
+    such attribute; the Trainer does."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:

@@ -17,6 +17,7 @@ import lightning.fabric
 import lightning.pytorch
 import pytest
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -30,6 +31,7 @@ PRIVATE = {
         "_combined_loader": _FitLoop,
         "_data_fetcher": _FitLoop,
         "_data_parallel_size": ModelParallelStrategy,
+        "_enable_version_counter": ModelCheckpoint,
         "_process_group_backend": ModelParallelStrategy,
         "_should_check_val_epoch": _TrainingEpochLoop,
         "_should_check_val_fx": _TrainingEpochLoop,
