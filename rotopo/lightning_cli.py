@@ -1,6 +1,7 @@
 """The commands that run on a Trainer: LightningCLI with the tokenizer named once, one folder per
 run, safe swaps of class paths, and messages instead of tracebacks."""
 
+import json
 import logging
 import os
 import signal
@@ -34,9 +35,11 @@ from rotopo.parsing import (
 )
 from rotopo.refusals import Began, Building, in_one_line, naming, refuse_repeated_names, unwrapped
 from rotopo.run import wandb
+from rotopo.run.changed import checked, say
 from rotopo.run.checkpoints import WholeCheckpointIO, check, disk_is_full, last_good
 from rotopo.run.folder import RunFolder, ToldFolder, loggers_in, refuse_to_replace, root_of
 from rotopo.run.keeping import OwnCheckpoints, flatten_names
+from rotopo.run.settings import PARTS, for_command, is_file_of_ours, named_checkpoint
 from rotopo.run.slurm import Job, Requeue, take_over
 from rotopo.training import PairwiseModule
 
@@ -85,7 +88,13 @@ class RotopoTrainer(Trainer):
 
 
 class RotopoCLI(LightningCLI):
-    """LightningCLI with the tokenizer named once, one folder per run, and safe class swaps."""
+    """LightningCLI with the tokenizer named once, one folder per run, and safe class swaps.
+
+    Attributes:
+        settings: all of the run's, as config.yaml has them.
+    """
+
+    _checkpoint: tuple[str, dict[str, Any]] | None = None  # that is named: path and content
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = super().init_parser(**kwargs)
@@ -102,15 +111,36 @@ class RotopoCLI(LightningCLI):
         return {**commands, "doctor": {"model", "datamodule"}}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        args = self._on_checkpoint(sys.argv[1:] if args is None else list(args))
         with in_one_line(), naming("the settings", on_purpose=False):
             super().parse_arguments(parser, args)
         for file in self._settings().get("config") or []:
-            refuse_repeated_names(Path(file.absolute))
+            if file is not None:  # a checkpoint's settings
+                refuse_repeated_names(Path(file.absolute))
+
+    def _on_checkpoint(self, args: list[str]) -> list[str]:
+        """The command line, behind the settings of the checkpoint that it names: a command that
+        uses one builds what it says, and so does a fit that is given no file of settings."""
+        command = args[0] if args else ""
+        path, files = named_checkpoint(args[1:])
+        if command not in self.subcommands() or command == "doctor" or not is_file_of_ours(path):
+            return args
+        there = self._read(path, command)["rotopo"].get("settings")
+        if there is None or (command == "fit" and files):
+            return args
+        return [command, f"--config={json.dumps(for_command(command, there))}", *args[1:]]
+
+    def _read(self, path: str, command: str) -> dict[str, Any]:
+        """A checkpoint without the tensors of a folder, once."""
+        if self._checkpoint is None or self._checkpoint[0] != path:
+            self._checkpoint = path, check(Path(path), resume=command == "fit")
+        return self._checkpoint[1]
 
     def before_instantiate_classes(self) -> None:
         for name in ("model", "data"):
             refuse_ill_typed(name, self._get(self.config, name))
         self._go_on_at_wandb()
+        self._compare()
         # After Lightning's, which build the module and the datamodule.
         self._building = Building(self._settings())
         self.parser.add_instantiator(self._building, object)
@@ -124,21 +154,29 @@ class RotopoCLI(LightningCLI):
                 failure = self._building.failure or unwrapped(error)
             if failure is not None:  # out here, so that it does not come from what came from it
                 raise failure
-            self._take_clock()
+            self.model.know(self.settings, self._checkpoint is not None)
+            self.datamodule.changed = self._open
+            if self._checkpoint is not None and self.datamodule.encoder.template.reads_clock:
+                self.datamodule.take_clock(self._checkpoint[1])
 
-    def _take_clock(self) -> None:
-        """Have a chat template that writes the time go on with the checkpoint's."""
-        path = self._settings().get("ckpt_path")
-        if path and Path(path).exists() and self.datamodule.encoder.template.reads_clock:
-            self.datamodule.take_clock(check(Path(path)))
+    def _compare(self) -> None:
+        """Compare the settings with those of the checkpoint that was read; say, or refuse."""
+        command = self.config.subcommand
+        dumped = self.parser.dump(self.config, skip_none=False, format="json")
+        self.settings = {k: v for k, v in json.loads(dumped)[command].items() if k in PARTS}
+        self._open: list[str] = []
+        if self._checkpoint is not None:
+            there = self._checkpoint[1]["rotopo"].get("settings")
+            said, still = checked(command, self.settings, there)
+            say(said)
+            self._open = [str(one) for one in still]
 
     def _go_on_at_wandb(self) -> None:
         """Have W&B's loggers go on with the run of the checkpoint's fit."""
-        path = self._settings().get("ckpt_path")
-        if self.config.subcommand == "fit" and path and Path(path).exists():
+        if self.config.subcommand == "fit" and self._checkpoint is not None:
             loggers = wandb.settings_of(self._settings().trainer.logger)
             if loggers:
-                wandb.go_on(loggers, check(Path(path)))
+                wandb.go_on(loggers, self._checkpoint[1])
 
     def _settings(self) -> Namespace:
         return self.config[self.config.subcommand]
@@ -153,7 +191,7 @@ class RotopoCLI(LightningCLI):
         """Refuse a checkpoint that is named and not good before anything else is read; name that
         of a SLURM job which was queued again.
 
-        Settings are the command line's alone: Lightning would take some from the checkpoint.
+        Of a checkpoint's settings ours are taken, and not what Lightning would take.
         """
         command = self.config["subcommand"]
         config = self.config[command]
@@ -162,13 +200,11 @@ class RotopoCLI(LightningCLI):
             self._job.resume()
             if self._job.resumed:
                 config.ckpt_path = str(self._job.resumed)
-                return
         path = config.get("ckpt_path")
-        if command == "doctor":  # which reads none
-            return
-        # Words like last and best have no suffix; what has a protocol is not on this machine.
-        if path and "://" not in path and (Path(path).suffix or Path(path).exists()):
-            check(Path(path), resume=command == "fit")
+        if command != "doctor" and is_file_of_ours(path):  # doctor reads none
+            self._read(path, command)
+        else:
+            self._checkpoint = None
 
     def _job_of_fit(self) -> Job | None:
         number = os.environ.get("SLURM_JOB_ID")

@@ -40,8 +40,14 @@ class _Described(_Parts):
         super().before_instantiate_classes()
 
 
-def parts(config: Path) -> tuple[PairwiseModule, PairwiseDataModule]:
-    """Module and datamodule of a run of ``rotopo fit``, from the ``config.yaml`` in its folder.
+def parts(
+    *files: str | Path,
+) -> tuple[PairwiseModule, PairwiseDataModule, dict[str, Any]]:
+    """Module and datamodule of a run of ``rotopo fit``, and all of its settings.
+
+    Args:
+        files: of settings, or their texts, the later ones before the earlier: a checkpoint's
+            settings as JSON, the ``config.yaml`` in a run's folder.
 
     Raises:
         SystemExit: as :func:`rotopo.lightning_cli.run`.
@@ -49,8 +55,8 @@ def parts(config: Path) -> tuple[PairwiseModule, PairwiseDataModule]:
     # Of the run's own Trainer, and perhaps not possible here.
     without = ("callbacks=null", "strategy=auto", "logger=false", "plugins=null", "profiler=null")
     options = ["--ckpt_path=null", *(f"--trainer.{setting}" for setting in without)]
-    cli = built(_Parts, ["fit", f"--config={config}", *options])
-    return cli.model, cli.datamodule
+    cli = built(_Parts, ["fit", *(f"--config={file}" for file in files), *options])
+    return cli.model, cli.datamodule, cli.settings
 
 
 def described(args: list[str]) -> tuple[PairwiseModule, PairwiseDataModule, Namespace]:

@@ -3,16 +3,66 @@
 import math
 import sys
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from rotopo.callbacks.monitors import follows_metric
 from rotopo.errors import InputError
 from rotopo.refusals import naming
 from rotopo.run.lightning import forget_train_loader
+from rotopo.run.rates import Given
+
+
+class Warmup(LambdaLR):
+    """Linear warm-up from near zero to the optimiser's learning rate, then a decay.
+
+    Args:
+        optimizer: the optimiser.
+        warmup: share of all steps that the warm-up takes.
+        decay: the shape of the rest; ``linear`` and ``cosine`` end at zero.
+        total_steps: optimiser steps in all; None takes the Trainer's number.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup: float = 0.1,
+        decay: Literal["constant", "linear", "cosine"] = "cosine",
+        total_steps: int | None = None,
+    ) -> None:
+        if total_steps is None:
+            raise InputError("Warmup: total_steps is not set and there is no Trainer to ask.")
+        if not 0 <= warmup <= 1:
+            raise InputError(
+                f"model.scheduler.warmup is {warmup}: it is a share of all steps, from 0 to 1."
+            )
+        warm_steps = math.ceil(warmup * total_steps)
+        rest = max(1, total_steps - warm_steps)
+
+        super().__init__(optimizer, _Factor(warm_steps, rest, decay))
+
+
+@dataclass
+class _Factor:
+    """What a warm-up's learning rate is multiplied by; an object, so that checkpoints tell it."""
+
+    warm_steps: int
+    rest: int
+    decay: str
+
+    def __call__(self, step: int) -> float:
+        if step < self.warm_steps:
+            return (step + 1) / (self.warm_steps + 1)
+        done = min(1.0, (step - self.warm_steps) / self.rest)
+        if self.decay == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * done))
+        return 1 - done if self.decay == "linear" else 1.0
 
 
 def configured(
@@ -20,8 +70,8 @@ def configured(
     make_scheduler: LRSchedulerCallable | None,
     parameters: Iterator[tuple[str, Parameter]],
     trainer: Trainer | None,
-) -> dict[str, Any]:
-    """What ``configure_optimizers`` returns.
+) -> tuple[dict[str, Any], Given]:
+    """What ``configure_optimizers`` returns, and what it is made of.
 
     Args:
         make_optimizer: builds an optimiser of groups of parameters.
@@ -34,9 +84,12 @@ def configured(
     """
     if make_optimizer is None:
         raise InputError("model.optimizer is not set: name one, e.g. torch.optim.AdamW.")
-    optimizer = make_optimizer(groups_of(parameters))
+    groups = groups_of(parameters)
+    own = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+    optimizer = make_optimizer(groups)
+    given = Given(_name_of(optimizer), make_optimizer, own)
     if make_scheduler is None:
-        return {"optimizer": optimizer}
+        return {"optimizer": optimizer}, given
     settings = getattr(make_scheduler, "keywords", {})  # of the partial that the CLI makes
     total: dict[str, Any] = {}
     if "total_steps" in settings and settings["total_steps"] is None:
@@ -68,7 +121,19 @@ def configured(
             )
         # So that Lightning leaves it to MetricSchedules.
         config |= {"reduce_on_plateau": True, "frequency": sys.maxsize}
-    return {"optimizer": optimizer, "lr_scheduler": config}
+    given = replace(
+        given,
+        scheduler=_name_of(scheduler),
+        make_scheduler=make_scheduler,
+        follows_metric=follows_metric(scheduler),
+        total_steps=total.get("total_steps", settings.get("total_steps")),
+        from_trainer=bool(total),
+    )
+    return {"optimizer": optimizer, "lr_scheduler": config}, given
+
+
+def _name_of(made: Any) -> str:
+    return f"{type(made).__module__}.{type(made).__qualname__}"
 
 
 def groups_of(parameters: Iterator[tuple[str, Parameter]]) -> list[dict[str, Any]]:

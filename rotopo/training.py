@@ -2,20 +2,19 @@
 
 import hashlib
 import json
-import math
 from abc import abstractmethod
 from collections.abc import Container, Mapping
 from dataclasses import is_dataclass
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 import rotopo
 from rotopo.callbacks.doctor import DataDoctor
@@ -26,8 +25,12 @@ from rotopo.data.module import PairwiseDataModule
 from rotopo.data.needs import Needs
 from rotopo.errors import InputError
 from rotopo.models.outcome import PairOutcome, StepOutput
+from rotopo.optimisers import Warmup as Warmup  # known by this path
 from rotopo.optimisers import configured
 from rotopo.refusals import naming
+from rotopo.run.adapters import configuration
+from rotopo.run.changed import Known, say
+from rotopo.run.fits import refuse_another_model
 from rotopo.run.interruption import Interruption
 from rotopo.run.lightning import (
     callbacks_of,
@@ -35,8 +38,9 @@ from rotopo.run.lightning import (
     trainer_of,
     without_wrappers,
 )
-from rotopo.run.resume import Resumption
-from rotopo.run.steps import check_steps_are_whole, works_in_steps_only
+from rotopo.run.rates import Rates
+from rotopo.run.resume import Resumption, keep_given
+from rotopo.run.steps import check_steps_are_whole
 
 if TYPE_CHECKING:  # else rotopo --help would wait for them
     from transformers import PreTrainedModel
@@ -45,43 +49,6 @@ if TYPE_CHECKING:  # else rotopo --help would wait for them
     from rotopo.models.backbone import Backbone
     from rotopo.models.settings import BackboneConfig
     from rotopo.models.sharding import Sharding
-
-
-class Warmup(LambdaLR):
-    """Linear warm-up from near zero to the optimiser's learning rate, then a decay.
-
-    Args:
-        optimizer: the optimiser.
-        warmup: share of all steps that the warm-up takes.
-        decay: the shape of the rest; ``linear`` and ``cosine`` end at zero.
-        total_steps: optimiser steps in all; None takes the Trainer's number.
-    """
-
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        warmup: float = 0.1,
-        decay: Literal["constant", "linear", "cosine"] = "cosine",
-        total_steps: int | None = None,
-    ) -> None:
-        if total_steps is None:
-            raise InputError("Warmup: total_steps is not set and there is no Trainer to ask.")
-        if not 0 <= warmup <= 1:
-            raise InputError(
-                f"model.scheduler.warmup is {warmup}: it is a share of all steps, from 0 to 1."
-            )
-        warm_steps = math.ceil(warmup * total_steps)
-        rest = max(1, total_steps - warm_steps)
-
-        def factor(step: int) -> float:
-            if step < warm_steps:
-                return (step + 1) / (warm_steps + 1)
-            done = min(1.0, (step - warm_steps) / rest)
-            if decay == "cosine":
-                return 0.5 * (1 + math.cos(math.pi * done))
-            return 1 - done if decay == "linear" else 1.0
-
-        super().__init__(optimizer, factor)
 
 
 def _settings(value: Any) -> Any:
@@ -128,6 +95,8 @@ class PairwiseModule(LightningModule):
         self.scheduler = scheduler
         self.strict_loading = False  # on_load_checkpoint is stricter about what matters
         self._resumption = Resumption()
+        self._rates = Rates()
+        self._known = Known()
         self.row_losses: Tensor | None = None  # of the micro-batch at hand [B]
         self._left_out: Container[int] = ()  # rows that need no prediction
 
@@ -249,7 +218,11 @@ class PairwiseModule(LightningModule):
         return output
 
     def configure_optimizers(self) -> Any:
-        return configured(self.optimizer, self.scheduler, self.named_parameters(), trainer_of(self))
+        made, given = configured(
+            self.optimizer, self.scheduler, self.named_parameters(), trainer_of(self)
+        )
+        self._rates.take(given)
+        return made
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         with naming("model.optimizer"):
@@ -282,36 +255,39 @@ class PairwiseModule(LightningModule):
             "version": rotopo.__version__,
             "base_fingerprint": self.base_fingerprint,
             "shapes": {k: list(v.shape) for k, v in checkpoint["state_dict"].items()},
+            "settings": self._known.settings,
+            "adapter": configuration(self.backbone.model),
+            "optimization": self._rates.save(self.trainer),
         }
         checkpoint["start"] = self.backbone.starting_adapter()
         self._resumption.save(self.trainer, checkpoint)
+
+    def know(self, settings: Mapping[str, Any], compared: bool) -> None:
+        """Know the settings of the run, for checkpoints to hold.
+
+        Args:
+            settings: all of them, as config.yaml has them.
+            compared: whether they have been compared with a checkpoint's already.
+        """
+        self._known = Known(settings, compared)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that does not fit.
 
         Raises:
-            InputError: it is not rotopo's, its base model is another one, it trains other
-                parameters, or it was written within a step that is cut up in another way now.
+            InputError: it is not rotopo's, its settings may not be changed to these, its base
+                model or its adapter is another one, it trains other parameters, its schedule had
+                another length, or it was written within a step that is cut up in another way now.
         """
         ours = checkpoint.get("rotopo")
         if ours is None:
             raise InputError("ckpt_path: this checkpoint was not written by rotopo.")
-        if ours["base_fingerprint"] != self.base_fingerprint:
-            raise InputError(
-                "ckpt_path: this checkpoint was trained on another base model (fingerprint "
-                f"{ours['base_fingerprint']}, here {self.base_fingerprint}): check the "
-                "model's path, and how it is quantised."
-            )
-        shapes, state = ours["shapes"], self.state_dict()
-        here = self.saved_names()
-        wrong = shapes.keys() ^ here
-        if not works_in_steps_only(self.trainer):  # FSDP1's shares are flat
-            wrong |= {k for k in shapes.keys() & here if list(state[k].shape) != shapes[k]}
-        if wrong:
-            raise InputError(
-                f"ckpt_path: checkpoint and module train different parameters ({len(wrong)} of "
-                f"them, {min(wrong)} for one): check the adapter's settings."
-            )
+        fits = self.trainer.state.fn == TrainerFn.FITTING
+        self._known.compare(self.trainer, ours.get("settings"))
+        refuse_another_model(self, ours, fits)
+        if fits:
+            self._rates.load(checkpoint)
+            keep_given(callbacks_of(self.trainer), checkpoint.get("callbacks", {}))
         self.backbone.start_as(checkpoint.get("start"))
         self._resumption.load(self.trainer, checkpoint)
 
@@ -381,6 +357,7 @@ class PairwiseModule(LightningModule):
             InputError: a setting of the Trainer would validate, or end an epoch, within a step.
         """
         check_steps_are_whole(self.trainer)
+        say(self._rates.restore(self.trainer))
         self._resumption.enter(self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

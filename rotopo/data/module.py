@@ -192,6 +192,7 @@ class PairwiseDataModule(LightningDataModule):
         )
         self.score = score
         self.doctor = doctor
+        self.changed: Sequence[str] = ()  # settings that are not a checkpoint's, for messages
         self._asked: Ask | None = None
         self._rows_of: dict[str, Rows] = {}  # as they are asked for
         self._selector: Selector | None = None
@@ -370,7 +371,7 @@ class PairwiseDataModule(LightningDataModule):
         """
         assert self.trainer is not None
         if self.trainer.state.fn == TrainerFn.FITTING:
-            check_same_order(state_dict, self.state_dict())
+            check_same_order(state_dict, self.state_dict(), self.changed)
 
     def take_clock(self, checkpoint: Mapping[str, Any]) -> None:
         """Have the chat template take a checkpoint's time for the present, unless a setting says

@@ -1,6 +1,7 @@
 """``rotopo export``: a trained model as files that anyone can load, checked before it says done."""
 
 import gc
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rotopo.data.module import PairwiseDataModule
 from rotopo.errors import InputError
 from rotopo.export.job import Dtype, Form, Job, Kind, dtype_of, probes_of
 from rotopo.files import write_whole, writing_whole_folder
@@ -15,7 +17,10 @@ from rotopo.load import parts
 from rotopo.models.settings import BackboneConfig
 from rotopo.pretrained import first_line
 from rotopo.reward import RewardModule
+from rotopo.run.changed import checked
 from rotopo.run.checkpoints import read
+from rotopo.run.settings import differences, for_command
+from rotopo.training import PairwiseModule
 
 
 def export(
@@ -26,6 +31,7 @@ def export(
     prompts: int = 8,
     dtype: Dtype | None = None,
     test: Path | None = None,
+    settings: Path | None = None,
 ) -> None:
     """Write a run's policy or reward model for transformers and PEFT, and check what was written.
 
@@ -51,6 +57,9 @@ def export(
             half type rounds the merged weights, and a small change by an adapter may be lost.
         test: the folder of a ``rotopo test`` run of the same checkpoint, for the model card; None
             takes one that lies beside the run, if there is one.
+        settings: a YAML file of settings that are not the checkpoint's any more: the path of the
+            base model or of the data, say, where they have moved. What was trained is built by the
+            checkpoint's own.
 
     Raises:
         InputError: no such run or checkpoint, one that does not fit, a form that the model does
@@ -80,12 +89,12 @@ def export(
         )
     file, which = choose_checkpoint(run, checkpoint)
     state = read(file, optimizers=False)
-    settings, facts = (read_yaml(run / name) for name in ("config.yaml", "hparams.yaml"))
+    beside, facts = (read_yaml(run / name) for name in ("config.yaml", "hparams.yaml"))
     check_pairs(file, state, facts)
     step = state["global_step"]
     print(f"export: {file}, {which}, step {step}", flush=True)
     tested = find_test(run, file, test)
-    module, data = parts(run / "config.yaml")
+    module, data, used = _built(state, beside, run, settings)
     config: Any
     kind: Kind
     if isinstance(module, RewardModule):
@@ -116,7 +125,7 @@ def export(
         card = Card(
             name=output.name,
             kind=kind,
-            settings=settings,
+            settings=used,
             facts=facts,
             training=read_metrics(run),
             test=tested,
@@ -130,6 +139,32 @@ def export(
         )
         write_whole(folder / "README.md", model_card(card))
     print(f"export: {output} is whole.")
+
+
+def _built(
+    state: dict[str, Any], beside: dict[str, Any], run: Path, given: Path | None
+) -> tuple[PairwiseModule, PairwiseDataModule, dict[str, Any]]:
+    """What the checkpoint says that was trained, and its settings; of an earlier release's, what
+    the run's config.yaml says."""
+    there = state["rotopo"].get("settings")
+    if there is None:
+        print(
+            "export: this checkpoint holds no settings (an earlier release wrote it, or a script): "
+            f"those of {run / 'config.yaml'} are taken for them.",
+            flush=True,
+        )
+    elif ignored := differences(beside, there):
+        print(
+            f"export: by the checkpoint's settings, from which {run / 'config.yaml'} differs: "
+            f"{', '.join(one.name for one in ignored)}.",
+            flush=True,
+        )
+    own = run / "config.yaml" if there is None else json.dumps(for_command("fit", there))
+    module, data, used = parts(own, *([given] if given else []))
+    if there is not None:
+        said, _ = checked("export", used, there)
+        print("".join(f"export: {line}\n" for line in said), end="", flush=True)
+    return module, data, used
 
 
 def _check_form(config: BackboneConfig, kind: Kind, form: Form, dtype: Dtype | None) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -224,28 +225,37 @@ def test_checkpoints_of_others_are_refused(lora, whole, tmp_path, tiny_tokenizer
         model.lm_head.weight.mul_(2)
         model.save_pretrained(base)
 
-    def another_base(config):
-        config["model"]["init_args"]["policy"]["path"] = str(base)
-
-    def another_adapter(config):
-        config["model"]["init_args"]["policy"]["adapter"]["init_args"]["target_modules"] = [
-            "k_proj"
-        ]
-
-    def gone(config):
-        config["model"]["init_args"]["policy"]["path"] = str(tmp_path / "gone" / "model")
-
-    for name, change, expected in (
-        ("base", another_base, "another base model"),
-        ("adapter", another_adapter, "train different parameters"),
-        ("gone", gone, "there is no file or folder"),
+    adapter = {"class_path": "peft.LoraConfig", "init_args": {"target_modules": ["k_proj"]}}
+    for changed, expected in (
+        ({"path": str(base)}, "another base model"),
+        ({"adapter": adapter}, "target_modules is ['k_proj'] here and ['q_proj'] in the"),
+        ({"path": str(tmp_path / "gone" / "model")}, "there is no file or folder"),
     ):
-        assert expected in refused(copied(lora, tmp_path / name, change), tmp_path / "export")
+        file = tmp_path / "settings.yaml"
+        file.write_text(yaml.safe_dump({"model": {"init_args": {"policy": changed}}}))
+        assert expected in refused(lora.folder, tmp_path / "export", settings=file)
     folder = copied(lora, tmp_path / "pairs")
     facts = yaml.safe_load((folder / "hparams.yaml").read_text())
     (folder / "hparams.yaml").write_text(yaml.safe_dump(facts | {"fingerprint": "0123"}))
     assert "belongs to another run" in refused(folder, tmp_path / "export")
     assert not (tmp_path / "export").exists()
+
+
+def test_the_checkpoints_settings_count_and_no_file_beside_it(lora, merged, tmp_path, capsys):
+    """The run's folder as a later run would have left it; and a base that has moved."""
+
+    def alpha(config):
+        config["model"]["init_args"]["policy"]["adapter"]["init_args"]["lora_alpha"] = 64
+
+    moved = tmp_path / "moved"
+    shutil.copytree(lora.folder.parents[1] / "model", moved)
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(f"model: {{init_args: {{policy: {{path: {moved}}}}}}}")
+    folder = copied(lora, tmp_path / "run", alpha)
+    export(folder, tmp_path / "export", settings=settings)
+    assert "differs: model.policy.adapter.lora_alpha." in capsys.readouterr().out
+    name = "model.safetensors"
+    assert (tmp_path / "export" / name).read_bytes() == (merged / name).read_bytes()
 
 
 @pytest.mark.parametrize(("by", "expected"), [(0.01, r"0\.0\d+"), (torch.nan, "nan")])

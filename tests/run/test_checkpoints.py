@@ -259,13 +259,14 @@ def test_weights_only_is_no_setting(message, tmp_path):
     assert "weights_only" in error
 
 
-def test_settings_come_from_the_command_line_alone(config, folder):
+def test_no_class_comes_from_a_checkpoints_hyperparameters(config, folder):
     """Lightning would build the class that a checkpoint names."""
     file = folder / "last.ckpt"
     checkpoint = torch.load(file, weights_only=True)
     named = {"_class_path": "rotopo.objectives.IPO", "beta": 7.0, "_instantiator": "a.b"}
     torch.save(checkpoint | {"hyper_parameters": named}, file)
-    cli = fit(config, "named", f"--ckpt_path={file}", "--trainer.max_epochs=3")
+    options = ["--trainer.max_epochs=3", "--model.scheduler.total_steps=6"]
+    cli = fit(config, "named", f"--ckpt_path={file}", *options)
     assert type(cli.model).__name__ == "DPO"
     assert cli.model.beta == 0.3
 
