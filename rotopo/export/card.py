@@ -46,6 +46,8 @@ class Card:
         parameters: those of the whole model, an adapter's included.
         dtype: of the weights in the export.
         checks: what the written files were compared in with the trained module, and the result.
+        base: path of the base model.
+        adapter: class of the adapter that trained; None of full fine-tuning.
         template: the name of the chat template, where the tokenizer has several.
     """
 
@@ -61,6 +63,8 @@ class Card:
     parameters: int
     dtype: str
     checks: list[str]
+    base: str
+    adapter: str | None
     template: str | None = None
 
     @property
@@ -90,7 +94,10 @@ def model_card(card: Card) -> str:
                 f"# {_code(card.name)}",
                 f"{_WHAT[card.kind]} Made by rotopo from {_code(card.backbone['path'])}.",
                 "## How to load it",
-                _fenced("python", loading_code(card.name, card.kind, card.template, card.backbone)),
+                _fenced(
+                    "python",
+                    loading_code(card.name, card.kind, card.template, card.base, card.adapter),
+                ),
                 "## What was trained",
                 _table(("", ""), _subject(card)),
                 "## How",
@@ -111,7 +118,7 @@ def model_card(card: Card) -> str:
 
 
 def _front_matter(card: Card) -> str:
-    base = card.backbone["path"]
+    base = card.base
     # The Hub links names of its own, and refuses others.
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) is not None
     fields = {
@@ -124,11 +131,11 @@ def _front_matter(card: Card) -> str:
 
 
 def _subject(card: Card) -> list[tuple[str, str]]:
-    adapter, noise, facts = card.backbone["adapter"], card.data.get("noise"), card.facts
+    adapter, noise, facts = card.adapter, card.data.get("noise"), card.facts
     share = card.trained / card.parameters
     rows = [
         ("objective", _code(card.settings["model"]["class_path"])),
-        ("adapter", "none: full fine-tuning" if adapter is None else _code(adapter["class_path"])),
+        ("adapter", "none: full fine-tuning" if adapter is None else _code(adapter)),
         ("parameters trained", f"{card.trained:,} of {card.parameters:,} ({share:.3%})"),
         ("pairs from", _code(card.data["source"])),
     ]

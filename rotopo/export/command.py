@@ -14,6 +14,7 @@ from rotopo.errors import InputError
 from rotopo.export.job import Dtype, Form, Job, Kind, dtype_of, probes_of
 from rotopo.files import write_whole, writing_whole_folder
 from rotopo.load import parts
+from rotopo.models.saved_adapter import Source, source_of
 from rotopo.models.settings import BackboneConfig
 from rotopo.pretrained import first_line
 from rotopo.reward import RewardModule
@@ -101,7 +102,9 @@ def export(
         config, kind = module.backbone_config, "reward"
     else:
         config, kind = module.policy_config, form
-    _check_form(config, kind, form, dtype)
+    source = source_of(config)
+    _check_form(source, kind, form, dtype)
+    given, config = config, source.config
     data.take_clock(state)
     data.prepare_data()
     data.setup()
@@ -109,7 +112,7 @@ def export(
     wide = torch.float64 if config.dtype == "float64" else torch.float32
     trained_in = dtype_of(config.dtype) if config.adapter is None else None
     written = dtype_of(dtype) or trained_in or wide
-    job = Job(module, data, kind, config, split, probes, wide, written)
+    job = Job(module, data, kind, given, config, split, probes, wide, written)
 
     with _writing(output) as folder:
         trained = write(job, state, folder)
@@ -136,6 +139,8 @@ def export(
             dtype=str(written).removeprefix("torch."),
             checks=checks,
             template=data.encoder.template.name,
+            base=config.path,
+            adapter=_class_path(config.adapter, used, kind),
         )
         write_whole(folder / "README.md", model_card(card))
     print(f"export: {output} is whole.")
@@ -167,7 +172,9 @@ def _built(
     return module, data, used
 
 
-def _check_form(config: BackboneConfig, kind: Kind, form: Form, dtype: Dtype | None) -> None:
+def _check_form(
+    source: Source[BackboneConfig], kind: Kind, form: Form, dtype: Dtype | None
+) -> None:
     """Refuse a form or a dtype that there is not."""
     if form == "merged":
         return
@@ -176,12 +183,25 @@ def _check_form(config: BackboneConfig, kind: Kind, form: Form, dtype: Dtype | N
             "form: a reward model's head is no part of its adapter, and PEFT would load a new one: "
             "export it as merged."
         )
-    if config.adapter is None:
+    if source.merged is not None:
+        raise InputError(
+            f"form: the adapter belongs to a base into which that of {source.merged.path} was "
+            "merged, and which nobody else has: export it as merged."
+        )
+    if source.config.adapter is None:
         raise InputError(
             "form: the run trained every weight and has no adapter: export it as merged."
         )
     if dtype is not None:
         raise InputError("dtype: an adapter keeps the dtype that it was trained in: leave it out.")
+
+
+def _class_path(adapter: Any, used: dict[str, Any], kind: Kind) -> str | None:
+    """An adapter's class as the settings name it, or by itself where they name a folder."""
+    backbone = used["model"]["init_args"]["backbone" if kind == "reward" else "policy"]
+    if adapter is None or backbone.get("adapter"):
+        return (backbone.get("adapter") or {}).get("class_path")
+    return f"{type(adapter).__module__}.{type(adapter).__name__}"
 
 
 @contextmanager

@@ -40,7 +40,8 @@ class Job:
     """What is exported.
 
     Attributes:
-        config: settings of the policy or of the reward model's backbone.
+        given: settings of the policy or of the reward model's backbone.
+        config: the same with what their path names: its base's path, and the adapter that trained.
         split: which the probes are from.
         wide: the dtype to compute in.
         written: the dtype of merged weights.
@@ -49,6 +50,7 @@ class Job:
     module: PairwiseModule
     data: PairwiseDataModule
     kind: Kind
+    given: BackboneConfig
     config: BackboneConfig
     split: str
     probes: list[Probe]

@@ -1,18 +1,19 @@
 """How to load what was written: the code on the model card."""
 
-from typing import Any
-
 from rotopo.export.job import Kind
 
 
-def loading_code(name: str, kind: Kind, template: str | None, backbone: dict[str, Any]) -> str:
+def loading_code(
+    name: str, kind: Kind, template: str | None, base: str, adapter: str | None
+) -> str:
     """Python that loads an export and uses it.
 
     Args:
         name: of the export's folder.
         kind: what it is.
         template: the name of the chat template, where the tokenizer has several.
-        backbone: settings of the policy or of the reward model's backbone.
+        base: path of the base model.
+        adapter: class of the adapter, if there is one.
     """
     tokenizer = "tokenizer = AutoTokenizer.from_pretrained(folder)"
     named = "" if template in (None, "default") else f"chat_template={template!r}, "
@@ -39,14 +40,13 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 folder = {name!r}
 model = AutoModelForCausalLM.from_pretrained(folder)
 {generation}"""
-    base = backbone["path"]
     imports, base_model = "", repr(base)
     if base.startswith("package:") or base.endswith(".gguf"):  # which only rotopo reads
         imports, base_model = (
             "from rotopo.pretrained import pretrained_folder\n",
             f"pretrained_folder({base!r})",
         )
-    if backbone["adapter"]["class_path"].startswith("rotopo."):
+    if adapter is not None and adapter.startswith("rotopo."):
         imports = "import rotopo.rotation  # makes the adapter known to PEFT\n" + imports
     return f"""from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig

@@ -17,6 +17,7 @@ from rotopo.errors import InputError
 from rotopo.export.job import Job
 from rotopo.export.outputs import largest_difference, policy_logits, scorer_rewards
 from rotopo.models.beside import untie
+from rotopo.models.moved_base import save_for_untouched_base
 from rotopo.models.policy import Policy
 from rotopo.models.scorer import Scorer
 from rotopo.pretrained import pretrained_folder
@@ -51,7 +52,7 @@ def write(job: Job, state: dict[str, Any], folder: Path) -> Trained:
     """
     module: Any = job.module
     config = replace(
-        job.config,
+        job.given,
         attention="segments"  # which is the same, and not on GPUs only
         if job.config.attention == "flex_attention"
         else job.config.attention,
@@ -68,7 +69,6 @@ def write(job: Job, state: dict[str, Any], folder: Path) -> Trained:
     else:
         module.policy = backbone = Policy.load(config, False, dtype=job.wide)  # type: ignore[arg-type]
         backbone.eval()
-        before = policy_logits(backbone, job)
     if job.config.quantize is not None:
         backbone.base_fingerprint += f"-{job.config.quantize}"  # as training knew these weights
     try:
@@ -76,6 +76,8 @@ def write(job: Job, state: dict[str, Any], folder: Path) -> Trained:
             module.on_load_checkpoint(state)
         except InputError as error:
             raise InputError(str(error).replace("ckpt_path", "checkpoint", 1)) from error
+        if isinstance(backbone, Policy):
+            before = policy_logits(backbone, job)
         module.load_state_dict(state["state_dict"], strict=False)
         if isinstance(backbone, Scorer):
             outputs, scale = scorer_rewards(backbone, job)
@@ -88,14 +90,15 @@ def write(job: Job, state: dict[str, Any], folder: Path) -> Trained:
         every = sum(p.numel() for p in parameters)
         del parameters
         hidden_size = backbone.language_model.config.get_text_config().hidden_size
-        _save(backbone.model, job, folder)
+        _save(backbone, job, folder)
     finally:
         module.policy = module.scorer = None
     return Trained(outputs, scale, moved, trained, every, hidden_size)
 
 
-def _save(model: Any, job: Job, folder: Path) -> None:
+def _save(backbone: Policy | Scorer, job: Job, folder: Path) -> None:
     """Write a model, which is not to be used afterwards, and its tokenizer."""
+    model: Any = backbone.model
     tokenizer = _exported_tokenizer(job)
     if job.kind != "reward":
         generation = model.generation_config
@@ -108,7 +111,11 @@ def _save(model: Any, job: Job, folder: Path) -> None:
         config = model.peft_config["default"]
         config.base_model_name_or_path = job.config.path
         config.task_type = "CAUSAL_LM"
-        model.save_pretrained(folder, save_embedding_layers=False)
+        if backbone.moved:
+            assert backbone.start is not None
+            save_for_untouched_base(model, backbone.start.tensors(), folder)
+        else:
+            model.save_pretrained(folder, save_embedding_layers=False)
         generation.save_pretrained(folder)
     else:
         merged = model

@@ -73,6 +73,8 @@ class Backbone(nn.Module):
 
     Attributes:
         start: the adapter as it started, if that is not the identity; it is the reference then.
+        moved: the initialisation of the adapter that has moved the base, if one has, see
+            :mod:`rotopo.models.moved_base`.
         sharding: how the model is divided among ranks, if it is.
         masters: what puts copies in the places of weights to compute with, if something does.
         router: the router loss that the model is trained with, if it is.
@@ -93,7 +95,7 @@ class Backbone(nn.Module):
         self._fixed: list[str] = []
         # Until the model is used: what a saved start would be taken out of.
         self._originals: dict[str, Tensor] = {}
-        self._moved = ""  # the initialisation that has moved the base, if one has
+        self.moved = ""
         self.compiled = False
         self.sharding: Sharding | None = None
         self.masters: Masters | None = None
@@ -249,7 +251,7 @@ class Backbone(nn.Module):
         self._fixed = [name for name in added if not own[name].requires_grad]
         self._originals = originals
         if originals:
-            self._moved = str(cast(PeftModel, self.model).active_peft_config.init_lora_weights)
+            self.moved = str(cast(PeftModel, self.model).active_peft_config.init_lora_weights)
         if identity:
             return
         if self.sharding is not None:
@@ -287,10 +289,10 @@ class Backbone(nn.Module):
             InputError: the checkpoint has another start, or the base would have to move again.
         """
         if saved is None:
-            if self._moved:
+            if self.moved:
                 raise InputError(
                     "ckpt_path: this checkpoint was written by a version that did not keep what "
-                    f"{self._moved} started from: its base and reference cannot be made again."
+                    f"{self.moved} started from: its base and reference cannot be made again."
                 )
             if self.start is not None:
                 self.start = None
@@ -314,7 +316,7 @@ class Backbone(nn.Module):
             return
         for name, share in shares.items():
             here[name].copy_(share)
-        if self._moved and not self._originals:
+        if self.moved and not self._originals:
             raise InputError(
                 "ckpt_path: this model has been used, and its base cannot be moved to where the "
                 "checkpoint's adapter started: load the checkpoint into a new module."

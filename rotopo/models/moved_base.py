@@ -3,12 +3,16 @@ OLoRA), so that base and adapter together are the model. All others leave the ba
 refused: the reference would not be the model.
 """
 
+import copy
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AdaLoraConfig, PeftConfig
+from peft import AdaLoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rotopo.errors import InputError
@@ -139,6 +143,38 @@ def move_to_start(
             moved = moved_weight(layer, originals[prefix], start, f"{prefix}.")
             with torch.no_grad():
                 weight.copy_(share_of(moved, weight))
+
+
+@torch.no_grad()
+def save_for_untouched_base(adapted: PeftModel, start: Mapping[str, Tensor], folder: Path) -> None:
+    """Write an adapter for the base as it was before: W' + s·BA is W + s·[B, −B₀][A; A₀], plain
+    LoRA of twice the rank.
+
+    Args:
+        adapted: the model, trained.
+        start: A₀ and B₀ among others, by their parameters' names in the model without PEFT's part.
+        folder: to write to.
+    """
+    state: dict[str, Tensor] = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    for name, value in state.items():
+        own, prefix = name.removeprefix("base_model.model."), ".lora_"
+        started = start.get(own.removesuffix("weight") + f"{ADAPTER}.weight")
+        if own.endswith(f"{prefix}A.weight"):
+            assert started is not None
+            state[name] = torch.cat([value, started.to(value)], dim=0)
+        elif own.endswith(f"{prefix}B.weight"):
+            assert started is not None
+            state[name] = torch.cat([value, -started.to(value)], dim=1)
+    config: Any = copy.deepcopy(adapted.peft_config[ADAPTER])
+    # So that s, α / r or α / √r, stays what it is.
+    factor = 2**0.5 if config.use_rslora else 2
+    config.r, config.lora_alpha = 2 * config.r, factor * config.lora_alpha
+    config.rank_pattern = {k: 2 * v for k, v in config.rank_pattern.items()}
+    config.alpha_pattern = {k: factor * v for k, v in config.alpha_pattern.items()}
+    config.init_lora_weights, config.inference_mode = True, True
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in state.items()}, folder / SAFETENSORS_WEIGHTS_NAME)
+    config.save_pretrained(folder)
 
 
 def sample(parameter: Tensor) -> Tensor:
