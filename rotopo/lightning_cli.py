@@ -126,6 +126,11 @@ class RotopoCLI(LightningCLI):
         if command not in self.subcommands() or command == "doctor" or not is_file_of_ours(path):
             return args
         there = self._read(path, command)["rotopo"].get("settings")
+        if there is None and not files:
+            raise InputError(
+                f"ckpt_path: {path} holds no settings (an earlier release wrote it, or a script): "
+                "give those that it was trained with, --config FILE."
+            )
         if there is None or (command == "fit" and files):
             return args
         return [command, f"--config={json.dumps(for_command(command, there))}", *args[1:]]

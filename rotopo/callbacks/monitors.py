@@ -51,7 +51,7 @@ class Monitors(Callback):
                 ``test/``.
         """
         data = data_if_any(trainer)
-        self.checked, self.first_step = False, trainer.global_step
+        self.checked = False
         self.validates = trainer.limit_val_batches != 0 and (
             data is None or not hasattr(data, "has") or data.has("validation")
         )
@@ -69,6 +69,9 @@ class Monitors(Callback):
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.first_step = trainer.global_step  # now that a resumed run knows it
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         if not self.checked and trainer.global_step > self.first_step:

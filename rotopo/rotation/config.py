@@ -21,8 +21,7 @@ PEFT_TYPE: Any = _PeftType.ROTATION
 LOADING = """## Loading
 
 The adapter is a weight rotation of rotopo. PEFT and transformers load it after
-`import rotopo.rotation`; before, they end in `KeyError: 'ROTATION'`.
-"""
+`import rotopo.rotation`; before, they end in `KeyError: 'ROTATION'`."""
 
 Givens = Literal["bidirectional", "forward", "none"]
 Layout = Literal["tree", "chain"]
@@ -148,4 +147,4 @@ class RotationConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         card = Path(save_directory) / "README.md"
         if card.is_file() and LOADING not in (text := card.read_text("utf-8")):
-            card.write_text(f"{text.rstrip()}\n\n{LOADING}", "utf-8")
+            card.write_text(f"{text.rstrip()}\n\n{LOADING}\n", "utf-8")

@@ -125,6 +125,12 @@ TABLE = _rows(
         "the state of one schedule means nothing to another: keep it, or begin a new fit",
     ),
     (
+        "model.scheduler.last_epoch",
+        "refused",
+        "harmless",
+        "the place in the schedule is the checkpoint's",
+    ),
+    (
         "model.optimizer.* model.scheduler.*",
         "applied",
         "harmless",
@@ -136,9 +142,9 @@ TABLE = _rows(
         "model.gamma model.gold_weight model.kl_weight model.l2 model.label_smoothing "
         "model.length_alpha model.length_penalty model.length_target model.likelihood_weight "
         "model.loss_type model.margin model.normalise model.normalise_length model.odds_weight "
-        "model.penalty model.reference model.reward_shift model.sample_tokens model.seed "
-        "model.tau model.temperature model.undesirable_weight model.unpaired model.variant "
-        "model.wpo model.wpo_clamp model.objectives.*",
+        "model.paired model.penalty model.reference model.reward_shift model.sample_tokens "
+        "model.seed model.tau model.temperature model.undesirable_weight model.unpaired "
+        "model.variant model.wpo model.wpo_clamp model.objectives.*",
         "applied",
         "refused",
         "a constant of the loss and the rewards: a fit may go on with another, but what is "

@@ -70,7 +70,8 @@ def test_small_runs_are_left_uncompiled_and_stay_so(config, compiler, caplog, mo
     assert checkpoints.read(last)["compiled"] is False
     assert not cli.model.backbone.compiled
     monkeypatch.setattr(compilation, "_COMPILING", 0.0)
-    fit(config, "resumed", f"--ckpt_path={last}", "--trainer.max_epochs=3")
+    longer = ["--trainer.max_epochs=3", "--model.scheduler.total_steps=9"]
+    fit(config, "resumed", f"--ckpt_path={last}", *longer)
     assert not compiler
 
 

@@ -104,13 +104,14 @@ def test_merged_weights_of_layers_that_keep_them_transposed():
 
 def test_a_resumed_run_keeps_the_energy_before_training(config):
     untrained = fit(config, "untrained", *EXACT, "--trainer.max_steps=0").model.language_model
-    trained = fit(config, "part", *EXACT, *GEOMETRY, "--trainer.max_epochs=1").model.language_model
+    options = [*EXACT, *GEOMETRY, "--model.scheduler.total_steps=6"]
+    trained = fit(config, "part", *options, "--trainer.max_epochs=1").model.language_model
     energies = [
         float(sum(hyperspherical_energy(w) for w in merged_weights(model)))
         for model in (untrained, trained)
     ]
     (checkpoint,) = (config.parent / "part").rglob("*.ckpt")
-    resumed = measured(fit(config, "part", *EXACT, *GEOMETRY, f"--ckpt_path={checkpoint}"))
+    resumed = measured(fit(config, "part", *options, f"--ckpt_path={checkpoint}"))
     assert energies[0] != energies[1]
     expected = energies[1] / energies[0]
     assert resumed["hyperspherical_energy"].iloc[0] == pytest.approx(expected, rel=1e-6)

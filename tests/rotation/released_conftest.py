@@ -18,7 +18,7 @@ from rotopo.rotation import RotationConfig
 
 # They import it for one class, which no case here needs.
 sys.modules["diffusers"] = ModuleType("diffusers")
-sys.modules["diffusers"].StableDiffusionPipeline = object  # type: ignore[attr-defined]
+sys.modules["diffusers"].StableDiffusionPipeline = type("Unused", (), {})
 
 
 class Mixed(RotationConfig):

@@ -1,10 +1,16 @@
 from pathlib import Path
 
+import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 from rotopo.rotation import RotationConfig
 
@@ -68,3 +74,54 @@ def test_trains_under_trl(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFas
     with torch.no_grad():
         expected = trainer.model.eval()(input_ids=ids).logits
         assert torch.equal(loaded.eval()(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"task_type": "SEQ_CLS"}, {"modules_to_save": ["score"]}], ids=["task", "named"]
+)
+def test_a_reward_model_keeps_its_head(
+    settings: dict, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_labels=1,
+        pad_token_id=tiny_tokenizer.pad_token_id,
+    )
+    base = LlamaForSequenceClassification(config)
+    frozen = {name: p.detach().clone() for name, p in base.named_parameters()}
+    trainer = RewardTrainer(
+        model=base,
+        args=RewardConfig(
+            output_dir=str(tmp_path),
+            max_steps=1,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            save_strategy="no",
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_dict(
+            {"chosen": ["It moves.", "All shine."], "rejected": ["Plain and long.", "No."]}
+        ),
+        processing_class=tiny_tokenizer,
+        peft_config=RotationConfig(**settings),
+    )
+    trainer.train()
+    trainer.save_model(tmp_path / "adapter")
+    # The head of the new model is another one, as where transformers makes it anew.
+    fresh = LlamaForSequenceClassification(config)
+    fresh.load_state_dict({n: p for n, p in frozen.items() if "score" not in n}, strict=False)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+    head = loaded.base_model.model.score.modules_to_save["default"].weight
+    assert (head - frozen["score.weight"]).abs().max() > 1e-3
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        expected = trainer.model.eval()(input_ids=ids).logits
+        assert torch.equal(loaded(input_ids=ids).logits, expected)
