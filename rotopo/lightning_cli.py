@@ -33,8 +33,10 @@ from rotopo.parsing import (
     keep_only_what_classes_share,
     refuse_ill_typed,
 )
+from rotopo.pretrained import with_tokenizer
 from rotopo.refusals import Began, Building, in_one_line, naming, refuse_repeated_names, unwrapped
 from rotopo.run import wandb
+from rotopo.run.as_adapter import as_adapter
 from rotopo.run.changed import checked, say
 from rotopo.run.checkpoints import WholeCheckpointIO, check, disk_is_full, last_good
 from rotopo.run.folder import RunFolder, ToldFolder, loggers_in, refuse_to_replace, root_of
@@ -370,6 +372,10 @@ def messages() -> Iterator[None]:
 
 
 def _path_of(model: Any) -> str:
-    """The path of the model that a module trains: a policy's, or a reward model's backbone's."""
+    """Where the tokenizer of the model is that a module trains: a policy's, or a reward model's
+    backbone's."""
     settings = model.init_args
-    return (settings.get("policy") or settings.get("backbone")).path
+    backbone = settings.get("policy") or settings.get("backbone")
+    if not Path(backbone.path).expanduser().is_dir():
+        return backbone.path
+    return with_tokenizer(as_adapter(backbone.path), backbone.get("base_path"))

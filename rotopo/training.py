@@ -257,6 +257,7 @@ class PairwiseModule(LightningModule):
             "shapes": {k: list(v.shape) for k, v in checkpoint["state_dict"].items()},
             "settings": self._known.settings,
             "adapter": configuration(self.backbone.model),
+            "base": vars(self.backbone.base) | {"moved": self.backbone.moved},
             "optimization": self._rates.save(self.trainer),
         }
         checkpoint["start"] = self.backbone.starting_adapter()

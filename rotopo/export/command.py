@@ -18,8 +18,10 @@ from rotopo.models.saved_adapter import Source, source_of
 from rotopo.models.settings import BackboneConfig
 from rotopo.pretrained import first_line
 from rotopo.reward import RewardModule
+from rotopo.run.as_adapter import from_runs
 from rotopo.run.changed import checked
 from rotopo.run.checkpoints import read
+from rotopo.run.kept import choose_checkpoint, read_yaml
 from rotopo.run.settings import differences, for_command
 from rotopo.training import PairwiseModule
 
@@ -72,10 +74,8 @@ def export(
     from rotopo.export.checks import check_outputs, check_tokens
     from rotopo.export.run_folder import (
         check_pairs,
-        choose_checkpoint,
         find_test,
         read_metrics,
-        read_yaml,
     )
     from rotopo.export.weights import write
 
@@ -102,6 +102,7 @@ def export(
         config, kind = module.backbone_config, "reward"
     else:
         config, kind = module.policy_config, form
+    config = from_runs(config)
     source = source_of(config)
     _check_form(source, kind, form, dtype)
     given, config = config, source.config

@@ -1,89 +1,24 @@
-"""What a run's folder gives to an export: a checkpoint, settings, metrics, and a test of it."""
+"""What a run's folder gives to an export beside a checkpoint: metrics, and a test of it."""
 
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rotopo.errors import InputError
 from rotopo.metrics.runs import Test, Training, read_test, read_training
-from rotopo.run.checkpoints import check
-
-
-def choose_checkpoint(run: Path, given: Path | None) -> tuple[Path, str]:
-    """The checkpoint to export, and which one that is, in words."""
-    if given is not None:
-        return given, "as asked for"
-    places = [run / "checkpoints", *_named_places(run)]
-    # Names of ours make no folders; those of older runs, and a user's own slash, do.
-    found = {file: place for place in places for file in place.rglob("*.ckpt")}
-    files = [file for file in found if found[file] == places[0] or _is_of(run, file)]
-    files.sort(key=lambda file: file.stat().st_mtime)
-    if not files:
-        others = f", and what lies in {', '.join(map(str, places[1:]))} is no checkpoint of it"
-        raise InputError(
-            f"run: there is no checkpoint in {places[0]}{others if places[1:] else ''}: name one "
-            "in checkpoint, or let the run go on until it has written one."
-        )
-    last = [file for file in files if file.name.startswith("last")] or files
-    for callback in check(last[-1]).get("callbacks", {}).values():
-        if callback.get("monitor") and callback.get("best_model_path"):
-            path = Path(callback["best_model_path"])
-            kept = Path(callback.get("dirpath") or path.parent)
-            name = path.relative_to(kept) if path.is_relative_to(kept) else Path(path.name)
-            # The run's folder may have moved since.
-            best = next((one for one in (places[0] / name, path) if one in files), None)
-            if best is None:
-                raise InputError(
-                    f"run: the checkpoint with the best {callback['monitor']}, "
-                    f"{places[0] / name}, is gone: name another one in checkpoint."
-                )
-            score = float(callback["best_model_score"])
-            return best, f"the best by {callback['monitor']} ({score:.4g})"
-    return last[-1], "the last"
-
-
-def _named_places(run: Path) -> list[Path]:
-    """The folders outside the run's in which its settings have it keep checkpoints."""
-    given = read_yaml(run / "config.yaml").get("trainer", {}).get("callbacks") or []
-    callbacks = given if isinstance(given, list) else [given]
-    named = ((one.get("init_args") or {}).get("dirpath") for one in callbacks)
-    return [Path(place).expanduser().resolve() for place in named if place]
-
-
-def _is_of(run: Path, file: Path) -> bool:
-    """Whether a checkpoint in a folder that several runs keep theirs in is this run's. One of a run
-    whose folder has moved since is not known for its own."""
-    states = check(file)["callbacks"].values()
-    folder = next((state["folder"] for state in states if _has(state, "folder")), None)
-    return folder is not None and Path(folder).resolve() == run.resolve()
+from rotopo.run.kept import has, read_yaml
 
 
 def check_pairs(file: Path, state: dict[str, Any], facts: dict[str, Any]) -> None:
     """Refuse a checkpoint of another run, as far as one can tell."""
     here = facts.get("fingerprint")
     there = next(
-        (v["data_fingerprint"] for v in state.values() if _has(v, "data_fingerprint")), here
+        (v["data_fingerprint"] for v in state.values() if has(v, "data_fingerprint")), here
     )
     if here is not None and there != here:
         raise InputError(
             f"checkpoint: {file} was trained on other pairs (fingerprint {there}) than the run "
             f"({here}): it belongs to another run."
         )
-
-
-def _has(value: Any, key: str) -> bool:
-    return isinstance(value, dict) and key in value
-
-
-def read_yaml(file: Path) -> dict[str, Any]:
-    """The settings of a file; empty where there is none."""
-    if not file.exists():
-        return {}
-    try:
-        return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise InputError(f"{file}: not YAML: {error}") from error
 
 
 def read_metrics(run: Path) -> Training | None:

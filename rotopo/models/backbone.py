@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -63,6 +64,19 @@ def rounding(model: PreTrainedModel, states: Tensor) -> float:
     return max(torch.finfo(dtype).eps for dtype in (weight.dtype, states.dtype, cast_to))
 
 
+@dataclass(frozen=True)
+class BaseModel:
+    """Where a base model comes from.
+
+    Attributes:
+        path: its own, of an adapter's folder that of the adapter's base.
+        merged: that of the adapter that was merged into it, if one was.
+    """
+
+    path: str
+    merged: str | None
+
+
 class Backbone(nn.Module):
     """Parent of policies and reward models: a model whose layouts are checked at first use.
 
@@ -73,6 +87,7 @@ class Backbone(nn.Module):
 
     Attributes:
         start: the adapter as it started, if that is not the identity; it is the reference then.
+        base: what is known of the base model beside its fingerprint.
         moved: the initialisation of the adapter that has moved the base, if one has, see
             :mod:`rotopo.models.moved_base`.
         sharding: how the model is divided among ranks, if it is.
@@ -96,6 +111,7 @@ class Backbone(nn.Module):
         # Until the model is used: what a saved start would be taken out of.
         self._originals: dict[str, Tensor] = {}
         self.moved = ""
+        self.base = BaseModel("", None)
         self.compiled = False
         self.sharding: Sharding | None = None
         self.masters: Masters | None = None

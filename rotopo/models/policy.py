@@ -14,7 +14,14 @@ from transformers import PreTrainedModel
 from rotopo.data.batch import Layout, PairBatch, PromptBatch, Role, TokenizedRow, collate
 from rotopo.data.needs import Needs
 from rotopo.errors import InputError
-from rotopo.models.backbone import Backbone, decoder_inputs, hidden_states, rounding, tensors
+from rotopo.models.backbone import (
+    Backbone,
+    BaseModel,
+    decoder_inputs,
+    hidden_states,
+    rounding,
+    tensors,
+)
 from rotopo.models.beside import embeddings
 from rotopo.models.head import Head, token_log_probs
 from rotopo.models.loading import adapt, fingerprint, load_as_set, load_model
@@ -151,6 +158,7 @@ class Policy(Backbone):
         policy.other_reference = other
         policy.starts_at_reference = other is None
         policy.router = RouterLoss.of(model, config)
+        policy.base = BaseModel(config.path, merged.path if merged is not None else None)
         apart: list[nn.Module] = []
         if narrow is not None:
             apart = kept_wide(model)

@@ -104,7 +104,12 @@ class SavedAdapter:
         Raises:
             InputError: the file holds other tensors than the adapter has on this model.
         """
-        expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+        expected: dict[str, Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
+        own = self.weights.keys() <= expected.keys()
+        if own:  # by their names in the model, see rotopo.run.as_adapter
+            expected = {n: t for n, t in expected.items() if t.requires_grad or n in self.weights}
+        else:
+            expected = get_peft_model_state_dict(model, save_embedding_layers=False)
         wrong = expected.keys() ^ self.weights.keys()
         wrong |= {
             name
@@ -116,7 +121,12 @@ class SavedAdapter:
                 f"{self.setting}: the adapter at {self.path!r} does not fit {self.base!r}: "
                 f"{len(wrong)} of its tensors are others ({min(wrong)}, for one)."
             )
-        set_peft_model_state_dict(model, self.weights)
+        if own:
+            with torch.no_grad():
+                for name, value in self.weights.items():
+                    expected[name].copy_(value)
+        else:
+            set_peft_model_state_dict(model, self.weights)
 
     @property
     def fingerprint(self) -> str:

@@ -28,6 +28,7 @@ from rotopo.errors import InputError
 from rotopo.models.log_probs import PairLogProbs
 from rotopo.models.outcome import PairOutcome, StepOutput
 from rotopo.models.settings import PolicyConfig, Sampling
+from rotopo.run.as_adapter import from_runs
 from rotopo.run.lightning import data_of, trainer_of
 from rotopo.run.steps import ends_step, works_in_steps_only
 from rotopo.training import PairwiseModule
@@ -110,7 +111,8 @@ class PreferenceModule(PairwiseModule):
         from rotopo.models.policy import Policy
 
         if self.policy is None:
-            self.policy = Policy.load(self.policy_config, self.needs.reference, self.sharding)
+            config = from_runs(self.policy_config)
+            self.policy = Policy.load(config, self.needs.reference, self.sharding)
 
     def always_on(self) -> list[Callback]:
         return [

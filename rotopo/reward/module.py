@@ -22,6 +22,7 @@ from rotopo.errors import InputError
 from rotopo.models.outcome import PairOutcome, StepOutput
 from rotopo.models.settings import BackboneConfig
 from rotopo.reward.losses import length_adjusted, pairwise_loss
+from rotopo.run.as_adapter import from_runs
 from rotopo.training import PairwiseModule
 
 if TYPE_CHECKING:  # else rotopo --help would wait for PEFT and transformers
@@ -107,7 +108,7 @@ class RewardModule(PairwiseModule):
         from rotopo.models.scorer import Scorer
 
         if self.scorer is None:
-            self.scorer = Scorer.load(self.backbone_config, self.sharding)
+            self.scorer = Scorer.load(from_runs(self.backbone_config), self.sharding)
 
     def always_on(self) -> list[Callback]:
         return [

@@ -55,6 +55,10 @@ def test_a_run_from_a_start_of_its_own_resumes_and_is_exported(tmp_path, tiny_to
         options = [*KEPT[:-1], *STARTS[start], f"--model.policy.path={tmp_path / 'sft'}"]
     whole = fit(config, *options)
     assert first_loss(whole.folder) == pytest.approx(math.log(2), abs=1e-7)
+    if start == "goes on":  # or from the run's folder itself
+        other = fit(config, *options[:-1], f"--model.policy.path={sft.folder}")
+        for a, b in zip(whole.trained(), other.trained(), strict=True):
+            assert torch.equal(a, b)
     (middle,) = whole.folder.rglob("*step=1.ckpt")
     resumed = fit(config, *options, f"--ckpt_path={middle}", "--seed_everything=5")
     ends = [

@@ -20,9 +20,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from rotopo.cli import run
 from rotopo.errors import InputError
 from rotopo.export.command import export
-from rotopo.export.run_folder import choose_checkpoint
 from rotopo.run.folder import RunFolder, root_of
 from rotopo.run.keeping import flatten_names
+from rotopo.run.kept import choose_checkpoint
 from tests.ranks import on_ranks, strategy
 from tests.small_run import save_config
 
