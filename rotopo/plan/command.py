@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -60,6 +61,16 @@ def plan(args: list[str]) -> None:
         write_whole(options.json, to_json(asdict(found)))
 
 
+def _take_base(module: Any) -> None:
+    """Let the settings of an adapter's folder be those of its base, with the adapter on it."""
+    from rotopo.models.saved_adapter import source_of
+    from rotopo.run.as_adapter import from_runs
+
+    config = source_of(from_runs(module.model_config)).config
+    name = "policy_config" if hasattr(module, "policy_config") else "backbone_config"
+    setattr(module, name, config)
+
+
 def make(args: list[str], options: argparse.Namespace) -> Plan:
     """The plan of a fit's options, see :func:`plan`."""
     from rotopo.load import described
@@ -74,6 +85,8 @@ def make(args: list[str], options: argparse.Namespace) -> Plan:
     lengths = Lengths(options.pairs, options.prompt_tokens, options.response_tokens)
     load, load_from = load_of(data, needs, lengths, accumulation, strategy.ranks)
     cached = reference_cached(module, trainer)
+    if options.model_config is None and Path(module.model_config.path).expanduser().is_dir():
+        _take_base(module)
     config = model_config(module.model_config, options.model_config)
     own = module.model_config.activation_checkpointing
     limit = None if card is None else int((card.gib - options.allowance_gib) * GIB)

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import yaml
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rotopo.cli import main
 from tests.small_run import save_config
@@ -35,6 +37,24 @@ def test_a_plan_needs_neither_weights_nor_data(config, tmp_path, capsys):
     for row in rows.values():
         assert sum(row["memory"]["most"].values()) >= sum(row["memory"]["held"].values()) / 2
     assert plan["seconds"] == pytest.approx(plan["flops"] / (67e12 * 0.4))
+
+
+def test_an_adapters_folder_is_planned_as_its_base_with_it(config, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "model"))
+    adapter = LoraConfig(r=4, lora_dropout=0.2, target_modules=["q_proj"])
+    adapter.base_model_name_or_path = str(tmp_path / "model")
+    get_peft_model(model, adapter).save_pretrained(
+        tmp_path / "adapter", save_embedding_layers=False
+    )
+    options = ["--ranks=1", "--card=h100", "--data.max_length=64", "--json"]
+    plans = []
+    for path, over in (("model", []), ("adapter", ["--model.policy={adapter: null}"])):
+        where = f"--model.policy.path={tmp_path / path}"
+        file = tmp_path / f"{path}.json"
+        main(["plan", f"--config={config}", *over, where, *options, str(file)])
+        plans.append(json.loads(file.read_text()))
+    assert "DPO, LoraConfig, LlamaForCausalLM" in capsys.readouterr().out
+    assert plans[0]["rows"] == plans[1]["rows"]
 
 
 @pytest.mark.parametrize(
