@@ -54,7 +54,7 @@ TABLE = _rows(
         "export the model, and begin a new fit from it",
     ),
     (
-        "model.policy.path model.backbone.path",
+        "model.policy.path model.backbone.path model.policy.base_path model.backbone.base_path",
         "checked",
         "checked",
         "the base may lie elsewhere: its fingerprint is compared",
