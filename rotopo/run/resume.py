@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.trainer.states import TrainerFn
 
 from rotopo import ranks
@@ -117,13 +117,6 @@ def keep_given(callbacks: list[Callback], states: dict[str, Any]) -> None:
         state = states.get(callback.state_key)
         if isinstance(callback, EarlyStopping) and state:
             state["patience"] = callback.patience
-        if isinstance(callback, ModelCheckpoint) and state and callback.save_top_k > 0:
-            kept = state.get("best_k_models", {})
-            if len(kept) > callback.save_top_k:  # else it would replace none, ever
-                best = sorted(kept, key=kept.__getitem__, reverse=callback.mode == "max")
-                best = best[: callback.save_top_k]
-                state["best_k_models"] = {path: kept[path] for path in best}
-                state["kth_best_model_path"], state["kth_value"] = best[-1], kept[best[-1]]
 
 
 def _random_state() -> dict[str, Any]:

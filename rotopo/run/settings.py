@@ -1,6 +1,7 @@
 """The settings of a run as its checkpoints hold them, and what of them another run has changed."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from enum import Enum
 from importlib import import_module
@@ -132,13 +133,17 @@ def _named(path: str) -> Any:
 
 
 def for_command(command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a command takes of a checkpoint's settings, where it is given no others.
+    """What a command takes of a checkpoint's settings, where it is given no others; not the
+    consent to run a model's own code, which nobody gives for another.
 
     Args:
         command: ``fit`` goes on, and takes all; others have a Trainer of their own.
         settings: the checkpoint's.
     """
-    taken = {part: settings[part] for part in PARTS if part in settings}
+    taken = {part: deepcopy(settings[part]) for part in PARTS if part in settings}
+    arguments = taken["model"].get("init_args") or {}
+    for model in (arguments.get("policy"), arguments.get("backbone")):
+        (model or {}).pop("trust_remote_code", None)
     if command != "fit":
         trainer = settings.get("trainer") or {}
         taken["trainer"] = {name: trainer[name] for name in _OF_TRAINER if name in trainer}

@@ -85,7 +85,7 @@ def test_every_setting_has_a_class():
     # Nothing is left in the table of settings that are gone.
     patterns = {pattern for row in TABLE for pattern in row.names}
     matched = {p for p in patterns if any(row_of(n) and p in row_of(n).names for n in names)}
-    assert patterns - matched <= {"model.policy.reference_path"}
+    assert patterns == matched
     for row in TABLE:
         assert row.reason
 

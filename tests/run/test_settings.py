@@ -17,7 +17,7 @@ from rotopo.objectives import DPO
 from rotopo.run.adapters import refuse_another
 from rotopo.run.changed import TABLE
 from rotopo.run.checkpoints import read
-from rotopo.run.settings import differences, leaves, named_checkpoint
+from rotopo.run.settings import differences, for_command, leaves, named_checkpoint
 from tests.small_run import save_config
 from tests.test_training import CHECKPOINTS, assert_equal, fit, weights
 
@@ -190,18 +190,15 @@ def test_what_the_trainer_is_given_counts(again):
         assert observed(runs[name].trainer) == value, name
 
 
-def test_what_callbacks_are_given_counts(again, config, trained):
-    top = ["--trainer.callbacks.save_top_k=1", "--trainer.callbacks.monitor=val/loss"]
-    every = [*CHECKPOINTS[:2], "--trainer.callbacks.monitor=val/loss"]
-    place = f"--trainer.callbacks.dirpath={config.parent / 'kept'}"
-    whole = fit(config, "many", *every, "--trainer.callbacks.save_top_k=3", place, *STOPPING)
-    last = f"--ckpt_path={whole.trainer.checkpoint_callback.best_model_path}"
+def test_what_callbacks_are_given_counts(config, third):
+    """Lightning restores a patience, too."""
+    keeper = [*CHECKPOINTS[:2], "--trainer.callbacks.save_top_k=2"]
     stopping = [*STOPPING[:2], "--trainer.callbacks.patience=70"]
-    few = fit(config, "few", *CHECKPOINTS[:2], *top, place, *stopping, last)
-    kept = few.trainer.checkpoint_callback
+    cli = fit(config, "few", *keeper, "--trainer.callbacks.monitor=val/loss", *stopping, third)
+    kept = cli.trainer.checkpoint_callback
     assert isinstance(kept, ModelCheckpoint)
-    assert len(kept.best_k_models) == 1
-    (stop,) = (one for one in few.trainer.callbacks if isinstance(one, EarlyStopping))
+    assert len(kept.best_k_models) == 2
+    (stop,) = (one for one in cli.trainer.callbacks if isinstance(one, EarlyStopping))
     assert stop.patience == 70
 
 
@@ -299,6 +296,14 @@ def test_settings_are_compared_by_what_they_mean():
     there = {"model": {"class_path": "rotopo.optimisers.Warmup", "init_args": {"new": 1}}}
     assert differences(here, there) == []
     assert differences({"data": {"columns": {"a": 1}}}, {"data": {"columns": {}}})
+
+
+def test_consent_to_run_a_models_code_is_not_a_checkpoints(trained):
+    settings = read(trained[1] / "last.ckpt")["rotopo"]["settings"]
+    settings["model"]["init_args"]["policy"]["trust_remote_code"] = True
+    taken = for_command("test", settings)
+    assert "trust_remote_code" not in taken["model"]["init_args"]["policy"]
+    assert settings["model"]["init_args"]["policy"]["trust_remote_code"]
 
 
 def test_the_last_checkpoint_that_is_named_counts(tmp_path):
