@@ -54,12 +54,14 @@ def merge(model: PreTrainedModel, saved: SavedAdapter, setting: str) -> set[int]
         raise InputError(f"{name}: the adapter at {saved.path!r}: {error}") from error
     saved.load_into(adapted)
     untie(model)
-    before: dict[int, Tensor] = {}
-    for layer in model.modules():
+    # By the modules, which stay: a merged rotation's weight is a parameter of its own.
+    before: dict[tuple[int, str], Tensor] = {}
+    for layer in list(model.modules()):
         if isinstance(layer, BaseTunerLayer):
-            for parameter in layer.get_base_layer().parameters():
-                before[id(parameter)] = parameter.detach().clone()
-                parameter.data = parameter.data.to(_wide(parameter.dtype))
+            for module in layer.get_base_layer().modules():
+                for key, parameter in module.named_parameters(recurse=False):
+                    before[id(module), key] = parameter.detach().clone()
+                    parameter.data = parameter.data.to(_wide(parameter.dtype))
     try:
         merged: Any = adapted.merge_and_unload(safe_merge=True)
     except (ValueError, TypeError, NotImplementedError) as error:
@@ -74,13 +76,13 @@ def merge(model: PreTrainedModel, saved: SavedAdapter, setting: str) -> set[int]
     return kept
 
 
-def _round(model: nn.Module, before: dict[int, Tensor]) -> set[int]:
+def _round(model: nn.Module, before: dict[tuple[int, str], Tensor]) -> set[int]:
     """Round merged weights to the dtype that they had, but those that would lose too much."""
     lost = updated = worst = 0.0
     kept: set[int] = set()
     for module in list(model.modules()):
-        for parameter in module.parameters(recurse=False):
-            old = before.pop(id(parameter), None)
+        for key, parameter in module.named_parameters(recurse=False):
+            old = before.pop((id(module), key), None)
             if old is None:
                 continue
             rounded = parameter.data.to(old.dtype)

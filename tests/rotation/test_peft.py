@@ -9,9 +9,11 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaForSequenceClassification
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from rotopo.errors import InputError
+from rotopo.models.merging import WideLinear, merge
+from rotopo.models.saved_adapter import SavedAdapter
 from rotopo.rotation import RotationConfig, RotationLinear
 from tests.rotation.test_tuner import (
     ACTIVATIONS,
@@ -191,17 +193,10 @@ def test_an_offloaded_base(how: str, tmp_path: Path):
             torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-5)
 
 
-class Float32Linear(nn.Linear):
-    """As of a matrix that has to stay float32 in a bfloat16 model."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.float()).to(x.dtype)
-
-
 @pytest.mark.parametrize("tokens", [ACTIVATIONS, FOLDED])
 def test_a_base_layer_with_a_forward_of_its_own(tokens: int):
     torch.manual_seed(0)
-    model = OneLayer(Float32Linear(48, 16))
+    model = OneLayer(WideLinear(48, 16))
     weight = model.linear.weight
     x = torch.randn(tokens, 48, dtype=torch.bfloat16, requires_grad=True)
     start = model(x)
@@ -304,3 +299,19 @@ def test_the_model_card_says_what_to_import(tmp_path: Path):
     for _ in range(2):
         model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text().count("`import rotopo.rotation`") == 1
+
+
+def test_a_rotation_is_merged_into_a_bfloat16_base(tmp_path: Path):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    model = get_peft_model(
+        LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype="bfloat16"), RotationConfig()
+    )
+    randomise(model)
+    model.save_pretrained(tmp_path / "rotation")
+    exact = model.float().merge_and_unload()
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype="bfloat16")
+    saved = SavedAdapter.at(str(tmp_path / "rotation"), None, "policy.path")
+    assert saved is not None
+    assert merge(base, saved, "policy") == set()
+    for name, p in base.named_parameters():
+        assert torch.equal(p, exact.get_parameter(name).bfloat16()), name
