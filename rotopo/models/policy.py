@@ -1,6 +1,6 @@
 """Policy: a batch of pairs -> their log-probs, under θ and under the reference; generation."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -60,8 +60,8 @@ class Policy(Backbone):
 
     Attributes:
         other_reference: what the reference is if the settings name one.
-        starts_at_reference: whether policy and reference are one model before the first step, which
-            a fit checks: for whoever gives the policy other weights to set to false.
+        starts_at_reference: whether policy and reference are still one model, which a fit checks
+            before its first step: for whoever gives the policy other weights to set to false.
 
     Raises:
         InputError: an adapter on the output head.
@@ -230,6 +230,10 @@ class Policy(Backbone):
         with super().reference_model() as model:
             yield model
 
+    def start_as(self, saved: Mapping[str, dict[str, Tensor]] | None) -> None:
+        self.starts_at_reference = False  # of a checkpoint it has moved
+        super().start_as(saved)
+
     def let_go_of_reference(self) -> None:
         """Free the memory of a reference that is another model, which will be loaded again where
         something asks for it; one that is divided among ranks stays."""
@@ -238,7 +242,7 @@ class Policy(Backbone):
 
     @torch.no_grad()
     def check_start(self, batch: PairBatch, needs: Needs) -> None:
-        """Check, before the first step, that the policy is its reference.
+        """Check, once and before the first step, that the policy is its reference.
 
         Args:
             batch: some rows.
@@ -247,6 +251,9 @@ class Policy(Backbone):
         Raises:
             InputError: it is not.
         """
+        self.starts_at_reference = False
+        if not needs.reference:
+            return
         with evaluating(self.model), self._uncompiled():
             found = self(batch, replace(needs, roles=()))
         cached = self.cache is not None and self.cache.get(batch.keys) is not None

@@ -127,7 +127,7 @@ class PreferenceModule(PairwiseModule):
         ]
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> StepOutput:
-        if self.needs.reference and self.backbone.starts_at_reference and self._is_first(batch_idx):
+        if self.backbone.starts_at_reference and trainer_of(self) is not None:
             self.backbone.check_start(batch, self.needs)
         output = super().training_step(batch, batch_idx)
         # Here rather than in a later hook: a checkpoint may be written before that.
@@ -135,10 +135,6 @@ class PreferenceModule(PairwiseModule):
         assert log_probs is not None
         self.observe(log_probs, trainer is None or ends_step(trainer, batch_idx))
         return output
-
-    def _is_first(self, batch_idx: int) -> bool:
-        """Whether a batch is a fit's first."""
-        return trainer_of(self) is not None and self.global_step == batch_idx == 0
 
     def draw(self, data: PairwiseDataModule) -> Draw:
         return partial(self.sample_reference, data=data)

@@ -80,7 +80,7 @@ class Interruption(Callback):
         again = requeue is not None and any_rank(self.asked == requeue.signal > 0, all=False)
         folder = kept_in(trainer)
         if folder is not None:
-            trainer.save_checkpoint(trainer.strategy.broadcast(_free_name(folder)))
+            trainer.save_checkpoint(trainer.strategy.broadcast(free_name(folder)))
         if not (again and requeue):
             raise SIGTERMException(128 + signal.SIGTERM)
         if trainer.is_global_zero:
@@ -89,7 +89,7 @@ class Interruption(Callback):
         raise SIGTERMException(128 + requeue.signal)
 
 
-def _free_name(folder: str) -> str:
+def free_name(folder: str) -> str:
     """Another one than that of an earlier start, in a folder that several starts keep theirs in."""
     name = file = f"{folder}/last-interrupted"
     for version in count(1):

@@ -21,6 +21,7 @@ from rotopo.cli import run
 from rotopo.errors import InputError
 from rotopo.export.command import export
 from rotopo.run.folder import RunFolder, root_of
+from rotopo.run.interruption import free_name
 from rotopo.run.keeping import flatten_names
 from rotopo.run.kept import choose_checkpoint
 from tests.ranks import on_ranks, strategy
@@ -193,6 +194,12 @@ def test_two_settings_that_would_write_over_checkpoints_are_refused(message, tmp
     settings = f"dirpath: {tmp_path / 'kept'}, enable_version_counter: false"
     keeper = f"{{class_path: ModelCheckpoint, init_args: {{{settings}}}}}"
     assert "leave one of the two out" in message(f"--trainer.callbacks=[{keeper}]")
+
+
+def test_an_interruption_takes_no_earlier_ones_name(tmp_path):
+    for name in ("last-interrupted", "last-interrupted-v1", "last-interrupted-v2"):
+        assert free_name(str(tmp_path)) == str(tmp_path / f"{name}.ckpt")
+        (tmp_path / f"{name}.ckpt").touch()
 
 
 @pytest.mark.slow
