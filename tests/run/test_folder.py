@@ -102,6 +102,11 @@ def test_whatever_the_loggers_a_run_is_in_its_folder(config, tmp_path, given):
         expected, found = (pd.read_csv(f / "metrics.csv") for f in (folder, own))
         assert expected["train/loss"].equals(found["train/loss"])
     if given == "list":
+        # A slash in a name has made a folder, in older runs.
+        nested = folder / "checkpoints" / "epoch=0-val" / "loss=0.7.ckpt"
+        nested.parent.mkdir()
+        file.rename(nested)
+        assert choose_checkpoint(folder, None) == (nested, "the last")
         return
     before = contents(folder)
     for n, command in enumerate(("validate", "test", "predict"), 1):
