@@ -242,11 +242,7 @@ class Policy(Backbone):
 
     @torch.no_grad()
     def check_start(self, batch: PairBatch, needs: Needs) -> None:
-        """Check, once and before the first step, that the policy is its reference.
-
-        Args:
-            batch: some rows.
-            needs: of the objective.
+        """Check on some rows, once and before the first step, that the policy is its reference.
 
         Raises:
             InputError: it is not.
