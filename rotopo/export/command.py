@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,7 +14,6 @@ from rotopo.errors import InputError
 from rotopo.export.job import Dtype, Form, Job, Kind, dtype_of, probes_of
 from rotopo.files import write_whole, writing_whole_folder
 from rotopo.load import parts
-from rotopo.models.saved_adapter import Source, source_of
 from rotopo.models.settings import BackboneConfig
 from rotopo.pretrained import first_line
 from rotopo.reward import RewardModule
@@ -24,6 +23,9 @@ from rotopo.run.checkpoints import read
 from rotopo.run.kept import choose_checkpoint, read_yaml
 from rotopo.run.settings import differences, for_command
 from rotopo.training import PairwiseModule
+
+if TYPE_CHECKING:  # else rotopo export --help would wait for PEFT
+    from rotopo.models.saved_adapter import Source
 
 
 def export(
@@ -78,6 +80,7 @@ def export(
         read_metrics,
     )
     from rotopo.export.weights import write
+    from rotopo.models.saved_adapter import source_of
 
     if prompts < 1:
         raise InputError(f"prompts is {prompts}: it has to be at least 1.")
@@ -174,7 +177,7 @@ def _built(
 
 
 def _check_form(
-    source: Source[BackboneConfig], kind: Kind, form: Form, dtype: Dtype | None
+    source: "Source[BackboneConfig]", kind: Kind, form: Form, dtype: Dtype | None
 ) -> None:
     """Refuse a form or a dtype that there is not."""
     if form == "merged":
