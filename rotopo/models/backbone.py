@@ -71,10 +71,12 @@ class BaseModel:
     Attributes:
         path: its own, of an adapter's folder that of the adapter's base.
         merged: that of the adapter that was merged into it, if one was.
+        reference: hash of the weights of another model that is the reference, if one is.
     """
 
     path: str
-    merged: str | None
+    merged: str | None = None
+    reference: str | None = None
 
 
 class Backbone(nn.Module):
@@ -111,7 +113,7 @@ class Backbone(nn.Module):
         # Until the model is used: what a saved start would be taken out of.
         self._originals: dict[str, Tensor] = {}
         self.moved = ""
-        self.base = BaseModel("", None)
+        self.base = BaseModel("")
         self.compiled = False
         self.sharding: Sharding | None = None
         self.masters: Masters | None = None

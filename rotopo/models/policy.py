@@ -158,7 +158,11 @@ class Policy(Backbone):
         policy.other_reference = other
         policy.starts_at_reference = other is None
         policy.router = RouterLoss.of(model, config)
-        policy.base = BaseModel(config.path, merged.path if merged is not None else None)
+        policy.base = BaseModel(
+            config.path,
+            None if merged is None else merged.path,
+            None if other is None else other.weights,
+        )
         apart: list[nn.Module] = []
         if narrow is not None:
             apart = kept_wide(model)

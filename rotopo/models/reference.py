@@ -30,7 +30,8 @@ class OtherReference:
         sharding: how it is to be divided among ranks.
 
     Attributes:
-        fingerprint: of its weights, its adapter's included, once it has been loaded.
+        weights: hash of its weights, its adapter's included, once it has been loaded.
+        fingerprint: of all that its log-probs follow from, likewise.
         adapter: ids of its adapter's parameters, which keep their dtype.
     """
 
@@ -52,7 +53,7 @@ class OtherReference:
             )
         )
         _refuse_other_tokens(config)
-        self.fingerprint = ""
+        self.weights = self.fingerprint = ""
         self.adapter: set[int] = set()
 
     def load(self) -> PreTrainedModel:
@@ -64,7 +65,7 @@ class OtherReference:
         config, dtype = self._source.config, self._dtype
         try:
             model, _, _ = load_as_set(load_model, config, self._sharding, dtype)
-            base = fingerprint(model, dtype)
+            self.weights = fingerprint(model, dtype)
             own = {id(p) for p in model.parameters()}
             head = model.get_output_embeddings()
             adapted, _ = adapt(model, config, head, self._source.goes_on)
@@ -75,8 +76,8 @@ class OtherReference:
         if config.adapter is not None:
             added = {n: p for n, p in model.named_parameters() if id(p) not in own}
             self.adapter = {id(p) for p in added.values()}
-            base += f" {fingerprint_of(config.adapter, added)}"
-        self.fingerprint = fingerprint_of_reference(model, base, dtype)
+            self.weights += f" {fingerprint_of(config.adapter, added)}"
+        self.fingerprint = fingerprint_of_reference(model, self.weights, dtype)
         return model
 
 

@@ -118,7 +118,7 @@ class Scorer(Backbone):
         head.requires_grad_(True)
         scorer = cls(adapted.train(), base)
         scorer.router = RouterLoss.of(model, config)
-        scorer.base = BaseModel(config.path, merged.path if merged is not None else None)
+        scorer.base = BaseModel(config.path, None if merged is None else merged.path)
         narrow = compute_dtype(config)
         apart: list[nn.Module] = []
         if narrow is not None:

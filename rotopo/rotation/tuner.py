@@ -60,6 +60,11 @@ class RotationModel(BaseTuner):
                 "needs nn.Linear or Conv1D with a floating-point weight, or bitsandbytes' linear "
                 "layers. Narrow target_modules."
             )
+        if isinstance(parent, nn.MultiheadAttention):
+            raise InputError(
+                f"target_modules matches {current_key!r}, whose weight nn.MultiheadAttention reads "
+                "past the layer, so that a rotation of it would do nothing. Narrow target_modules."
+            )
         layer = RotationLinear(target, adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)

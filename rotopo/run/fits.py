@@ -27,6 +27,12 @@ def refuse_another_model(module: Any, ours: Mapping[str, Any], fits: bool) -> No
             f"this checkpoint was trained on (fingerprint {here} here, {there} in the checkpoint): "
             "give the path of that one, quantised as it was."
         )
+    reference, theirs = module.backbone.base.reference, ours.get("base", {}).get("reference")
+    if reference and theirs and reference != theirs:
+        raise InputError(
+            f"ckpt_path: policy.reference_path {config.reference_path} is another model than the "
+            "one that this checkpoint was trained against: its weights have changed since."
+        )
     setting, knows = f"{config.setting}.adapter", "adapter" in ours  # older ones do not
     if knows:
         refuse_another(ours["adapter"], model, setting, fits)

@@ -220,6 +220,17 @@ def test_another_model_is_the_reference(folder, other, reference):
     assert ln2 == (other == "model")
 
 
+def test_a_run_does_not_go_on_against_another_reference(folder, tmp_path):
+    other = save_adapter(folder, tmp_path / "other")
+    config = PolicyConfig(
+        str(folder / "model"), LoraConfig(**LAYERS), "float32", reference_path=str(other)
+    )
+    fit = Fit(folder, config, name="referring")
+    save_adapter(folder, other, scale=2.0)
+    with pytest.raises(InputError, match=r"policy\.reference_path .* weights have changed since"):
+        Fit(folder, config, fit.checkpoint(1), name="changed")
+
+
 def test_the_cache_of_a_model_serves_whoever_refers_to_it(folder):
     def fingerprint(path, adapter=None, other=None):
         config = PolicyConfig(

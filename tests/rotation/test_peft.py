@@ -1,6 +1,7 @@
 """The rotation in PEFT's other features: what LoRA can do there, it can."""
 
 import copy
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -315,3 +316,9 @@ def test_a_rotation_is_merged_into_a_bfloat16_base(tmp_path: Path):
     assert merge(base, saved, "policy") == set()
     for name, p in base.named_parameters():
         assert torch.equal(p, exact.get_parameter(name).bfloat16()), name
+
+
+def test_a_layer_that_attention_reads_past_is_refused():
+    model = nn.Sequential(OrderedDict(attention=nn.MultiheadAttention(8, 2)))
+    with pytest.raises(InputError, match="'attention.out_proj', whose weight"):
+        get_peft_model(model, RotationConfig(target_modules=["out_proj"]))
