@@ -41,7 +41,7 @@ from rotopo.models.router import RouterLoss
 from rotopo.models.saved_adapter import Source, fingerprint_of, source_of
 from rotopo.models.settings import PolicyConfig, Sampling
 from rotopo.models.sharding import Sharding
-from rotopo.models.starting import starts_as_identity
+from rotopo.models.starting import refuse_trained_base, starts_as_identity
 from rotopo.pretrained import cache_dir, positions_of
 
 # Of the reference's log-probs: what a run that dies loses at most.
@@ -137,13 +137,7 @@ class Policy(Backbone):
         adapted, originals = adapt(model, config, model.get_output_embeddings(), source.goes_on)
         identity = True
         if config.adapter is not None:
-            changed = sum(p.requires_grad for p in adapted.parameters() if id(p) in own)
-            if changed:
-                raise InputError(
-                    f"policy.adapter ({type(config.adapter).__name__}) also trains {changed} "
-                    "parameters of the base model (its biases, say): switched off, it would not "
-                    "be the reference any more."
-                )
+            refuse_trained_base(adapted, own, config)
             identity = not (source.goes_on or originals) and starts_as_identity(
                 adapted, f"{config.setting}.adapter"
             )

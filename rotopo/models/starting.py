@@ -1,6 +1,6 @@
 """An adapter as it started: what the reference computes with, and what a run resumes from."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rotopo.errors import InputError
 from rotopo.models.modes import evaluating
+from rotopo.models.settings import BackboneConfig
 from rotopo.pretrained import first_line
 
 
@@ -62,6 +63,26 @@ class StartingAdapter(nn.Module):
                 other.copy_(before)
             else:
                 parameter.data, start.data = start.data, parameter.data
+
+
+def refuse_trained_base(model: nn.Module, base: Container[int], config: BackboneConfig) -> None:
+    """Refuse an adapter that trains the base too, whose start is then no reference.
+
+    Args:
+        model: with the adapter on it.
+        base: ids of the base's parameters.
+        config: its settings.
+
+    Raises:
+        InputError: it does.
+    """
+    changed = sum(p.requires_grad for p in model.parameters() if id(p) in base)
+    if changed:
+        raise InputError(
+            f"{config.setting}.adapter ({type(config.adapter).__name__}) also trains {changed} "
+            "parameters of the base model (its biases, say): switched off, it would not be the "
+            "reference any more."
+        )
 
 
 @torch.no_grad()

@@ -320,5 +320,5 @@ def test_a_rotation_is_merged_into_a_bfloat16_base(tmp_path: Path):
 
 def test_a_layer_that_attention_reads_past_is_refused():
     model = nn.Sequential(OrderedDict(attention=nn.MultiheadAttention(8, 2)))
-    with pytest.raises(InputError, match="'attention.out_proj', whose weight"):
+    with pytest.raises(InputError, match=r"'attention\.out_proj', whose weight"):
         get_peft_model(model, RotationConfig(target_modules=["out_proj"]))
