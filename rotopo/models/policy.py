@@ -251,9 +251,8 @@ class Policy(Backbone):
         with evaluating(self.model), self._uncompiled():
             found = self(batch, replace(needs, roles=()))
         cached = self.cache is not None and self.cache.get(batch.keys) is not None
-        # Computed side by side they are equal; a cached one comes from a batch of other rows.
         weight = embeddings(self.language_model)
-        share = max(1e-4, 4 * rounding(self.language_model, weight)) if cached else 0.0
+        share = max(1e-4 if cached else 1e-5, 4 * rounding(self.language_model, weight))
         refuse_other_start(found, share, self.cache if cached else None)
 
     def open_cache(self, folder: str | None = None, precision: str = "") -> ReferenceCache:

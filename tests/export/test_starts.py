@@ -38,6 +38,12 @@ KEPT = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> None:
+    """Nothing of what other tests have computed."""
+    monkeypatch.setenv("ROTOPO_CACHE", str(tmp_path / "home"))
+
+
 def first_loss(folder: Path) -> float:
     return float(pd.read_csv(folder / "metrics.csv")["train/loss"].dropna().iloc[0])
 

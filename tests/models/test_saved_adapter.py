@@ -25,6 +25,12 @@ OPTIMISERS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> None:
+    """Nothing of what other tests have computed."""
+    monkeypatch.setenv("ROTOPO_CACHE", str(tmp_path / "home"))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_tokenizer_dir) -> Path:
     """A tiny model, pairs of it, and an adapter that somebody has trained with PEFT."""

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from rotopo.data.batch import Role, TokenizedRow, collate
 from rotopo.data.module import PairwiseDataModule
 from rotopo.errors import InputError
+from rotopo.models import policy as policy_module
 from rotopo.models.policy import Policy
 from rotopo.models.settings import PolicyConfig
 from rotopo.objectives import DPO
@@ -76,6 +77,12 @@ def config_of(name: str) -> PeftConfig:
     return kind(**LAYERS, **SMALL.get(name, {}))
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> None:
+    """Nothing of what other tests have computed."""
+    monkeypatch.setenv("ROTOPO_CACHE", str(tmp_path / "home"))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_tokenizer_dir) -> Path:
     """A tiny model and pairs of it."""
@@ -88,10 +95,19 @@ def folder(tmp_path_factory, tiny_tokenizer_dir) -> Path:
 
 
 class Fit:
-    """Three steps of DPO, and what was seen on the way."""
+    """Three steps of DPO, and what was seen on the way.
+
+    Args:
+        folder: of model and pairs.
+        policy: its settings.
+        start: a checkpoint to go on from.
+        settings: ``seed``, ``optimizer``, ``name`` of the folder of checkpoints, ``before``, which
+            is called with the module once its model is there; and the Trainer's.
+    """
 
     def __init__(self, folder: Path, policy: PolicyConfig, start: Path | None = None, **settings):
         torch.manual_seed(settings.pop("seed", 0))
+        before = settings.pop("before", None)
         optimizer = settings.pop("optimizer", lambda p: torch.optim.SGD(p, 0.1))
         self.module = DPO(0.3, policy=policy, optimizer=optimizer)
         self.losses: list[float] = []
@@ -129,6 +145,9 @@ class Fit:
             return output
 
         self.module._step = seen
+        if before is not None:
+            self.module.configure_model()
+            before(self.module)
         trainer.fit(self.module, data, ckpt_path=start)
 
     @property
@@ -205,6 +224,30 @@ def test_every_adapter_starts_at_its_reference_and_resumes_with_it(folder, name,
         return  # PEFT merges no such adapter
     own = torch.stack([own_log_prob(merged, row, k) for k in (0, 1) for row in ROWS]).view(2, -1)
     torch.testing.assert_close(own, values[:2].double(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_policy_that_is_not_its_reference_is_refused_before_the_first_step(folder):
+    def move(module: DPO) -> None:
+        with torch.no_grad():
+            for parameter in module.policy.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1)
+
+    config = PolicyConfig(str(folder / "model"), config_of("lora"), dtype="float32")
+    with pytest.raises(InputError, match="before the first step, policy and reference differ by"):
+        Fit(folder, config, before=move, name="moved")
+
+
+def test_a_cache_of_another_reference_is_refused_before_the_first_step(folder, monkeypatch):
+    """Whatever has let it have this one's name."""
+    monkeypatch.setattr(policy_module, "fingerprint_of_reference", lambda *_: "the same")
+    config = PolicyConfig(
+        str(folder / "model"), config_of("lora"), dtype="float32", reference="cached"
+    )
+    Fit(folder, config, name="own")
+    other = PolicyConfig(**{**vars(config), "adapter": config_of("lora-random")})
+    with pytest.raises(InputError, match=r"the same are not this model's: remove that folder"):
+        Fit(folder, other, name="others")
 
 
 @pytest.mark.parametrize("name", REFUSED)
