@@ -193,7 +193,9 @@ def test_merging_rounds_once_and_keeps_what_rounding_would_lose(folder, scale, r
 
 def test_a_plain_run_after_it_does_not_read_its_cache(folder):
     saved = save_adapter(folder, folder / "cached", lora_dropout=0.0)
-    for path, adapter in ((saved, None), (folder / "model", LoraConfig(**LAYERS))):
+    pissa = LoraConfig(**LAYERS, init_lora_weights="pissa")
+    model = folder / "model"
+    for path, adapter in ((saved, None), (model, pissa), (model, LoraConfig(**LAYERS))):
         config = PolicyConfig(
             str(path),
             adapter,
