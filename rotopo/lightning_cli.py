@@ -127,7 +127,8 @@ class RotopoCLI(LightningCLI):
         path, files = named_checkpoint(args[1:])
         if command not in self.subcommands() or command == "doctor" or not is_file_of_ours(path):
             return args
-        there = self._read(path, command)["rotopo"].get("settings")
+        ours = self._read(path, command)["rotopo"]
+        there = ours.get("settings")
         if there is None and not files:
             raise InputError(
                 f"ckpt_path: {path} holds no settings (an earlier release wrote it, or a script): "
@@ -135,7 +136,7 @@ class RotopoCLI(LightningCLI):
             )
         if there is None or (command == "fit" and files):
             return args
-        return [command, f"--config={json.dumps(for_command(command, there))}", *args[1:]]
+        return [command, f"--config={json.dumps(for_command(command, ours))}", *args[1:]]
 
     def _read(self, path: str, command: str) -> dict[str, Any]:
         """A checkpoint without the tensors of a folder, once."""
@@ -146,6 +147,7 @@ class RotopoCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         for name in ("model", "data"):
             refuse_ill_typed(name, self._get(self.config, name))
+        _tokenizer_of(self._get(self.config, "model"))
         self._go_on_at_wandb()
         self._compare()
         # After Lightning's, which build the module and the datamodule.
@@ -372,10 +374,26 @@ def messages() -> Iterator[None]:
 
 
 def _path_of(model: Any) -> str:
-    """Where the tokenizer of the model is that a module trains: a policy's, or a reward model's
-    backbone's."""
-    settings = model.init_args
-    backbone = settings.get("policy") or settings.get("backbone")
+    """As :func:`_tokenizer_of`, of what will be refused the path itself: the parser would put what
+    is to be said of it in words of its own."""
+    try:
+        return _tokenizer_of(model)
+    except InputError:
+        return _backbone_of(model).path
+
+
+def _tokenizer_of(model: Any) -> str:
+    """Where the tokenizer of the model is that a module trains.
+
+    Raises:
+        InputError: its path is a run's folder, without an adapter for others.
+    """
+    backbone = _backbone_of(model)
     if not Path(backbone.path).expanduser().is_dir():
         return backbone.path
     return with_tokenizer(as_adapter(backbone.path), backbone.get("base_path"))
+
+
+def _backbone_of(model: Any) -> Any:
+    """Settings of the policy, or of the reward model's backbone."""
+    return model.init_args.get("policy") or model.init_args.get("backbone")

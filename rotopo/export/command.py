@@ -168,7 +168,7 @@ def _built(
             f"{', '.join(one.name for one in ignored)}.",
             flush=True,
         )
-    own = run / "config.yaml" if there is None else json.dumps(for_command("fit", there))
+    own = run / "config.yaml" if there is None else json.dumps(for_command("fit", state["rotopo"]))
     module, data, used = parts(own, *([given] if given else []))
     if there is not None:
         said, _ = checked("export", used, there)

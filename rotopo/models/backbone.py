@@ -71,11 +71,13 @@ class BaseModel:
     Attributes:
         path: its own, of an adapter's folder that of the adapter's base.
         merged: that of the adapter that was merged into it, if one was.
+        goes_on: that of the adapter that went on training, if one did.
         reference: hash of the weights of another model that is the reference, if one is.
     """
 
     path: str
     merged: str | None = None
+    goes_on: str | None = None
     reference: str | None = None
 
 
@@ -306,12 +308,13 @@ class Backbone(nn.Module):
         Raises:
             InputError: the checkpoint has another start, or the base would have to move again.
         """
+        if self.moved and not (saved and saved["trained"]):
+            raise InputError(
+                "ckpt_path: this checkpoint does not hold what its adapter "
+                f"({self.moved}) started from, as those of earlier versions do not: its base and "
+                "reference cannot be made again."
+            )
         if saved is None:
-            if self.moved:
-                raise InputError(
-                    "ckpt_path: this checkpoint was written by a version that did not keep what "
-                    f"{self.moved} started from: its base and reference cannot be made again."
-                )
             if self.start is not None:
                 self.start = None
                 rank_zero_warn(
@@ -319,13 +322,19 @@ class Backbone(nn.Module):
                     "adapter switched off: so it is here."
                 )
             return
-        here = self.start.tensors() if self.start is not None else {}
-        if saved["trained"].keys() != here.keys() or saved["fixed"].keys() != set(self._fixed):
+        own = dict(tensors(self.language_model))
+        trained = {name for name, value in own.items() if value.requires_grad}
+        if not saved["trained"].keys() <= trained or saved["fixed"].keys() != set(self._fixed):
             raise InputError(
                 "ckpt_path: this checkpoint's adapter started in another way than the one here: "
                 "check the adapter's settings, its initialisation for one, and the model's path."
             )
-        own = dict(tensors(self.language_model))
+        # Whether a start is the identity may depend on the dtype: the checkpoint's word counts.
+        if not saved["trained"]:
+            self.start = None
+        elif self.start is None:
+            self.start = StartingAdapter(self.language_model, list(saved["trained"]))
+        here = self.start.tensors() if self.start is not None else {}
         for name, value in saved["fixed"].items():
             own[name].copy_(share_of(value, own[name]))
         shares = {name: share_of(value, here[name]) for name, value in saved["trained"].items()}

@@ -28,7 +28,9 @@ class WideLinear(nn.Linear):
 
 
 @torch.no_grad()
-def merge(model: PreTrainedModel, saved: SavedAdapter, setting: str) -> set[int]:
+def merge(
+    model: PreTrainedModel, saved: SavedAdapter, setting: str, dtype: torch.dtype
+) -> set[int]:
     """Merge an adapter into a model in place, in float32, each weight rounded once; but a linear
     layer keeps its weight in float32 where rounding would change its update by more than a tenth.
 
@@ -38,6 +40,8 @@ def merge(model: PreTrainedModel, saved: SavedAdapter, setting: str) -> set[int]
         model: whole.
         saved: the adapter.
         setting: what messages call the model's settings.
+        dtype: to round to, whatever the weights are held in: what is trained on in bfloat16 is the
+            same base where it is exported in float32.
 
     Returns:
         Ids of the parameters that stay in float32.
@@ -61,7 +65,7 @@ def merge(model: PreTrainedModel, saved: SavedAdapter, setting: str) -> set[int]
             for module in layer.get_base_layer().modules():
                 for key, parameter in module.named_parameters(recurse=False):
                     before[id(module), key] = parameter.detach().clone()
-                    parameter.data = parameter.data.to(_wide(parameter.dtype))
+                    parameter.data = parameter.data.to(dtype).to(_wide(parameter.dtype))
     try:
         merged: Any = adapted.merge_and_unload(safe_merge=True)
     except (ValueError, TypeError, NotImplementedError) as error:
@@ -71,13 +75,13 @@ def merge(model: PreTrainedModel, saved: SavedAdapter, setting: str) -> set[int]
         ) from error
     if merged is not model:
         raise InputError(f"{name}: the adapter at {saved.path!r} cannot be merged.")
-    kept = _round(model, before)
+    kept = _round(model, before, dtype)
     model.requires_grad_(True)
     return kept
 
 
-def _round(model: nn.Module, before: dict[tuple[int, str], Tensor]) -> set[int]:
-    """Round merged weights to the dtype that they had, but those that would lose too much."""
+def _round(model: nn.Module, before: dict[tuple[int, str], Tensor], dtype: torch.dtype) -> set[int]:
+    """Round merged weights, but those that would lose too much, and hold them as before."""
     lost = updated = worst = 0.0
     kept: set[int] = set()
     for module in list(model.modules()):
@@ -85,14 +89,14 @@ def _round(model: nn.Module, before: dict[tuple[int, str], Tensor]) -> set[int]:
             old = before.pop((id(module), key), None)
             if old is None:
                 continue
-            rounded = parameter.data.to(old.dtype)
-            update = float((parameter.data - old).double().norm())
+            rounded = parameter.data.to(dtype)
+            update = float((parameter.data - old.to(dtype)).double().norm())
             error = float((parameter.data - rounded).double().norm())
             if error > _MOST_LOST * update and type(module) is nn.Linear:
                 module.__class__ = WideLinear
                 kept.add(id(parameter))
                 continue
-            parameter.data = rounded
+            parameter.data = rounded.to(old.dtype)
             if update:
                 lost, updated = lost + error**2, updated + update**2
                 worst = max(worst, error / update)

@@ -128,8 +128,8 @@ class Policy(Backbone):
         base = fingerprint(known_by or model, dtype, config.quantize)
         wide: set[int] = set()
         if merged is not None:
-            wide = merge(model, merged, config.setting)
             base += f"+{merged.fingerprint}"
+            wide = merge(model, merged, config.setting, dtype or model.dtype)
         # By their ids: who held the parameters would keep whole what is divided.
         own = {id(p): None if id(p) in wide else dtype for p in model.parameters()}
         buffers = {id(buffer) for buffer in model.buffers()}
@@ -155,6 +155,7 @@ class Policy(Backbone):
         policy.base = BaseModel(
             config.path,
             None if merged is None else merged.path,
+            None if source.goes_on is None else source.goes_on.path,
             None if other is None else other.weights,
         )
         apart: list[nn.Module] = []
@@ -227,6 +228,10 @@ class Policy(Backbone):
             nn.Module.to(self.reference, self.device)
         with super().reference_model() as model:
             yield model
+
+    @property
+    def has_reference(self) -> bool:
+        return super().has_reference or self.other_reference is not None
 
     def start_as(self, saved: Mapping[str, dict[str, Tensor]] | None) -> None:
         self.starts_at_reference = False  # of a checkpoint it has moved

@@ -3,6 +3,8 @@
 import copy
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import get_args
 
@@ -19,7 +21,7 @@ from rotopo.models.reference_cache import ReferenceCache
 from rotopo.models.saved_adapter import fingerprint_of, source_of
 from rotopo.models.settings import PolicyConfig, ReferenceMode
 from rotopo.models.sharding import Sharding
-from rotopo.pretrained import load_tokenizer
+from rotopo.pretrained import load_tokenizer, with_tokenizer
 
 
 class OtherReference:
@@ -42,17 +44,17 @@ class OtherReference:
         assert config.reference_path is not None
         self._dtype = dtype
         self._sharding = sharding
-        self._source = source_of(
-            replace(
-                config,
-                path=config.reference_path,
-                base_path=None,
-                adapter=None,
-                compute_dtype=None,
-                quantize=None,
-                activation_checkpointing=False,
-            )
+        own = replace(
+            config,
+            path=config.reference_path,
+            base_path=None,
+            adapter=None,
+            compute_dtype=None,
+            quantize=None,
+            activation_checkpointing=False,
         )
+        with _by_its_name():
+            self._source = source_of(own)
         _refuse_other_tokens(config)
         self.weights = self.fingerprint = ""
         self.adapter: set[int] = set()
@@ -63,22 +65,20 @@ class OtherReference:
         Raises:
             InputError: as for a policy, under the name ``policy.reference_path``.
         """
-        config, dtype = self._source.config, self._dtype
-        try:
+        config, dtype, goes_on = self._source.config, self._dtype, self._source.goes_on
+        with _by_its_name():
             model, _, _ = load_as_set(load_model, config, self._sharding, dtype)
-            self.weights = fingerprint(model, dtype)
+            weights = self.weights = fingerprint(model, dtype)
             own = {id(p) for p in model.parameters()}
             head = model.get_output_embeddings()
-            adapted, _ = adapt(model, config, head, self._source.goes_on)
-        except InputError as error:
-            message = str(error).replace("policy.path", "policy.reference_path")
-            raise InputError(message) from error
+            adapted, _ = adapt(model, config, head, goes_on)
         adapted.requires_grad_(False).eval()
-        if config.adapter is not None:
+        if config.adapter is not None and goes_on is not None:
             added = {n: p for n, p in model.named_parameters() if id(p) not in own}
             self.adapter = {id(p) for p in added.values()}
-            self.weights += f" {fingerprint_of(config.adapter, added)}"
-        self.fingerprint = fingerprint_of_reference(model, self.weights, dtype)
+            weights += f" {fingerprint_of(config.adapter, added)}"
+            self.weights += f"+{goes_on.fingerprint}"  # which no dtype changes
+        self.fingerprint = fingerprint_of_reference(model, weights, dtype)
         return model
 
 
@@ -182,10 +182,21 @@ def refuse_other_start(found: PairLogProbs, rounding: float, cache: ReferenceCac
         )
 
 
+@contextmanager
+def _by_its_name() -> Iterator[None]:
+    """Messages under the name of its own setting."""
+    try:
+        yield
+    except InputError as error:
+        message = str(error).replace("policy.path", "policy.reference_path")
+        advice = "set policy.base_path", "name it in the folder's adapter_config.json"
+        raise InputError(message.replace(*advice)) from error
+
+
 def _refuse_other_tokens(config: PolicyConfig) -> None:
     """Refuse a reference whose tokenizer gives other numbers to tokens."""
     vocabularies = []
-    for path in (config.path, config.reference_path or ""):
+    for path in (with_tokenizer(config.path, config.base_path), config.reference_path or ""):
         try:
             vocabularies.append(load_tokenizer(path).get_vocab())
         except InputError:  # weights alone: nothing to compare

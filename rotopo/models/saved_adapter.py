@@ -4,7 +4,7 @@ the adapter that goes on training or is merged into it."""
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, Self, TypeVar
 
 import torch
@@ -179,7 +179,13 @@ def source_of(config: Config) -> Source[Config]:
 
 def fingerprint_of(config: PeftConfig, tensors: Mapping[str, Tensor]) -> str:
     """A short hash of an adapter: what its configuration says of the function, and its values."""
-    said = {k: v for k, v in config.to_dict().items() if k not in _BOOKKEEPING}
+    # What is left at its default does not count: another release of PEFT may have more fields.
+    usual = {f.name: f.default for f in fields(config)}
+    said = {
+        k: v
+        for k, v in config.to_dict().items()
+        if k not in _BOOKKEEPING and "dropout" not in k and v not in (None, {}, [], usual.get(k))
+    }
     digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=_plain).encode())
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())

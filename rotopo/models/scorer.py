@@ -97,8 +97,8 @@ class Scorer(Backbone):
         base = fingerprint((known_by or model).base_model, dtype, config.quantize)
         wide: set[int] = set()
         if merged is not None:
-            wide = merge(model, merged, config.setting)
             base += f"+{merged.fingerprint}"
+            wide = merge(model, merged, config.setting, dtype or model.dtype)
         own = {id(p): None if id(p) in wide else dtype for p in model.base_model.parameters()}
         here = {id(tensor) for _, tensor in tensors(model)}
         head.to(torch.promote_types(head.weight.dtype, torch.float32))
@@ -118,7 +118,11 @@ class Scorer(Backbone):
         head.requires_grad_(True)
         scorer = cls(adapted.train(), base)
         scorer.router = RouterLoss.of(model, config)
-        scorer.base = BaseModel(config.path, None if merged is None else merged.path)
+        scorer.base = BaseModel(
+            config.path,
+            None if merged is None else merged.path,
+            None if source.goes_on is None else source.goes_on.path,
+        )
         narrow = compute_dtype(config)
         apart: list[nn.Module] = []
         if narrow is not None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from rotopo.errors import InputError
 from rotopo.run.adapters import other_places, refuse_another
+from rotopo.run.settings import adapter_of
 from rotopo.run.steps import works_in_steps_only
 
 
@@ -25,7 +26,7 @@ def refuse_another_model(module: Any, ours: Mapping[str, Any], fits: bool) -> No
         raise InputError(
             f"ckpt_path: {config.setting}.path is {config.path}, which is another base model than "
             f"this checkpoint was trained on (fingerprint {here} here, {there} in the checkpoint): "
-            "give the path of that one, quantised as it was."
+            f"give the path of that one, {adapter_of(ours) or 'quantised as it was'}."
         )
     reference, theirs = module.backbone.base.reference, ours.get("base", {}).get("reference")
     if reference and theirs and reference != theirs:

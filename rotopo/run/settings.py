@@ -132,22 +132,34 @@ def _named(path: str) -> Any:
         return None
 
 
-def for_command(command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+def for_command(command: str, ours: Mapping[str, Any]) -> dict[str, Any]:
     """What a command takes of a checkpoint's settings, where it is given no others; not the
-    consent to run a model's own code, which nobody gives for another.
+    consent to run a model's own code, which nobody gives for another. An adapter that training
+    started from is the one that it was, whatever lies in the folder of its run by now.
 
     Args:
         command: ``fit`` goes on, and takes all; others have a Trainer of their own.
-        settings: the checkpoint's.
+        ours: what the checkpoint holds of rotopo's.
     """
+    settings = ours["settings"]
     taken = {part: deepcopy(settings[part]) for part in PARTS if part in settings}
     arguments = taken["model"].get("init_args") or {}
     for model in (arguments.get("policy"), arguments.get("backbone")):
         (model or {}).pop("trust_remote_code", None)
+        started_from = adapter_of(ours)
+        if model and started_from is not None:
+            model["path"] = started_from
     if command != "fit":
         trainer = settings.get("trainer") or {}
         taken["trainer"] = {name: trainer[name] for name in _OF_TRAINER if name in trainer}
     return taken
+
+
+def adapter_of(ours: Mapping[str, Any]) -> str | None:
+    """The folder of the adapter that training started from, if it did and the folder is there."""
+    base = ours.get("base") or {}
+    folder = base.get("merged") or base.get("goes_on")
+    return folder if folder and Path(folder).is_dir() else None
 
 
 def named_checkpoint(args: Sequence[str]) -> tuple[str | None, bool]:

@@ -2,6 +2,7 @@
 start out of the base, resumes and is exported like any other run."""
 
 import math
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +11,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
 
+from rotopo.cli import main
 from rotopo.export.command import export
 from rotopo.run import checkpoints
 from tests.export.runs import ROTATION, fit, refused
@@ -65,6 +67,9 @@ def test_a_run_from_a_start_of_its_own_resumes_and_is_exported(tmp_path, tiny_to
         other = fit(config, *options[:-1], f"--model.policy.path={sft.folder}")
         for a, b in zip(whole.trained(), other.trained(), strict=True):
             assert torch.equal(a, b)
+        shutil.rmtree(sft.folder)  # by then it may have trained further: what it was is kept
+        (last,) = other.folder.rglob("*step=3.ckpt")
+        main(["test", f"--ckpt_path={last}"])
     (middle,) = whole.folder.rglob("*step=1.ckpt")
     resumed = fit(config, *options, f"--ckpt_path={middle}", "--seed_everything=5")
     ends = [

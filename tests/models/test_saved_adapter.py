@@ -218,6 +218,7 @@ def test_another_model_is_the_reference(folder, other, reference):
     )
     fit = Fit(folder, config, name=f"other-{other}-{reference}")
     assert (fit.module.policy.reference is None) == (reference == "cached")
+    assert fit.module.policy.has_reference
     found = log_probs(fit.policy)
     model = plain(folder, torch.float32)
     if other == "model":
@@ -234,6 +235,8 @@ def test_a_run_does_not_go_on_against_another_reference(folder, tmp_path):
         str(folder / "model"), LoraConfig(**LAYERS), "float32", reference_path=str(other)
     )
     fit = Fit(folder, config, name="referring")
+    wider = PolicyConfig(**{**vars(config), "dtype": "float64"})
+    Fit(folder, wider, fit.checkpoint(1), name="wider")
     save_adapter(folder, other, scale=2.0)
     with pytest.raises(InputError, match=r"policy\.reference_path .* weights have changed since"):
         Fit(folder, config, fit.checkpoint(1), name="changed")
@@ -267,6 +270,10 @@ def test_what_cannot_be_read_is_refused_by_name(folder, tmp_path):
     text = (nameless / "adapter_config.json").read_text("utf-8")
     (nameless / "adapter_config.json").write_text(text.replace(str(folder / "model"), ""))
     assert "set policy.base_path" in message(nameless)
+    lora = LoraConfig(**LAYERS)
+    referring = message(folder / "model", lora, reference_path=str(nameless))
+    assert referring.startswith("policy.reference_path: the adapter at")
+    assert "in the folder's adapter_config.json" in referring
     policy = Policy.load(
         PolicyConfig(str(nameless), dtype="float32", base_path=str(folder / "model")), True
     )
@@ -274,5 +281,4 @@ def test_what_cannot_be_read_is_refused_by_name(folder, tmp_path):
     assert "and" in message(folder / "model", base_path=str(folder / "model"))
     pissa = save_adapter(folder, tmp_path / "pissa", init_lora_weights="pissa")
     assert "path_initial_model_for_weight_conversion" in message(pissa)
-    lora = LoraConfig(**LAYERS)
     assert "a quantised base" in message(folder / "sft", lora, quantize="4bit")

@@ -226,6 +226,21 @@ def test_every_adapter_starts_at_its_reference_and_resumes_with_it(folder, name,
     torch.testing.assert_close(own, values[:2].double(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("name", "kept"), [("dora", True), ("lora", False)])
+def test_another_dtype_has_the_start_of_the_checkpoint(folder, name, kept):
+    """DoRA's is the identity bit for bit in float32, and not in bfloat16."""
+    config = PolicyConfig(str(folder / "model"), config_of(name), dtype="bfloat16")
+    fit = Fit(folder, config, name=f"half-{name}")
+    assert (fit.policy.start is not None) == kept
+    saved = torch.load(fit.checkpoint(3), weights_only=True)["start"]
+    policy = Policy.load(PolicyConfig(**{**vars(config), "dtype": "float32"}), True)
+    assert policy.start is None
+    policy.start_as(saved)
+    assert policy.starting_adapter()["trained"].keys() == saved["trained"].keys()
+    for key, value in policy.starting_adapter()["trained"].items():
+        assert torch.equal(value, saved["trained"][key])
+
+
 def test_a_policy_that_is_not_its_reference_is_refused_before_the_first_step(folder):
     def move(module: DPO) -> None:
         with torch.no_grad():
