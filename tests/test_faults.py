@@ -395,7 +395,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_the_last_checkpoint_is_whole(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kilobytes", [8, 40, 150])
+@pytest.mark.parametrize("kilobytes", [8, 40, 90, 150])
 def test_so_does_one_that_is_really_full(laboratory, record_property, kilobytes, tmp_path):
     mounted = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(tmp_path)]
     if os.geteuid() != 0 or subprocess.run(mounted, capture_output=True).returncode:
