@@ -34,16 +34,28 @@ WAYS = {
 }
 
 
-FEW = [("rows", True), ("both", False)]
+# Tied where the way must heed it, untied where not; of the head and of both each.
+CASES_OF = [
+    ("rows", True),
+    ("rows of both", False),
+    ("rows of the head", True),
+    ("a factor of the embedding", True),
+    ("the head", False),
+    ("the head", True),
+    ("the embedding", True),
+    ("both", False),
+    ("both", True),
+    ("both as one", True),
+    ("norms and an MLP", False),
+]
 CASES = [
     pytest.param(
         way,
         tied,
         id=f"{way}, {'tied' if tied else 'untied'}",
-        marks=[] if (way, tied) in FEW else pytest.mark.slow,
+        marks=[] if (way, tied) == ("rows", True) else pytest.mark.slow,
     )
-    for way in WAYS
-    for tied in (False, True)
+    for way, tied in CASES_OF
 ]
 
 
@@ -136,12 +148,9 @@ def test_a_module_that_is_not_there_is_refused(config, capsys):
 RANKS = [
     ("rows", "ddp"),
     ("rows of both", "fsdp2"),
-    ("rows", "fsdp2"),
     ("both", "fsdp2"),
     ("both as one", "fsdp2"),
-    ("both", "ddp"),
     ("norms and an MLP", "fsdp2"),
-    ("norms and an MLP", "fsdp"),
     ("the embedding", "fsdp"),
 ]
 

@@ -237,6 +237,7 @@ def test_a_run_in_the_same_folder_is_a_new_version(config):
         assert list(folder.glob("events.out.tfevents*"))
 
 
+@pytest.mark.slow
 def test_help_waits_for_no_library_that_it_does_not_need():
     """Seconds of every ``rotopo --help``: what Lightning itself imports is not ours to mend."""
     heavy = (

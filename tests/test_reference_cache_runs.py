@@ -108,6 +108,7 @@ def test_a_model_that_is_refused_leaves_nothing_behind(config, monkeypatch, caps
     assert not list((config.parent / "home").rglob("*.arrow"))
 
 
+@pytest.mark.slow
 def test_the_same_weights_under_another_configuration_are_another_reference(config):
     fit(config, "first", *EXACT, CACHED)
     file = config.parent / "model" / "config.json"

@@ -100,13 +100,13 @@ def state(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return read(file)["state_dict"]
 
 
-@pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize(
-    "options",
+    ("options", "gradient"),
     [
-        ["--trainer.gradient_clip_val=0.5"],
-        pytest.param([], marks=pytest.mark.slow),
-        ["--trainer.accumulate_grad_batches=3"],
+        (["--trainer.gradient_clip_val=0.5"], True),
+        pytest.param([], False, marks=pytest.mark.slow),
+        pytest.param(["--trainer.accumulate_grad_batches=3"], False, marks=pytest.mark.slow),
+        pytest.param(["--trainer.accumulate_grad_batches=3"], True, marks=pytest.mark.slow),
     ],
 )
 def test_a_pair_without_a_number_stops_the_run_before_the_step(config, capsys, gradient, options):

@@ -175,14 +175,13 @@ def test_without_validation_it_follows_the_epochs(config, rates):
     assert list(rates.rates.values()) == pytest.approx([0.01] * 8 + [0.005] * 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
         ["--trainer.val_check_interval=1"],
-        *(
-            pytest.param(options, marks=pytest.mark.slow)
-            for options in ([], ["--trainer.check_val_every_n_epoch=2"])
-        ),
+        [],
+        ["--trainer.check_val_every_n_epoch=2"],
     ],
 )
 def test_a_resumed_run_has_the_rates_of_one_that_was_not_killed(config, rates, options):

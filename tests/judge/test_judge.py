@@ -196,6 +196,7 @@ def test_a_policy_that_is_always_longer_has_a_dash(tmp_path, capsys):
     report(tmp_path / "page.html", judge=out)
 
 
+@pytest.mark.slow
 def test_the_order_of_lines_does_not_count(tmp_path):
     scores = write_scores(tmp_path)
     judge(scores=scores, baseline="base", output=tmp_path / "before")
@@ -214,6 +215,7 @@ def test_prompts_as_text_are_the_users_turn(tmp_path):
     judge(scores=scores, baseline="base", output=tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_from_the_command_line_and_from_a_file(tmp_path):
     scores = write_scores(tmp_path)
     arguments = ["--baseline=base", f"--output={tmp_path / 'out'}", "--tie=0.1"]

@@ -145,6 +145,7 @@ def test_a_judgements_level_and_refusals_are_on_the_page(tmp_path):
     assert f"{low:.3f} to {high:.3f}" in page.text
 
 
+@pytest.mark.slow
 def test_the_same_inputs_make_the_same_page(tmp_path):
     run = inputs.save_policy_fit(tmp_path / "run", 0, 40, 2.0)
     for name in ("a.html", "b.html"):

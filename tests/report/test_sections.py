@@ -2,6 +2,8 @@
 
 import re
 
+import pytest
+
 from rotopo.report import sections
 from rotopo.report.command import report
 from tests.report import report_inputs as inputs
@@ -22,6 +24,7 @@ def headings(file):
     return re.findall(r"<h2 id.*?>(.*?)</h2>", file.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_a_new_file_is_a_new_section(tmp_path, monkeypatch):
     (tmp_path / "who_was_here.py").write_text(SECTION)
     monkeypatch.setattr(sections, "__path__", [*sections.__path__, str(tmp_path)])

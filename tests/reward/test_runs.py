@@ -106,7 +106,9 @@ def test_checkpoints_hold_adapter_and_head_and_nothing_else(config):
     assert all("lora_" in name or name.endswith("score.weight") for name in names)
 
 
-@pytest.mark.parametrize(("batch", "before"), [(3, True), (7, False)])
+@pytest.mark.parametrize(
+    ("batch", "before"), [(3, True), pytest.param(7, False, marks=pytest.mark.slow)]
+)
 def test_a_killed_run_resumes_to_the_same_weights(config, monkeypatch, batch, before):
     def fit(root: str, *options: str):
         root = f"--trainer.default_root_dir={config.parent / root}"

@@ -1,5 +1,6 @@
 """ROPO's alternation through the command line: what is trained on, and resumption anywhere."""
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 from sklearn.metrics import roc_auc_score
+from transformers import PreTrainedTokenizerFast
 
 from rotopo.cli import run
 from rotopo.data.batch import Role
@@ -280,21 +282,32 @@ TRAINING = [(2, False), (3, True), (3, False), (4, True), (5, False), (6, True)]
 CACHED = ["--model.policy.reference=cached"]
 
 
-QUICK = {("choosing", 1), ((5, False), 2)}
+# Rounds of one epoch and of two by turns.
 WHERE = [
-    pytest.param(when, epochs, marks=() if (when, epochs) in QUICK else pytest.mark.slow)
-    for when in (*DIES, *TRAINING)
-    for epochs in (1, 2)
+    pytest.param(when, 1 + n % 2, marks=() if when == "choosing" else pytest.mark.slow)
+    for n, when in enumerate(("choosing", *(w for w in DIES if w != "choosing"), *TRAINING))
 ]
 
 
-@pytest.mark.parametrize(("when", "epochs"), WHERE)
-def test_killed_anywhere_it_ends_in_the_same(config, monkeypatch, when, epochs):
-    """Three or six steps in the first round, with a checkpoint each, and fewer after it."""
+def rounds_of(epochs: int, config: Path) -> list[str]:
+    """Options of three rounds, the first of which is on all rows."""
     options = [*CHECKPOINTS, *FILTER, *SAMPLES, f"--trainer.callbacks.epochs_per_round={epochs}"]
     options += [*CACHED, f"--model.policy.reference_cache={config.parent}/reference"]
-    options += ["--model=ROPO", "--model.beta=0.3", f"--trainer.max_epochs={3 * epochs}"]
-    whole = fit(config, "whole", *options)
+    return [*options, "--model=ROPO", "--model.beta=0.3", f"--trainer.max_epochs={3 * epochs}"]
+
+
+@pytest.fixture(scope="module")
+def whole_of(tmp_path_factory, tiny_tokenizer_dir):
+    """The run that is not killed, done once for each number of epochs a round."""
+    folder = tmp_path_factory.mktemp("whole")
+    file = save_config(folder, PreTrainedTokenizerFast.from_pretrained(tiny_tokenizer_dir))
+    return functools.cache(lambda epochs: fit(file, f"of {epochs}", *rounds_of(epochs, file)))
+
+
+@pytest.mark.parametrize(("when", "epochs"), WHERE)
+def test_killed_anywhere_it_ends_in_the_same(config, monkeypatch, whole_of, when, epochs):
+    """Three or six steps in the first round, with a checkpoint each, and fewer after it."""
+    options, whole = rounds_of(epochs, config), whole_of(epochs)
     assert '"accepted": 0' not in tables(whole)["rounds.json"]
     with monkeypatch.context() as patch:
         if when in DIES:
@@ -335,14 +348,17 @@ class Uneven(Callback):
 
 
 LONGER = [
-    pytest.param(
-        saved, kill, marks=() if (saved, kill) == ("epoch", (4, True)) else pytest.mark.slow
-    )
-    for saved in ("step", "epoch")
-    for kill in ((2, False), (3, True), (4, True), (3, False), (7, True), (9, True))
+    ("step", (2, False)),
+    ("step", (4, True)),
+    ("step", (7, True)),
+    ("epoch", (3, True)),
+    ("epoch", (4, True)),
+    ("epoch", (3, False)),
+    ("epoch", (9, True)),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("saved", "kill"), LONGER)
 def test_a_longer_epoch_behind_a_checkpoint_is_trained_whole(config, monkeypatch, kill, saved):
     options = (
