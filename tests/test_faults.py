@@ -257,7 +257,7 @@ def laboratory(tmp_path_factory, tiny_tokenizer_dir) -> Laboratory:
     return Laboratory(folder, {"policy": file, "reward": reward})
 
 
-# Of 56 draws, a few with all the pairs of settings, moments and signals that the 56 have.
+# Of 56 draws, a few that have each setting with each moment and signal that it has among the 56.
 SEEDS = (0, 3, 4, 5, 6, 7, 11, 13, 15, 18, 20, 21, 24, 30, 31, 33, 34, 37, 44, 52, 53, 55)
 
 
