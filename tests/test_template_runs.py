@@ -37,7 +37,7 @@ def prompt_text(data, place: int = 0) -> str:
 
 @pytest.mark.slow
 def test_the_hour_of_the_first_fit_is_that_of_all_that_follows(config, tmp_path, capsys):
-    fit = ["fit", "--config", str(config)]
+    fit = ["fit", "--config", str(config), "--model.scheduler=null"]
     first = run([*fit, "--trainer.max_epochs=1", "--data.template_time=2024-02-29T08:09:00"])
     assert prompt_text(first.datamodule).startswith("08:09<|im_start|>user\n")
     assert prompt_text(first.datamodule).endswith("<think>\n\n</think>\n\n")
