@@ -284,8 +284,9 @@ class RotopoCLI(LightningCLI):
             raise InputError("trainer.val_check_interval is 0: it has to be above zero.")
         self._began = Began()
         requeue = [Requeue(self._job)] if self._job is not None else []
-        # The doctor first: what it refuses leaves no settings behind.
-        always = [*kept, DataDoctor(), Monitors(), self._began, *requeue]
+        # First whether the ranks go on from one place, then the doctor: what it refuses leaves no
+        # settings behind.
+        always = [*requeue, *kept, DataDoctor(), Monitors(), self._began]
         kwargs["callbacks"] = [*always, *callbacks]
         with naming("trainer", on_purpose=False):
             try:

@@ -114,14 +114,14 @@ def _changes_nothing(layer: BaseTunerLayer) -> bool:
     if isinstance(layer, TrainableTokensLayer):
         return True  # its rows start as copies
     base: Any = layer.get_base_layer()
+    if not isinstance(base, nn.Embedding | nn.Linear | Conv1D):
+        return False
     weight = base.weight
     if isinstance(base, nn.Embedding):
         x = torch.arange(0, len(weight), max(1, len(weight) // 64), device=weight.device)
-    elif isinstance(base, nn.Linear | Conv1D):
+    else:
         size = base.in_features if isinstance(base, nn.Linear) else base.nx
         noise = torch.randn(2, size, generator=torch.Generator().manual_seed(0))
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
         x = noise.to(weight.device, dtype)
-    else:
-        return False
     return torch.equal(cast(nn.Module, layer)(x), base(x))

@@ -308,8 +308,8 @@ def test_a_run_on_a_quantised_base_goes_on_predicts_and_is_exported(
     last = last_checkpoint(tmp_path / "whole")
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        run(["test", *common, f"--ckpt_path={last}"])
-    assert "how it is quantised" in capsys.readouterr().err
+        run(["test", *common, "--model.policy={quantize: null}", f"--ckpt_path={last}"])
+    assert "model.policy.quantize is null here and 4bit" in capsys.readouterr().err
     run(["predict", *common, four, f"--ckpt_path={last}", f"--trainer.default_root_dir={tmp_path}"])
     (responses,) = tmp_path.rglob("responses.jsonl")
     assert len(responses.read_text().splitlines()) == 12

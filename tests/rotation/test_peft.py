@@ -313,7 +313,7 @@ def test_a_rotation_is_merged_into_a_bfloat16_base(tmp_path: Path):
     base = LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype="bfloat16")
     saved = SavedAdapter.at(str(tmp_path / "rotation"), None, "policy.path")
     assert saved is not None
-    assert merge(base, saved, "policy") == set()
+    assert merge(base, saved, "policy", torch.bfloat16) == set()
     for name, p in base.named_parameters():
         assert torch.equal(p, exact.get_parameter(name).bfloat16()), name
 

@@ -301,7 +301,7 @@ def test_settings_are_compared_by_what_they_mean():
 def test_consent_to_run_a_models_code_is_not_a_checkpoints(trained):
     settings = read(trained[1] / "last.ckpt")["rotopo"]["settings"]
     settings["model"]["init_args"]["policy"]["trust_remote_code"] = True
-    taken = for_command("test", settings)
+    taken = for_command("test", {"settings": settings})
     assert "trust_remote_code" not in taken["model"]["init_args"]["policy"]
     assert settings["model"]["init_args"]["policy"]["trust_remote_code"]
 
