@@ -6,6 +6,7 @@ import json
 import os
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import find_adapter_config_file
+from transformers.utils import cached_file
 
 from rotopo.errors import InputError
 from rotopo.files import writing_whole_folder
@@ -182,6 +183,8 @@ def pretrained_folder(path: str) -> str:
     if resolved.endswith(".gguf"):
         return str(_convert_gguf(Path(resolved)))
     looks_local = resolved.startswith(("/", ".")) or resolved.count("/") > 1
+    # runs/version_9: among runs, a run's folder that is not there, and not a name on the Hub.
+    looks_local |= Path(resolved).name.startswith("version_") and Path(resolved).parent.is_dir()
     if looks_local and not Path(resolved).exists():
         raise InputError(f"The model's path: there is no file or folder {path!r}.")
     return resolved
@@ -196,13 +199,7 @@ def adapter_settings(path: str) -> dict[str, Any] | None:
     Raises:
         InputError: the file cannot be read, or the path is none.
     """
-    folder = pretrained_folder(path)
-    if Path(folder).is_file():
-        return None
-    try:
-        file = find_adapter_config_file(folder)
-    except OSError:  # no such repository: whoever loads it says so
-        return None
+    file = _file_in(pretrained_folder(path), "adapter_config.json")
     if file is None:
         return None
     try:
@@ -212,6 +209,29 @@ def adapter_settings(path: str) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: not the configuration of an adapter: {error}") from error
     return settings
+
+
+def _file_in(folder: str, name: str) -> str | None:
+    """A file of a folder, or of a repository on the Hub; None where there is none."""
+    if os.path.exists(folder):
+        file = os.path.join(folder, name)
+        return file if os.path.isfile(file) else None
+    return _file_on_hub(folder, name)
+
+
+@lru_cache
+def _file_on_hub(repository: str, name: str) -> str | None:
+    """Asked once: it may take long to hear that nobody answers."""
+    try:
+        return cached_file(
+            repository,
+            name,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:  # no such repository: whoever loads it says so
+        return None
 
 
 def base_of_adapter(path: str) -> str | None:
@@ -229,7 +249,7 @@ def with_tokenizer(path: str, base_path: str | None = None) -> str:
         path: as of :func:`pretrained_folder`.
         base_path: the adapter's base, if it is set.
     """
-    if adapter_settings(path) is None or (Path(pretrained_folder(path)) / _TOKENIZER).is_file():
+    if adapter_settings(path) is None or _file_in(pretrained_folder(path), _TOKENIZER):
         return path
     return base_path or base_of_adapter(path) or path
 

@@ -30,6 +30,14 @@ def test_what_is_not_there_is_named(path, expected):
         pretrained_folder(path)
 
 
+def test_a_run_that_is_not_there_is_not_asked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert pretrained_folder("runs/version_9") == "runs/version_9"  # may be somebody's model
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(InputError, match="there is no file or folder 'runs/version_9'"):
+        pretrained_folder("runs/version_9")
+
+
 def test_a_broken_gguf_file_is_named_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("ROTOPO_CACHE", str(tmp_path / "cache"))
     broken = tmp_path / "broken.gguf"

@@ -13,9 +13,8 @@ def choose_checkpoint(run: Path, given: Path | None) -> tuple[Path, str]:
     """The checkpoint to export, and which one that is, in words."""
     if given is not None:
         return given, "as asked for"
-    places = [run / "checkpoints", *_named_places(run)]
-    # Names of ours make no folders; those of older runs, and a user's own slash, do.
-    found = {file: place for place in places for file in place.rglob("*.ckpt")}
+    places = _places(run)
+    found = _files(places)
     files = [file for file in found if found[file] == places[0] or _is_of(run, file)]
     files.sort(key=lambda file: file.stat().st_mtime)
     if not files:
@@ -42,12 +41,25 @@ def choose_checkpoint(run: Path, given: Path | None) -> tuple[Path, str]:
     return last[-1], "the last"
 
 
-def _named_places(run: Path) -> list[Path]:
-    """The folders outside the run's in which its settings have it keep checkpoints."""
+def written(run: Path) -> tuple[tuple[str, int], ...]:
+    """What lies where a run keeps checkpoints, with the time of its writing: another answer of
+    :func:`choose_checkpoint` takes another one of this."""
+    return tuple((str(file), file.stat().st_mtime_ns) for file in sorted(_files(_places(run))))
+
+
+def _files(places: list[Path]) -> dict[Path, Path]:
+    """Checkpoints, and which place each is in."""
+    # Names of ours make no folders; those of older runs, and a user's own slash, do.
+    return {file: place for place in places for file in place.rglob("*.ckpt")}
+
+
+def _places(run: Path) -> list[Path]:
+    """The folders in which a run keeps checkpoints: its own, and those that its settings name."""
     given = read_yaml(run / "config.yaml").get("trainer", {}).get("callbacks") or []
     callbacks = given if isinstance(given, list) else [given]
     named = ((one.get("init_args") or {}).get("dirpath") for one in callbacks)
-    return [Path(place).expanduser().resolve() for place in named if place]
+    others = (Path(place).expanduser().resolve() for place in named if place)
+    return [run / "checkpoints", *others]
 
 
 def _is_of(run: Path, file: Path) -> bool:
