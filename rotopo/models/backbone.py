@@ -3,7 +3,6 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -21,6 +20,7 @@ from rotopo.models.compilation import compile_layers
 from rotopo.models.mixed_precision import Masters, in_compute_dtype
 from rotopo.models.moved_base import move_to_start
 from rotopo.models.router import RouterLoss
+from rotopo.models.saved_adapter import BaseModel
 from rotopo.models.sharding import Sharding, decoder_layers, divide, share_of, whole
 from rotopo.models.starting import StartingAdapter
 from rotopo.pretrained import first_line
@@ -62,23 +62,6 @@ def rounding(model: PreTrainedModel, states: Tensor) -> float:
     kind = weight.device.type
     cast_to = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     return max(torch.finfo(dtype).eps for dtype in (weight.dtype, states.dtype, cast_to))
-
-
-@dataclass(frozen=True)
-class BaseModel:
-    """Where a base model comes from.
-
-    Attributes:
-        path: its own, of an adapter's folder that of the adapter's base.
-        merged: that of the adapter that was merged into it, if one was.
-        goes_on: that of the adapter that went on training, if one did.
-        reference: hash of the weights of another model that is the reference, if one is.
-    """
-
-    path: str
-    merged: str | None = None
-    goes_on: str | None = None
-    reference: str | None = None
 
 
 class Backbone(nn.Module):

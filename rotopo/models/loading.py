@@ -20,7 +20,7 @@ from transformers import (
 from rotopo.errors import InputError
 from rotopo.models import beside
 from rotopo.models.mixed_precision import compute_dtype
-from rotopo.models.moved_base import Base, moves_base, refuse_initialisation
+from rotopo.models.moved_base import Base, moves_base, refuse_initialisation, sample
 from rotopo.models.quantized import compute_as_in_training, quantized
 from rotopo.models.saved_adapter import SavedAdapter
 from rotopo.models.settings import BackboneConfig, DtypeName, Quantization
@@ -258,7 +258,6 @@ def fingerprint(
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, len(flat) // 64)].to("cpu", dtype).to(torch.bfloat16)
-        digest.update(sample.view(torch.int16).numpy().tobytes())
+        few = sample(parameter).to("cpu", dtype).to(torch.bfloat16)
+        digest.update(few.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16] + (f"-{quantize}" if quantize else "")

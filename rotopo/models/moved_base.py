@@ -19,8 +19,8 @@ from rotopo.errors import InputError
 from rotopo.models.sharding import share_of
 
 ADAPTER = "default"  # PEFT's name of the only one
-# Of LoRA's initialisations those that leave the base alone and need nothing but the weights.
-_IN_PLACE = (True, False, "gaussian", "orthogonal", "mica")
+# Of LoRA's initialisations those that leave the base alone.
+_IN_PLACE = (True, False, "gaussian", "orthogonal", "mica", "eva")
 _OF_DATA = ("eva", "corda", "lora_ga")
 
 

@@ -16,7 +16,6 @@ from rotopo.data.needs import Needs
 from rotopo.errors import InputError
 from rotopo.models.backbone import (
     Backbone,
-    BaseModel,
     decoder_inputs,
     hidden_states,
     rounding,
@@ -152,12 +151,7 @@ class Policy(Backbone):
         policy.other_reference = other
         policy.starts_at_reference = other is None
         policy.router = RouterLoss.of(model, config)
-        policy.base = BaseModel(
-            config.path,
-            None if merged is None else merged.path,
-            None if source.goes_on is None else source.goes_on.path,
-            None if other is None else other.weights,
-        )
+        policy.base = source.base(None if other is None else other.weights)
         apart: list[nn.Module] = []
         if narrow is not None:
             apart = kept_wide(model)

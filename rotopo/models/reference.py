@@ -188,7 +188,9 @@ def _by_its_name() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        message = str(error).replace("policy.path", "policy.reference_path")
+        message = str(error)
+        for other in ("The model's path", "policy.path"):
+            message = message.replace(other, "policy.reference_path")
         advice = "set policy.base_path", "name it in the folder's adapter_config.json"
         raise InputError(message.replace(*advice)) from error
 

@@ -13,6 +13,7 @@ from peft.utils import load_peft_weights
 from torch import Tensor
 
 from rotopo.errors import InputError
+from rotopo.models.moved_base import moves_base
 from rotopo.models.settings import BackboneConfig
 from rotopo.pretrained import adapter_settings, first_line, pretrained_folder
 
@@ -28,8 +29,6 @@ _BOOKKEEPING = (
     "task_type",
     "init_lora_weights",
 )
-# Initialisations of LoRA after which its base is not the model's any more.
-MOVING = ("pissa", "olora", "corda", "loftq")
 
 
 @dataclass(frozen=True)
@@ -86,11 +85,11 @@ class SavedAdapter:
                 "export that one as a merged model first, and name it in "
                 f"{setting.removesuffix('path')}base_path."
             )
-        start: Any = getattr(config, "init_lora_weights", True)
-        if str(start).lower().startswith(MOVING):
+        if moves_base(config):
+            start: Any = config
             raise InputError(
                 f"{setting}: the adapter at {path!r} belongs to a base that its initialisation "
-                f"({start}) has changed: save it with PEFT's "
+                f"({start.init_lora_weights}) has changed: save it with PEFT's "
                 "path_initial_model_for_weight_conversion, which makes it one for the base itself."
             )
         if hasattr(config, "init_lora_weights"):
@@ -135,6 +134,23 @@ class SavedAdapter:
 
 
 @dataclass(frozen=True)
+class BaseModel:
+    """Where a base model comes from.
+
+    Attributes:
+        path: its own, of an adapter's folder that of the adapter's base.
+        merged: that of the adapter that was merged into it, if one was.
+        goes_on: that of the adapter that went on training, if one did.
+        reference: hash of the weights of another model that is the reference, if one is.
+    """
+
+    path: str
+    merged: str | None = None
+    goes_on: str | None = None
+    reference: str | None = None
+
+
+@dataclass(frozen=True)
 class Source(Generic[Config]):
     """Where a model comes from.
 
@@ -147,6 +163,16 @@ class Source(Generic[Config]):
     config: Config
     goes_on: SavedAdapter | None = None
     merged: SavedAdapter | None = None
+
+    def base(self, reference: str | None = None) -> BaseModel:
+        """What a checkpoint says of it.
+
+        Args:
+            reference: see :class:`BaseModel`.
+        """
+        merged = None if self.merged is None else self.merged.path
+        goes_on = None if self.goes_on is None else self.goes_on.path
+        return BaseModel(self.config.path, merged, goes_on, reference)
 
 
 def source_of(config: Config) -> Source[Config]:

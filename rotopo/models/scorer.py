@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from rotopo.data.batch import Layout, PairBatch, Role, TokenizedRow, collate
 from rotopo.errors import InputError
-from rotopo.models.backbone import Backbone, BaseModel, decoder_inputs, rounding, tensors
+from rotopo.models.backbone import Backbone, decoder_inputs, rounding, tensors
 from rotopo.models.beside import embeddings
 from rotopo.models.loading import adapt, fingerprint, load_as_set, load_config
 from rotopo.models.merging import merge
@@ -118,11 +118,7 @@ class Scorer(Backbone):
         head.requires_grad_(True)
         scorer = cls(adapted.train(), base)
         scorer.router = RouterLoss.of(model, config)
-        scorer.base = BaseModel(
-            config.path,
-            None if merged is None else merged.path,
-            None if source.goes_on is None else source.goes_on.path,
-        )
+        scorer.base = source.base()
         narrow = compute_dtype(config)
         apart: list[nn.Module] = []
         if narrow is not None:
