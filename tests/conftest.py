@@ -68,3 +68,9 @@ def message(config, capsys):
         return error
 
     return refused
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch) -> None:
+    """Nothing of what other tests have computed."""
+    monkeypatch.setenv("ROTOPO_CACHE", str(tmp_path / "home"))

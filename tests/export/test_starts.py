@@ -40,10 +40,7 @@ KEPT = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> None:
-    """Nothing of what other tests have computed."""
-    monkeypatch.setenv("ROTOPO_CACHE", str(tmp_path / "home"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def first_loss(folder: Path) -> float:

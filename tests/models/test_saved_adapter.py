@@ -16,6 +16,7 @@ from rotopo.models.merging import WideLinear
 from rotopo.models.policy import Policy
 from rotopo.models.settings import PolicyConfig
 from rotopo.rotation import RotationConfig
+from tests.models.families import FAMILIES
 from tests.models.test_start import BATCH, LAYERS, ROWS, Fit, log_probs, own_log_prob
 from tests.small_run import save_pairs
 
@@ -25,10 +26,7 @@ OPTIMISERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> None:
-    """Nothing of what other tests have computed."""
-    monkeypatch.setenv("ROTOPO_CACHE", str(tmp_path / "home"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
@@ -38,19 +36,8 @@ def folder(tmp_path_factory, tiny_tokenizer_dir) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer_dir)
     torch.manual_seed(0)
     # Whose code stays in float64, which Llama's norms do not.
-    config = OPTConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        word_embed_proj_dim=32,
-        ffn_dim=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        dropout=0.0,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    size = {"vocab_size": len(tokenizer), "max_position_embeddings": 512}
+    config = OPTConfig(**FAMILIES["opt"] | size)
     OPTForCausalLM(config).save_pretrained(made / "model")
     tokenizer.save_pretrained(made / "model")
     save_pairs(made / "pairs.jsonl", 20)
@@ -274,11 +261,16 @@ def test_what_cannot_be_read_is_refused_by_name(folder, tmp_path):
     referring = message(folder / "model", lora, reference_path=str(nameless))
     assert referring.startswith("policy.reference_path: the adapter at")
     assert "in the folder's adapter_config.json" in referring
+    nowhere = message(folder / "model", lora, reference_path="./nowhere")
+    assert nowhere == "policy.reference_path: there is no file or folder './nowhere'."
     policy = Policy.load(
         PolicyConfig(str(nameless), dtype="float32", base_path=str(folder / "model")), True
     )
     assert policy.adapted
     assert "and" in message(folder / "model", base_path=str(folder / "model"))
     pissa = save_adapter(folder, tmp_path / "pissa", init_lora_weights="pissa")
+    assert "path_initial_model_for_weight_conversion" in message(pissa)
+    text = (pissa / "adapter_config.json").read_text("utf-8")
+    (pissa / "adapter_config.json").write_text(text.replace('"pissa"', '"lora_ga"'))
     assert "path_initial_model_for_weight_conversion" in message(pissa)
     assert "a quantised base" in message(folder / "sft", lora, quantize="4bit")

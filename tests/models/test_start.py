@@ -77,10 +77,7 @@ def config_of(name: str) -> PeftConfig:
     return kind(**LAYERS, **SMALL.get(name, {}))
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> None:
-    """Nothing of what other tests have computed."""
-    monkeypatch.setenv("ROTOPO_CACHE", str(tmp_path / "home"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")

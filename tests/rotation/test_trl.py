@@ -15,16 +15,21 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from rotopo.rotation import RotationConfig
 
 
-def test_trains_under_trl(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer),
+def tiny_config(tokenizer: PreTrainedTokenizerFast, **settings) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        **settings,
     )
+
+
+def test_trains_under_trl(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast):
+    torch.manual_seed(0)
+    config = tiny_config(tiny_tokenizer)
     base = LlamaForCausalLM(config)
     frozen = {name: p.detach().clone() for name, p in base.named_parameters()}
     rows = {
@@ -83,15 +88,7 @@ def test_a_reward_model_keeps_its_head(
     settings: dict, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ):
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_labels=1,
-        pad_token_id=tiny_tokenizer.pad_token_id,
-    )
+    config = tiny_config(tiny_tokenizer, num_labels=1, pad_token_id=tiny_tokenizer.pad_token_id)
     base = LlamaForSequenceClassification(config)
     frozen = {name: p.detach().clone() for name, p in base.named_parameters()}
     trainer = RewardTrainer(
