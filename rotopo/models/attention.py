@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PretrainedConfig
 
+import rotopo.models.segment_attention  # noqa: F401  registers "segments" with transformers
 from rotopo.data.batch import PairBatch
 from rotopo.errors import InputError
-from rotopo.models.segment_attention import segment_mask
+from rotopo.models.segments import segment_mask
 
 Mask = Tensor | BlockMask
 # By the decoder's names; masks of several kinds of layers by the kind.

@@ -5,109 +5,27 @@ response sees its prompt and itself only. Here the queries of each segment meet 
 they may see. Registered with transformers as the attention implementation ``segments``; without
 a mask of :func:`segment_mask`'s (generation, padded batches) it is transformers' ``sdpa``.
 
-In a compiled layer the same computation is one operator, ``rotopo::segments``, by which the layer
-stays a single graph whatever the number of blocks. Uncompiled, torch's autograd follows it: of the
-fused kernel it keeps what its backward pass needs, in the form that the device's kernel has it.
+It is one operator with a backward pass of its own, ``rotopo::segments``, by which a compiled layer
+stays a single graph whatever the number of blocks. Within a block heads come before tokens, and
+query heads that share a key head side by side, so that its products are plain ones of matrices.
 """
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rotopo.data.batch import PairBatch
 from rotopo.errors import InputError
+from rotopo.models.segments import Sums, segments_of
 
-# Blocks of up to this many scores a head are plain matrix products, which keep their weights for
-# the backward pass: a fused kernel's, which makes them again, is the slower one there on a CPU.
-_PLAIN_SCORES = 512 * 512
-# Queries at a time for which a compiled layer's backward pass makes the weights of larger ones
-# again: few enough to stay in a processor's cache [ours].
+# Queries at a time for which it does: few enough for the weights to stay in a processor's cache
+# [ours].
 _TILE = 64
-
-
-@dataclass(frozen=True)
-class Block:
-    """G groups of Q queries with the K keys that they may see.
-
-    Attributes:
-        queries: flat index into the R·T tokens of the lines [G, Q].
-        keys: the same for the keys [G, K].
-        mask: additive [G, 1, Q, K].
-    """
-
-    queries: Tensor
-    keys: Tensor
-    mask: Tensor
-
-    @property
-    def is_plain(self) -> bool:
-        return self.mask.shape[2] * self.mask.shape[3] <= _PLAIN_SCORES
-
-
-@dataclass(frozen=True)
-class Segments:
-    """The blocks of a batch, and where in their outputs, end to end, each token's is [R·T]."""
-
-    blocks: list[Block]
-    source: Tensor
-
-
-# By the memory of the mask that stands for them, with which they go. Not by the mask itself, which
-# checkpointing and compiled graphs replace by other tensors on the same memory.
-_SEGMENTS: WeakKeyDictionary[torch.UntypedStorage, Segments] = WeakKeyDictionary()
-
-
-def segment_mask(batch: PairBatch, dtype: torch.dtype, window: int | None) -> Tensor:
-    """An empty mask [W, 1, 0, 0] for transformers to pass on, which stands for the batch's blocks.
-
-    W says how many scores a head has in plain blocks, by which the compiler knows how much
-    :func:`_forward` keeps.
-
-    Args:
-        batch: R lines of T tokens, in a layout with blocks.
-        dtype: dtype of the attention scores.
-        window: how far back a query sees, itself included; None for all the way.
-    """
-    positions = batch.position_ids.flatten()
-    blocks, targets = [], []
-    for block in batch.blocks:
-        queries, keys = block.queries.clamp(min=0), block.keys.clamp(min=0)
-        distance = positions[queries][:, :, None] - positions[keys][:, None, :]
-        hidden = (distance < 0) | (block.keys < 0)[:, None, :]
-        if window is not None:
-            hidden |= distance >= window
-        mask = torch.zeros(hidden.shape, dtype=dtype, device=positions.device)
-        mask.masked_fill_(hidden, torch.finfo(dtype).min)
-        blocks.append(Block(queries, keys, mask[:, None]))
-        targets.append(torch.where(block.queries < 0, len(positions), queries).flatten())
-    target = torch.cat(targets)
-    # Fill-up goes to a slot of its own, and padding takes the output of whatever comes first.
-    source = torch.zeros(len(positions) + 1, dtype=torch.long, device=positions.device)
-    source.scatter_(0, target, torch.arange(len(target), device=positions.device))
-    kept = sum(block.mask.numel() for block in blocks if block.is_plain)
-    # Not of a floating-point type: FSDP casts those to others on another memory.
-    carrier = torch.empty(kept, 1, 0, 0, dtype=torch.bool, device=positions.device)
-    _SEGMENTS[carrier.untyped_storage()] = Segments(blocks, source[:-1])
-    return carrier
-
-
-def _segments_of(carrier: Tensor) -> Segments:
-    segments = _SEGMENTS.get(carrier.untyped_storage())
-    if segments is None:
-        raise InputError(
-            "attention: the model or the strategy changes the mask on its way to 'segments'; set "
-            "data.layout to 'padded'."
-        )
-    return segments
 
 
 def segment_attention(
@@ -140,96 +58,91 @@ def segment_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if torch.compiler.is_compiling() and not dropout:
-        return _operator(query, key, value, attention_mask, scaling), None
-    return _uncompiled(query, key, value, attention_mask, dropout, scaling), None
+    if dropout or _followed_is_better(query, attention_mask):
+        return _followed(query, key, value, attention_mask, dropout, scaling), None
+    return _operator(query, key, value, attention_mask, scaling), None
+
+
+def _followed_is_better(query: Tensor, carrier: Tensor) -> bool:
+    """Whether the backward pass too is to be the fused kernel's: on a GPU, for large blocks, where
+    a compiler does not ask for one operator."""
+    if torch.compiler.is_compiling() or not query.is_cuda:
+        return False
+    return not all(block.is_kept for block in segments_of(carrier).blocks)
 
 
 @torch.compiler.disable(reason="blocks that the compiler does not see")
-def _uncompiled(
+def _followed(
     query: Tensor, key: Tensor, value: Tensor, carrier: Tensor, dropout: float, scaling: float
 ) -> Tensor:
-    """As :func:`segment_attention`, for torch's autograd to follow."""
-    segments = _segments_of(carrier)
-    outputs = []
-    for block, q, k, v in _gathered(segments, query, key, value):
-        mask = block.mask.to(q.dtype)
-        if block.is_plain:
-            weights = F.dropout(_weights(q, k, mask, scaling), dropout)
-            output = _weighted(weights, v, q.shape)
-        else:
-            output = _fused(q, k, v, mask, dropout, scaling)
-        outputs.append(output.flatten(0, 1))
-    return _scattered(outputs, segments, query)
+    """The same in the device's fused kernel, for torch's autograd to follow."""
+    segments = segments_of(carrier)
+    there, back = segments.moves("queries", query.shape[1])
+    q = _Moved.apply(_rows(query), there, back)
+    k, v = (_Moved.apply(_rows(x), *segments.moves("keys", x.shape[1])) for x in (key, value))
+    outputs = [
+        _fused(*of_queries, *of_keys, block.mask.to(q.dtype), dropout, scaling).flatten(0, 2)
+        for block, of_queries, of_keys in segments.by_block((q,), (k, v))
+    ]
+    found = _Moved.apply(torch.cat(outputs), back, there)
+    return found.view(*segments.shape, query.shape[1], -1)
 
 
-def _gathered(
-    segments: Segments, query: Tensor, key: Tensor, value: Tensor
-) -> Iterator[tuple[Block, Tensor, Tensor, Tensor]]:
-    """Each block with its queries [G, Q, H, d], keys [G, K, H_kv, d], values [G, K, H_kv, d_v]."""
-    flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-    for block in segments.blocks:
-        q, k, v = (
-            x.index_select(0, index.flatten()).unflatten(0, index.shape)
-            for x, index in zip(flat, (block.queries, block.keys, block.keys), strict=True)
-        )
-        yield block, q, k, v
+class _Moved(torch.autograd.Function):
+    """Rows to other places, and their gradients back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, there: Sums, back: Sums) -> Tensor:
+        ctx.back = back
+        return there.of(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.back.of(grad), None, None
 
 
-def _scattered(outputs: list[Tensor], segments: Segments, query: Tensor) -> Tensor:
-    """The blocks' outputs, each [G·Q, H, d_v], where their tokens are [R, T, H, d_v]."""
-    R, _, T, _ = query.shape
-    return torch.cat(outputs).index_select(0, segments.source).unflatten(0, (R, T))
+def _rows(x: Tensor) -> Tensor:
+    """[R, heads, T, d] -> [R·T·heads, d]"""
+    return x.transpose(1, 2).reshape(-1, x.shape[-1])
 
 
-def _by_key_head(q: Tensor, H_kv: int) -> Tensor:
-    """[G, Q, H, d] -> [G, H_kv, H/H_kv · Q, d]: the query heads that share a key head lie side by
-    side, so that no key is repeated."""
-    G, Q, H, d = q.shape
-    return q.reshape(G, Q, H_kv, H // H_kv, d).permute(0, 2, 3, 1, 4).reshape(G, H_kv, -1, d)
-
-
-def _by_query(x: Tensor, shape: torch.Size) -> Tensor:
-    """Back from :func:`_by_key_head` to a shape [G, Q, H, any]."""
-    G, Q, H, _ = shape
-    H_kv = x.shape[1]
-    return x.view(G, H_kv, H // H_kv, Q, -1).permute(0, 3, 1, 2, 4).reshape(G, Q, H, -1)
-
-
-def _power(scaling: float) -> float:
-    # In float16 unscaled products overflow; a power of two scales without rounding.
-    return 2.0 ** math.floor(math.log2(scaling))
-
-
-def _weights(q: Tensor, k: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """softmax(scaling · q kᵀ + mask) in plain products [G, H_kv, H/H_kv, Q, K].
-
-    Args:
-        q: [G, Q, H, d].
-        k: [G, K, H_kv, d].
-        mask: [G, 1, Q, K].
-        scaling: of the scores.
-    """
-    (G, Q, H, _), (K, H_kv) = q.shape, k.shape[1:3]
-    power = _power(scaling)
-    scores = (_by_key_head(q * power, H_kv) @ k.permute(0, 2, 3, 1)).view(G, H_kv, H // H_kv, Q, K)
-    # In a half type torch's softmax computes in float32 and rounds its result, which is all that
-    # its backward pass then needs to keep.
-    return torch.add(mask[:, None], scores, alpha=scaling / power).softmax(-1)
-
-
-def _weighted(weights: Tensor, v: Tensor, shape: torch.Size) -> Tensor:
-    """The values [G, K, H_kv, d_v] by their weights -> [G, Q, H, d_v]; shape: of the queries."""
-    return _by_query(weights.flatten(2, 3) @ v.transpose(1, 2), shape)
+def _by_key_head(x: Tensor, H_kv: int) -> Tensor:
+    """[G, H, Q, d] -> [G·H_kv, H/H_kv·Q, d]: query heads that share a key head are one matrix."""
+    G, H, Q, d = x.shape
+    return x.reshape(G * H_kv, H // H_kv * Q, d)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float, scaling: float) -> Tensor:
-    """The attention of a block in torch's kernel for the device [G, Q, H, d_v]."""
-    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2).transpose(1, 2) for x in (k, v))
-    output = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k, v, mask, dropout_p=dropout, scale=scaling
-    )
-    return output.transpose(1, 2)
+    """The attention of a block in torch's kernel for the device [G, H, Q, d_v]."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scaling)
+
+
+def _weights(
+    q: Tensor, k: Tensor, mask: Tensor, scaling: float, out: Tensor | None = None
+) -> Tensor:
+    """softmax(scaling · q kᵀ + mask) [G·H_kv, H/H_kv·Q, K].
+
+    Args:
+        q: [G, H, Q, d].
+        k: [G, H_kv, K, d].
+        mask: [G, 1, Q, K].
+        scaling: of the scores; within the product, which without it might overflow in float16.
+        out: where to, if anywhere.
+    """
+    H_kv = k.shape[1]
+    scores = mask.expand(-1, q.shape[1], -1, -1).clone(memory_format=torch.contiguous_format)
+    scores = _by_key_head(scores, H_kv)
+    scores.baddbmm_(_by_key_head(q, H_kv), k.flatten(0, 1).mT, alpha=scaling)
+    return torch.softmax(scores, -1, out=out)
+
+
+def _block_weights(kept: Tensor, start: int, mask: Tensor, H: int, H_kv: int) -> Tensor:
+    """A block's part of the weights that are kept [G·H_kv, H/H_kv·Q, K], which begins at a place;
+    mask: the block's."""
+    part = kept[start : start + H * mask.numel()]
+    return part.view(len(mask) * H_kv, -1, mask.shape[-1])
 
 
 def _operator(query: Tensor, key: Tensor, value: Tensor, carrier: Tensor, scaling: float) -> Tensor:
@@ -244,21 +157,28 @@ def _operator(query: Tensor, key: Tensor, value: Tensor, carrier: Tensor, scalin
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, carrier: Tensor, scaling: float, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`_uncompiled`, with the softmax weights of all plain blocks [H·W] if they are to be
-    kept: in the backward pass they would be slower made again than read."""
-    segments = _segments_of(carrier)
-    outputs, kept = [], [query.new_empty(0)]
-    for block, q, k, v in _gathered(segments, query, key, value):
+    """The output [R, T, H, d_v], and the softmax weights that the backward pass is to read [H·W]:
+    those of the blocks that keep them, if it is to come at all."""
+    segments = segments_of(carrier)
+    H = query.shape[1]
+    of_queries, of_keys = segments.moves("queries", H), segments.moves("keys", key.shape[1])
+    queries = of_queries.there.of(_rows(query))
+    keys, values = of_keys.there.of(_rows(key)), of_keys.there.of(_rows(value))
+    outputs = values.new_empty(len(queries), values.shape[1])
+    kept = queries.new_empty(H * len(carrier) if keep else 0)
+    n_kept = 0
+    for block, (q, output), (k, v) in segments.by_block((queries, outputs), (keys, values)):
         mask = block.mask.to(q.dtype)
-        if block.is_plain:
-            weights = _weights(q, k, mask, scaling)
-            output = _weighted(weights, v, q.shape)
-            if keep:
-                kept.append(weights.flatten())
-        else:
-            output = _fused(q, k, v, mask, 0.0, scaling)
-        outputs.append(output.flatten(0, 1))
-    return _scattered(outputs, segments, query), torch.cat(kept)
+        if not block.is_kept:
+            output.copy_(_fused(q, k, v, mask, 0.0, scaling))
+            continue
+        weights = None
+        if keep:
+            weights = _block_weights(kept, n_kept, mask, H, k.shape[1])
+            n_kept += weights.numel()
+        weights = _weights(q, k, mask, scaling, weights)
+        torch.bmm(weights, v.flatten(0, 1), out=_by_key_head(output, v.shape[1]))
+    return of_queries.back.of(outputs).view(*segments.shape, H, -1), kept
 
 
 @_forward.register_fake
@@ -281,25 +201,28 @@ def _backward(
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, each [R, T, heads, d or d_v]."""
-    segments = _segments_of(carrier)
-    grads = [torch.zeros_like(x.transpose(1, 2).flatten(0, 1)) for x in (query, key, value)]
-    slots = grad.new_zeros(sum(block.queries.numel() for block in segments.blocks), *grad.shape[2:])
-    slots.index_add_(0, segments.source, grad.flatten(0, 1))
-    of_outputs = slots.split([block.queries.numel() for block in segments.blocks])
-    blocks = _gathered(segments, query, key, value)
-    for (block, q, k, v), of_output in zip(blocks, of_outputs, strict=True):
-        of_output = of_output.unflatten(0, block.queries.shape)
-        if block.is_plain:
-            size = block.mask.numel() * q.shape[2]
-            weights, kept = kept[:size], kept[size:]
-            found = _products_backward(of_output, q, k, v, weights, scaling)
+    segments = segments_of(carrier)
+    H, H_kv = query.shape[1], key.shape[1]
+    of_queries, of_keys = segments.moves("queries", H), segments.moves("keys", H_kv)
+    grads, queries = (of_queries.there.of(x) for x in (grad.flatten(0, 2), _rows(query)))
+    keys, values = of_keys.there.of(_rows(key)), of_keys.there.of(_rows(value))
+    found = [torch.empty_like(x) for x in (queries, keys, values)]
+    n_kept = 0
+    for block, (g, q, dq), (k, v, dk, dv) in segments.by_block(
+        (grads, queries, found[0]), (keys, values, *found[1:])
+    ):
+        mask = block.mask.to(g.dtype)
+        if block.is_kept:
+            weights = _block_weights(kept, n_kept, mask, H, H_kv)
+            n_kept += weights.numel()
+            _products_backward(g, q, k, v, weights, scaling, (dq, dk, dv))
         else:
-            found = _tiles_backward(of_output, q, k, v, block.mask.to(q.dtype), scaling)
-        indices = (block.queries, block.keys, block.keys)
-        for total, index, part in zip(grads, indices, found, strict=True):
-            total.index_add_(0, index.flatten(), part.flatten(0, 1))
-    R, T = grad.shape[:2]
-    dq, dk, dv = (total.unflatten(0, (R, T)) for total in grads)
+            _tiles_backward(g, q, k, v, mask, scaling, (dq, dk, dv))
+    backs = of_queries.back, of_keys.back, of_keys.back
+    dq, dk, dv = (
+        back.of(x).view(*segments.shape, -1, x.shape[-1])
+        for back, x in zip(backs, found, strict=True)
+    )
     return dq, dk, dv
 
 
@@ -317,42 +240,71 @@ def _(
 
 
 def _tiles_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scaling: float,
+    out: tuple[Tensor, Tensor, Tensor],
+) -> None:
     """As :func:`_products_backward`, with the weights made again, for a few queries at a time."""
-    dq, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
-    for start in range(0, q.shape[1], _TILE):
+    dq, *of_keys = out
+    # Sums over tiles are kept in float32; half types would lose the small terms.
+    wide = torch.promote_types(k.dtype, torch.float32)
+    totals = [torch.zeros_like(x, dtype=wide) for x in of_keys]
+    for start in range(0, q.shape[2], _TILE):
         part = slice(start, start + _TILE)
-        weights = _weights(q[:, part], k, mask[:, :, part], scaling)
-        found = _products_backward(grad[:, part], q[:, part], k, v, weights, scaling)
-        dq.append(found[0])
-        dk += found[1]
-        dv += found[2]
-    return torch.cat(dq, 1), dk, dv
+        some = q[:, :, part].contiguous()
+        of_some = torch.empty_like(some)
+        weights = _weights(some, k, mask[:, :, part], scaling)
+        found = of_some, *of_keys
+        _products_backward(grad[:, :, part], some, k, v, weights, scaling, found)
+        dq[:, :, part] = of_some
+        for total, of_tile in zip(totals, of_keys, strict=True):
+            total += of_tile
+    for x, total in zip(of_keys, totals, strict=True):
+        x.copy_(total)
 
 
 def _products_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scaling: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a block's q, k and v, given the one of its output [G, Q, H, d_v]."""
-    G, K, H_kv, _ = k.shape
-    power = _power(scaling)
-    weights = weights.view(G, H_kv, -1, K)
-    grad = _by_key_head(grad, H_kv)
-    of_weights = grad @ v.permute(0, 2, 3, 1)
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor,
+    scaling: float,
+    out: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Gradients of a block's q, k and v, by the one of its output [G, H, Q, d_v].
+
+    Args:
+        grad: that one.
+        q: [G, H, Q, d].
+        k: [G, H_kv, K, d].
+        v: [G, H_kv, K, d_v].
+        weights: of the softmax [G·H_kv, H/H_kv·Q, K].
+        scaling: of the scores.
+        out: where the gradients are written, which lie in one piece.
+    """
+    H_kv = k.shape[1]
+    grad, q, dq = (_by_key_head(x, H_kv) for x in (grad, q, out[0]))
+    k, v, dk, dv = (x.flatten(0, 1) for x in (k, v, *out[1:]))
+    of_weights = grad @ v.mT
     of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-    dq = _by_query(of_scores @ k.transpose(1, 2), q.shape) * scaling
-    dk = (of_scores.mT @ _by_key_head(q * power, H_kv)).transpose(1, 2) * (scaling / power)
-    dv = (weights.mT @ grad).transpose(1, 2)
-    return dq, dk, dv
+    torch.baddbmm(dq, of_scores, k, beta=0, alpha=scaling, out=dq)
+    torch.baddbmm(dk, of_scores.mT, q, beta=0, alpha=scaling, out=dk)
+    torch.bmm(weights.mT, grad, out=dv)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, carrier, ctx.scaling, _ = inputs
     ctx.save_for_backward(query, key, value, output[1], carrier)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros for the weights, a whole pass over memory
 
 
-def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     found = _backward(grad, *ctx.saved_tensors, ctx.scaling)
     return *(x.transpose(1, 2) for x in found), None, None, None
 

@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from rotopo.data import batch as batch_module
 from rotopo.data.batch import Role, TokenizedRow, collate, collate_prompts
 from rotopo.errors import InputError
-from rotopo.models import segment_attention
+from rotopo.models import segment_attention, segments
 from rotopo.models.log_probs import PairLogProbs
 from rotopo.models.policy import Policy, PolicyConfig, Sampling
 from rotopo.rotation import RotationConfig
@@ -76,11 +76,15 @@ def test_layouts_orders_and_padding_give_the_models_own_numbers(family, attentio
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "minicpm3"])
 def test_large_blocks_go_through_the_fused_kernel(family, monkeypatch):
-    monkeypatch.setattr(segment_attention, "_PLAIN_SCORES", 0)
-    monkeypatch.setattr(segment_attention, "_weights", None)
+    monkeypatch.setattr(segments, "_KEPT_SCORES", 0)
+    fused, calls = segment_attention._fused, []
+    monkeypatch.setattr(
+        segment_attention, "_fused", lambda *inputs: calls.append(1) or fused(*inputs)
+    )
     monkeypatch.setattr(batch_module, "_STRETCH", 5)
     policy = policy_of(family, lora(family), attn_implementation="segments")
     assert_batches_do_not_matter(policy, family, "segments")
+    assert calls
 
 
 @pytest.mark.slow

@@ -10,7 +10,9 @@ from torch._dynamo.utils import counters
 from rotopo.data.batch import Role, TokenizedRow, collate
 from rotopo.errors import InputError
 from rotopo.models import segment_attention as module
+from rotopo.models import segments
 from rotopo.models.attention import dense_mask
+from rotopo.models.segments import segment_mask, segments_of
 
 H, H_KV, D = 6, 2, 4
 ROWS = [
@@ -20,15 +22,15 @@ ROWS = [
 
 
 @pytest.mark.parametrize("layout", ["shared_prompt", "packed"])
-@pytest.mark.parametrize("plain_scores", [0, 512 * 512])
+@pytest.mark.parametrize("kept_scores", [0, 512 * 512])
 @pytest.mark.parametrize("d_v", [2, 4, 7])
 @pytest.mark.parametrize("scaling", [None, 0.3])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_blocks_are_masked_attention(layout, plain_scores, d_v, scaling, compiled, monkeypatch):
-    """By torch's autograd, and as the operator of compiled layers."""
-    monkeypatch.setattr(module, "_PLAIN_SCORES", plain_scores)
+@pytest.mark.parametrize("followed", [False, True])
+def test_blocks_are_masked_attention(layout, kept_scores, d_v, scaling, followed, monkeypatch):
+    """As the operator, and followed by torch's autograd."""
+    monkeypatch.setattr(segments, "_KEPT_SCORES", kept_scores)
     monkeypatch.setattr(module, "_TILE", 2)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
+    monkeypatch.setattr(module, "_followed_is_better", lambda *_: followed)
     batch = collate(ROWS, 0, layout, 1.0)
     R, T = batch.input_ids.shape
     torch.manual_seed(0)
@@ -38,7 +40,7 @@ def test_blocks_are_masked_attention(layout, plain_scores, d_v, scaling, compile
     )
     attention = nn.Module()
     attention.num_key_value_groups = H // H_KV
-    mask = module.segment_mask(batch, torch.float64, None)
+    mask = segment_mask(batch, torch.float64, None)
     found, _ = module.segment_attention(attention, query, key, value, mask, scaling=scaling)
     assert found.shape == (R, T, H, d_v)
 
@@ -72,7 +74,7 @@ def test_one_graph_serves_batches_of_any_shape():
     compiled = torch.compile(attend, backend="aot_eager", dynamic=True, fullgraph=True)
     for n in (2, 1, 3, 5):
         batch = collate([*ROWS, *ROWS, *ROWS][:n], 0, "packed", 1.0)
-        mask = module.segment_mask(batch, torch.float64, None)
+        mask = segment_mask(batch, torch.float64, None)
         T = batch.input_ids.shape[1]
         inputs = [
             torch.randn(1, T, heads, size, dtype=torch.float64).transpose(1, 2).requires_grad_()
@@ -86,7 +88,7 @@ def test_one_graph_serves_batches_of_any_shape():
 
 def test_weights_are_kept_only_if_asked_for():
     batch = collate(ROWS, 0, "packed", 1.0)
-    mask = module.segment_mask(batch, torch.float32, None)
+    mask = segment_mask(batch, torch.float32, None)
     inputs = [torch.randn(1, H, batch.input_ids.shape[1], D) for _ in range(3)]
     for keep in (True, False):
         assert len(module._forward(*inputs, mask, 0.5, keep)[1]) == keep * H * len(mask)
@@ -94,11 +96,11 @@ def test_weights_are_kept_only_if_asked_for():
 
 def test_autocast_reaches_the_operator():
     batch = collate(ROWS, 0, "packed", 1.0)
-    mask = module.segment_mask(batch, torch.float32, None)
+    mask = segment_mask(batch, torch.float32, None)
     inputs = [torch.randn(1, H, batch.input_ids.shape[1], D) for _ in range(3)]
     with torch.autocast("cpu", torch.bfloat16):
         found = module._operator(*inputs, mask, 0.5)
-        expected = module._uncompiled(*inputs, mask, 0.0, 0.5)
+        expected = module._followed(*inputs, mask, 0.0, 0.5)
     assert found.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 
@@ -108,19 +110,19 @@ def test_blocks_outlive_the_tensor_that_brought_them():
     it, for which no blocks are known, is refused by either way."""
     batch = collate(ROWS, 0, "packed", 1.0)
     inputs = [torch.randn(1, H, batch.input_ids.shape[1], D) for _ in range(3)]
-    mask = module.segment_mask(batch, torch.float32, None).detach()
-    expected = module._uncompiled(*inputs, mask, 0.0, 0.5)
+    mask = segment_mask(batch, torch.float32, None).detach()
+    expected = module._followed(*inputs, mask, 0.0, 0.5)
     torch.testing.assert_close(module._operator(*inputs, mask, 0.5), expected)
-    for attend in (module._operator, lambda *x: module._uncompiled(*x[:4], 0.0, x[4])):
+    for attend in (module._operator, lambda *x: module._followed(*x[:4], 0.0, x[4])):
         with pytest.raises(InputError, match="changes the mask"):
             attend(*inputs, mask.clone(), 0.5)
 
 
 def test_blocks_go_with_the_last_tensor_on_their_memory():
     """A graph may be the last to hold it, with none in Python."""
-    mask = module.segment_mask(collate(ROWS, 0, "packed", 1.0), torch.float32, None)
-    blocks = weakref.ref(module._segments_of(mask))
-    T = len(module._segments_of(mask).source)
+    mask = segment_mask(collate(ROWS, 0, "packed", 1.0), torch.float32, None)
+    blocks = weakref.ref(segments_of(mask))
+    T = segments_of(mask).shape[1]
     inputs = [torch.randn(1, H, T, D, requires_grad=True) for _ in range(3)]
     output = module._operator(*inputs, mask.detach(), 0.5)
     del mask
