@@ -10,6 +10,7 @@ stays a single graph whatever the number of blocks. Within a block heads come be
 query heads that share a key head side by side, so that its products are plain ones of matrices.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from rotopo.models.segments import Sums, segments_of
 
 # Queries at a time for which it does: few enough for the weights to stay in a processor's cache
 # [ours].
-_TILE = 64
+_TILE = 128
 
 
 def segment_attention(
@@ -80,10 +81,10 @@ def _followed(
     there, back = segments.moves("queries", query.shape[1])
     q = _Moved.apply(_rows(query), there, back)
     k, v = (_Moved.apply(_rows(x), *segments.moves("keys", x.shape[1])) for x in (key, value))
-    outputs = [
-        _fused(*of_queries, *of_keys, block.mask.to(q.dtype), dropout, scaling).flatten(0, 2)
-        for block, of_queries, of_keys in segments.by_block((q,), (k, v))
-    ]
+    outputs = []
+    for block, (of_q,), (of_k, of_v) in segments.by_block((q,), (k, v)):
+        output = _fused(of_q, of_k, of_v, block.mask.to(q.dtype), dropout, scaling)
+        outputs.append(output.flatten(0, 2))
     found = _Moved.apply(torch.cat(outputs), back, there)
     return found.view(*segments.shape, query.shape[1], -1)
 
@@ -246,7 +247,7 @@ def _tiles_backward(
     v: Tensor,
     mask: Tensor,
     scaling: float,
-    out: tuple[Tensor, Tensor, Tensor],
+    out: Sequence[Tensor],
 ) -> None:
     """As :func:`_products_backward`, with the weights made again, for a few queries at a time."""
     dq, *of_keys = out
@@ -274,7 +275,7 @@ def _products_backward(
     v: Tensor,
     weights: Tensor,
     scaling: float,
-    out: tuple[Tensor, Tensor, Tensor],
+    out: Sequence[Tensor],
 ) -> None:
     """Gradients of a block's q, k and v, by the one of its output [G, H, Q, d_v].
 
