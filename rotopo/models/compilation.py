@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rotopo.errors import InputError
+from rotopo.models.adapter_inputs import keep_inputs_as_autograd_does
 from rotopo.models.settings import BackboneConfig
 from rotopo.models.sharding import decoder_layers
 
@@ -43,6 +44,7 @@ def compile_layers(model: PreTrainedModel, setting: str) -> None:
     # beyond torch's limit of 8 it would go on uncompiled.
     torch._dynamo.config.recompile_limit = 32
     for layer in decoder_layers(model):
+        keep_inputs_as_autograd_does(layer)
         layer.compile(dynamic=True)
 
 

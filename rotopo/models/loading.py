@@ -19,6 +19,7 @@ from transformers import (
 
 from rotopo.errors import InputError
 from rotopo.models import beside
+from rotopo.models.adapter_inputs import keep_inputs_as_they_come
 from rotopo.models.mixed_precision import compute_dtype
 from rotopo.models.moved_base import Base, moves_base, refuse_initialisation, sample
 from rotopo.models.quantized import compute_as_in_training, quantized
@@ -233,6 +234,8 @@ def adapt(
             goes_on.load_into(cast(PeftModel, adapted))
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        keep_inputs_as_they_come(model)
     return adapted, moved
 
 

@@ -99,5 +99,5 @@ def test_nobody_else_leans_on_private_parts():
 def allowed(file: str, name: str) -> bool:
     if "." in name:
         return file == "rotopo/parsing.py" and name.startswith("jsonargparse.")
-    # A method that a subclass calls on itself, and torch's private name for a tensor's division.
-    return name in PRIVATE.get(file, {}) or name in ("_output", "_spec")
+    # A method that a subclass calls on itself, and torch's names of a tensor's division, version.
+    return name in PRIVATE.get(file, {}) or name in ("_output", "_spec", "_version")
