@@ -73,7 +73,6 @@ def call(command: str, args: list[str]) -> None:
     module, _, name = (_FUNCTIONS | _ON_SETTINGS)[command].rpartition(".")
     with messages(), in_one_line():
         function = getattr(import_module(module), name)
-        threads.settle()
         if command in _ON_SETTINGS:
             function(args)
             return
