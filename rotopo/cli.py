@@ -4,9 +4,12 @@ paths; plan what a fit takes; judge, report and export what they wrote."""
 import sys
 import traceback
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from rotopo.lightning_cli import messages, run
-from rotopo.refusals import fault, in_one_line
+from rotopo import threads
+
+if TYPE_CHECKING:
+    from rotopo.lightning_cli import RotopoCLI
 
 # Commands that need no Trainer: plain functions, whose arguments are theirs.
 _FUNCTIONS = {
@@ -19,12 +22,20 @@ _ON_SETTINGS = {"plan": "rotopo.plan.command.plan"}
 
 
 def main(args: list[str] | None = None) -> None:
-    """The console script; see :func:`rotopo.lightning_cli.run` and :func:`call`.
+    """The console script; see :func:`run` and :func:`call`.
+
+    Args:
+        args: arguments without the program's name; None reads them from the process, which is then
+            the command's own: it computes on the cores that are free.
 
     Raises:
         SystemExit: after bad input with status 2; after a fault with status 1, and a traceback.
     """
-    args = sys.argv[1:] if args is None else args
+    if args is None:
+        threads.begin()
+        args = sys.argv[1:]
+    from rotopo.refusals import fault  # imports torch, which threads have to be settled before
+
     try:
         if args and args[0] in _FUNCTIONS | _ON_SETTINGS:
             call(args[0], args[1:])
@@ -38,6 +49,13 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(1)
 
 
+def run(args: list[str] | None = None) -> "RotopoCLI":
+    """As :func:`rotopo.lightning_cli.run`, which is imported when it is called for."""
+    from rotopo.lightning_cli import run
+
+    return run(args)
+
+
 def call(command: str, args: list[str]) -> None:
     """Run a command that needs no Trainer.
 
@@ -49,6 +67,8 @@ def call(command: str, args: list[str]) -> None:
         SystemExit: with status 2 after bad input, whose message is printed without a traceback.
     """
     from jsonargparse import auto_cli
+
+    from rotopo.refusals import in_one_line, messages
 
     module, _, name = (_FUNCTIONS | _ON_SETTINGS)[command].rpartition(".")
     with messages(), in_one_line():

@@ -7,8 +7,6 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 import rotopo.objectives
 import rotopo.reward  # (classes are known by their short names once imported)
 import rotopo.robust  # noqa: F401
+from rotopo import threads
 from rotopo.callbacks.doctor import DataDoctor
 from rotopo.callbacks.monitors import Monitors
 from rotopo.data.doctor.diagnosis import refusal, render
@@ -34,7 +33,15 @@ from rotopo.parsing import (
     refuse_ill_typed,
 )
 from rotopo.pretrained import with_tokenizer
-from rotopo.refusals import Began, Building, in_one_line, naming, refuse_repeated_names, unwrapped
+from rotopo.refusals import (
+    Began,
+    Building,
+    in_one_line,
+    messages,
+    naming,
+    refuse_repeated_names,
+    unwrapped,
+)
 from rotopo.run import wandb
 from rotopo.run.as_adapter import as_adapter
 from rotopo.run.changed import checked, say
@@ -296,6 +303,8 @@ class RotopoCLI(LightningCLI):
         if trainer.is_global_zero:
             refuse_to_replace(trainer.loggers)
         take_over(trainer, self._job)
+        there = self._checkpoint if self.subcommand == "fit" else None
+        threads.settle(trainer.world_size, there[1]["rotopo"].get("threads") if there else None)
         return trainer
 
 
@@ -359,19 +368,6 @@ def _with_one_parser(command: type[Kind], args: list[str] | None) -> type[Kind]:
         return command
     one = {name[0]: known[name[0]]}
     return type(command.__name__, (command,), {"subcommands": staticmethod(lambda: one)})
-
-
-@contextmanager
-def messages() -> Iterator[None]:
-    """Bad input ends with its message."""
-    try:
-        yield
-    except ValueError as error:
-        cause = input_error(error)
-        if cause is None:
-            raise
-        print(f"rotopo: {cause}", file=sys.stderr)
-        sys.exit(2)
 
 
 def _path_of(model: Any) -> str:

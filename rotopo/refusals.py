@@ -14,6 +14,7 @@ in a class of the user's own.
 
 import dis
 import errno
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -107,6 +108,19 @@ def naming(place: str, on_purpose: bool = True) -> Iterator[None]:
         if refused is None:
             raise
         raise refused from error
+
+
+@contextmanager
+def messages() -> Iterator[None]:
+    """Bad input ends with its message."""
+    try:
+        yield
+    except ValueError as error:
+        cause = input_error(error)
+        if cause is None:
+            raise
+        print(f"rotopo: {cause}", file=sys.stderr)
+        sys.exit(2)
 
 
 @contextmanager

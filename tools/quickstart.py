@@ -1,31 +1,97 @@
 """Fit RoPO on critics' sentences about films, test before and after, compare, draw.
 
-Usage: tools/quickstart [--output DIR] [rotopo options, e.g. --trainer.max_epochs 2]
+Usage: tools/quickstart [--output DIR] [rotopo options, e.g. --data.train_pairs 480]
+
+configs/quickstart.yaml with fewer pairs, and without validation, of which the table has nothing.
 """
 
+from rotopo import threads
+
+if __name__ == "__main__":
+    threads.begin()
+    print("Starting; on two idle cores it takes some minutes in all.", flush=True)
+
 import argparse
+import io
+import logging
 import math
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+from lightning.pytorch import Callback, Trainer
+from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from rotopo.data import films
 from rotopo.data.batch import collate_prompts
-from rotopo.export.command import export
-from rotopo.lightning_cli import run as rotopo
+from rotopo.lightning_cli import RotopoCLI, built
 from rotopo.models.policy import Sampling
 from rotopo.report import plots
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
-JUDGED_PROMPTS = 48
+LESS = ("--data.train_pairs=160", "--data.validation=0", "--data.test=0.05")
+CACHED = "--model.policy.reference=cached"  # both tests have the same reference
+QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
+JUDGED_PROMPTS = 32
+PROMPTS_PER_BATCH = 16
 SHOWN_PROMPTS = 3
 
 
-def test_metrics(cli) -> dict[str, float]:
-    return {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
+class Bar(Callback):
+    """A line for each stage of the Trainer's: what it is, how far, and how long it took."""
+
+    def __init__(self) -> None:
+        self.title = ""
+        self.bar = bar([], self.title)
+
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        self.bar = bar(range(int(trainer.estimated_stepping_batches)), self.title)
+
+    def on_test_start(self, trainer: Trainer, *_: Any) -> None:
+        self.bar = bar(range(sum(trainer.num_test_batches)), self.title)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.bar.update()
+
+    def on_test_batch_end(self, *_: Any) -> None:
+        self.bar.update()
+
+    def on_train_end(self, *_: Any) -> None:
+        self.bar.close()
+
+    def on_test_end(self, *_: Any) -> None:
+        self.bar.close()
+
+
+def bar(steps: Any, title: str) -> tqdm:
+    return tqdm(steps, title, ncols=79, disable=not title)
+
+
+class Quickstart(RotopoCLI):
+    """A fit with the same test before and after it; what they print is in the run's folder."""
+
+    before: dict[str, float]
+    after: dict[str, float]
+    seconds: float
+
+    def carry_out(self, subcommand: str) -> None:
+        bar = Bar()
+        self.trainer.callbacks.append(bar)
+        self.before = self.test(bar, "Test before training")
+        bar.title, start = "Training", time.perf_counter()
+        super().carry_out(subcommand)
+        self.seconds = time.perf_counter() - start
+        self.after = self.test(bar, "Test after training")
+
+    def test(self, bar: Bar, title: str) -> dict[str, float]:
+        bar.title = title
+        with redirect_stdout(io.StringIO()):
+            self.trainer.test(self.model, self.datamodule, verbose=False)
+        return {name: float(value) for name, value in self.trainer.callback_metrics.items()}
 
 
 def interval(values: pd.Series) -> str:
@@ -33,7 +99,7 @@ def interval(values: pd.Series) -> str:
     return f"{values.mean():+.3f} ± {1.96 * values.std() / math.sqrt(len(values)):.3f}"
 
 
-def generate(cli, sampling: Sampling) -> pd.DataFrame:
+def generate(cli: RotopoCLI, sampling: Sampling) -> pd.DataFrame:
     """Responses of the reference and of the policy to the first held-out prompts, by film."""
     data, policy = cli.datamodule, cli.model.policy
     rows = data.test_dataloader().dataset
@@ -43,8 +109,8 @@ def generate(cli, sampling: Sampling) -> pd.DataFrame:
     table = pd.DataFrame({"prompt": [source[first[prompt]]["prompt"] for prompt in prompts]})
     for name, reference in (("before", True), ("after", False)):
         responses = []
-        for start in range(0, len(prompts), 16):
-            part = [list(p) for p in prompts[start : start + 16]]
+        for start in bar(range(0, len(prompts), PROMPTS_PER_BATCH), f"Sentences {name} training"):
+            part = [list(p) for p in prompts[start : start + PROMPTS_PER_BATCH]]
             batch = collate_prompts(part, data.pad_id, range(len(part)))
             responses += policy.generate(batch, sampling, data.stop_ids, data.pad_id, reference)
         table[name] = [
@@ -58,30 +124,21 @@ def main() -> None:
     parser.add_argument("--output", default="runs/quickstart", help="folder for all results")
     arguments, options = parser.parse_known_args()
     output = Path(arguments.output)
-    common = ["--config", str(CONFIG), "--trainer.default_root_dir", str(output), *options]
-
-    print("1/4  Testing before training ...", flush=True)
-    before = test_metrics(rotopo(["test", *common]))
-
-    print("2/4  Training ...", flush=True)
-    start = time.perf_counter()
-    cli = rotopo(["fit", *common])
-    seconds = time.perf_counter() - start
+    # What Lightning and the doctor say at the beginning of every run, where nothing is wrong.
+    for name in ("lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    place = f"--trainer.default_root_dir={output}"
+    cli = built(Quickstart, ["fit", f"--config={CONFIG}", *QUIET, *LESS, CACHED, place, *options])
+    before, after = cli.before, cli.after
     run = Path(cli.trainer.log_dir)
     log = pd.read_csv(run / "metrics.csv")
 
-    print("3/4  Testing after training ...", flush=True)
-    cli.trainer.test(cli.model, cli.datamodule, verbose=False)
-    after = test_metrics(cli)
-
-    print("4/4  Generating before and after ...", flush=True)
-    responses = generate(cli, Sampling(max_new_tokens=48))
+    responses = generate(cli, Sampling(max_new_tokens=32))
     analyser = SentimentIntensityAnalyzer()
     for name in ("before", "after"):
         scores = [analyser.polarity_scores(text)["compound"] for text in responses[name]]
         responses[f"vader_{name}"] = scores
     responses.to_json(output / "responses.jsonl", orient="records", lines=True)
-    export(run, run / "model", form="adapter" if cli.model.policy_config.adapter else "merged")
     plots.implicit_rewards(run / "metrics.csv", output / "implicit_rewards.png")
 
     held_out = len(cli.datamodule.test_dataloader().dataset)
@@ -105,7 +162,7 @@ def main() -> None:
         print(f"{'orthogonality error':34}{errors[0]:10.1e}{errors[1]:10.1e}")
     print(f"{'trainable parameters':34}{trained:>20,} ({share:.3%} of the model)")
     rate = log["speed/pairs_per_second"].mean()
-    print(f"{'pairs per second':34}{rate:20.1f} ({seconds:.0f} s with loading and validation)")
+    print(f"{'pairs per second':34}{rate:20.1f} ({cli.seconds:.0f} s with the reference's part)")
     print(f"Accuracy with its 95 % interval: {accuracy:.3f} ± {spread:.3f}.")
     print("Before training every margin is exactly 0, so the accuracy is 0 and the loss ln 2.")
     change = responses["vader_after"] - responses["vader_before"]
@@ -116,7 +173,8 @@ def main() -> None:
     )
     for _, row in responses.head(SHOWN_PROMPTS).iterrows():
         print(f"\n{row['prompt']}\n  before: {row['before']}\n  after:  {row['after']}")
-    print(f"\nIn {output}: implicit_rewards.png, responses.jsonl; in {run}: the run, and model/")
+    print(f"\nIn {output}: implicit_rewards.png, responses.jsonl; in {run}: the run. As a model:")
+    print(f"  tools/export --run {run} --output my_model")
 
 
 if __name__ == "__main__":

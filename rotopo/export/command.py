@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rotopo import threads
 from rotopo.data.module import PairwiseDataModule
 from rotopo.errors import InputError
 from rotopo.export.job import Dtype, Form, Job, Kind, dtype_of, probes_of
@@ -91,6 +92,7 @@ def export(
             f"run: {run} holds no config.yaml: give the folder of a run of rotopo fit, "
             "runs/version_0 for example."
         )
+    threads.settle()
     file, which = choose_checkpoint(run, checkpoint)
     state = read(file, optimizers=False)
     beside, facts = (read_yaml(run / name) for name in ("config.yaml", "hparams.yaml"))

