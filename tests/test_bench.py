@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rotopo.errors import InputError
 from tools.bench import __main__ as bench
-from tools.bench import compare, peers, profile, setting
+from tools.bench import compare, generation, peers, profile, setting
 from tools.bench.peers import Entry
 from tools.bench.setting import Load
 
@@ -56,6 +56,15 @@ def test_the_tables(tmp_path, capsys):
     kinds = printed.partition("Share of the step's time")[2].splitlines()[1:]
     assert len(kinds) == len(profile.KINDS)
     assert sum(float(line.split()[-2]) for line in kinds) == pytest.approx(100, abs=0.5)
+
+
+@pytest.mark.slow
+def test_generation_beside_transformers_own():
+    tiny = ["--model", "random:tiny", "--dtype", "float32", "--rounds", "2", "--responses", "4"]
+    (row,) = generation.main([*tiny, "--samples", "2", "--adapter", "rotation"])
+    assert (row["samples"], row["adapter"]) == (2, "rotation")
+    assert row["ratio"] == sorted(row["ratio"])
+    assert min(row["plain"], row["ours"]) > 0
 
 
 @pytest.mark.parametrize("reference", ["online", "cached"])

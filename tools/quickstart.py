@@ -120,7 +120,7 @@ def generate(cli: RotopoCLI, sampling: Sampling) -> pd.DataFrame:
         for start in bar(range(0, len(prompts), PROMPTS_PER_BATCH), f"Sentences {name} training"):
             part = [list(p) for p in prompts[start : start + PROMPTS_PER_BATCH]]
             batch = collate_prompts(part, data.pad_id, range(len(part)))
-            responses += policy.generate(batch, sampling, data.stop_ids, data.pad_id, reference)
+            responses += policy.generate(batch, sampling, data.stop_ids, reference)
         table[name] = [
             data.encoder.tokenizer.decode(r, skip_special_tokens=True) for r in responses
         ]

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import torch
 from peft import PeftModel
@@ -22,10 +22,11 @@ from rotopo.models.backbone import (
     tensors,
 )
 from rotopo.models.beside import embeddings
+from rotopo.models.generation import respond
 from rotopo.models.head import Head, token_log_probs
 from rotopo.models.loading import adapt, fingerprint, load_as_set, load_model
 from rotopo.models.log_probs import PairLogProbs, pair_log_probs, tokens_with_kl
-from rotopo.models.merging import merge
+from rotopo.models.merging import folded, merge
 from rotopo.models.mixed_precision import compute_dtype, in_compute_dtype, kept_wide
 from rotopo.models.modes import evaluating
 from rotopo.models.reference import (
@@ -293,16 +294,14 @@ class Policy(Backbone):
         prompts: PromptBatch,
         sampling: Sampling,
         stop_ids: list[int],
-        pad_id: int,
         reference: bool = False,
     ) -> list[list[int]]:
         """Response token ids for each prompt, without the stop token.
 
         Args:
-            prompts: B left-padded prompts.
+            prompts: B left-padded prompts; equal ones are read once.
             sampling: how to choose tokens.
             stop_ids: tokens that end a response.
-            pad_id: what fills up responses that ended; never part of a result.
             reference: generate with the reference instead of the policy.
 
         Raises:
@@ -316,28 +315,12 @@ class Policy(Backbone):
                 f"are more than the model's {limit.count} positions: lower max_new_tokens, or "
                 "data.max_length, which bounds the prompts."
             )
-        greedy = sampling.temperature == 0
-        # All that a model's own generation_config might set otherwise.
-        settings: dict[str, Any] = {"do_sample": not greedy, "repetition_penalty": 1.0}
-        if not greedy:
-            settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         # The layers' copies too: they are made once rather than for every token.
         copies = nullcontext() if self.masters is None else self.masters.replaced(layers=True)
         chosen = self.reference_model() if reference else nullcontext(self.language_model)
-        model: Any
-        with chosen as model, evaluating(model), self._uncompiled(), copies:
-            output = model.generate(
-                input_ids=prompts.input_ids,
-                attention_mask=prompts.attention_mask,
-                max_new_tokens=sampling.max_new_tokens,
-                eos_token_id=stop_ids,
-                pad_token_id=pad_id,
-                # A rank whose responses have ended goes on with those that wait for it.
-                synced_gpus=self.sharding is not None and self.sharding.mesh.size() > 1,
-                **settings,
-            )
-        responses = output[:, prompts.input_ids.shape[1] :].tolist()
-        return [_until(response, stop_ids) for response in responses]
+        divided = self.sharding is not None and self.sharding.mesh.size() > 1
+        with chosen as model, evaluating(model), self._uncompiled(), copies, folded(model):
+            return respond(model, prompts, sampling, stop_ids, together=divided)
 
     @torch.no_grad()
     def _check(self, layout: Layout) -> None:
@@ -386,8 +369,3 @@ def _head(model: PreTrainedModel) -> Head:
     scale /= getattr(config, "logits_scaling", None) or 1.0
     softcap = getattr(config, "final_logit_softcapping", None)
     return Head(module.weight, getattr(module, "bias", None), scale, softcap)
-
-
-def _until(response: list[int], stop_ids: list[int]) -> list[int]:
-    ends = [i for i, token in enumerate(response) if token in stop_ids]
-    return response[: ends[0]] if ends else response

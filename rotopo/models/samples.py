@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm.auto import tqdm
 
 from rotopo import ranks
@@ -17,7 +16,9 @@ from rotopo.files import write_whole
 from rotopo.models.policy import Policy
 from rotopo.models.settings import Sampling
 
-_PROMPTS_AT_ONCE = 32
+_PROMPTS_AT_ONCE = 64
+# What random numbers a response is drawn by, so that those drawn by others are not taken for it.
+_DRAWN = "a generator for each row"
 
 
 def sample_reference(
@@ -48,7 +49,7 @@ def draw(
 
     Responses are kept on disk under a hash of the model, the prompts and every setting, in parts of
     a few prompts each, so that a run that dies loses only the part at hand; the ranks share the
-    parts among them. The global random state is left as it was.
+    parts among them. Each response has random numbers of its own, by the seed and its place.
 
     Args:
         policy: who responds.
@@ -67,15 +68,15 @@ def draw(
         InputError: another rank's responses are not in this rank's cache folder, or a file in it
             is damaged.
     """
-    settings = [source, vars(sampling), encoder.stop_ids, encoder.end_of_turn_id]
+    settings = [_DRAWN, source, vars(sampling), encoder.stop_ids, encoder.end_of_turn_id]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for prompt in prompts:
         digest.update(np.array([len(prompt), *prompt], dtype=np.int64).tobytes())
     folder = cache_dir / digest.hexdigest()[:32]
     folder.mkdir(parents=True, exist_ok=True)
 
-    # Prompts of similar lengths together: less padding.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    # Prompts of similar lengths together: less padding; and equal ones, which are read once.
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
     parts = [order[i : i + _PROMPTS_AT_ONCE] for i in range(0, len(order), _PROMPTS_AT_ONCE)]
     files = [folder / f"{number}.json" for number in range(len(parts))]
     # One rank decides for all, since files come while others look.
@@ -84,19 +85,12 @@ def draw(
     mine = missing[ranks.number() :: ranks.count()]
     if policy.sharding is not None:  # every rank has to work whenever one does
         mine += missing[: turns - len(mine)]
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     whose = "the reference" if reference else "the policy"
     for number in tqdm(mine, desc=f"Sampling {whose}", disable=not mine or ranks.number() > 0):
         batch = collate_prompts([prompts[i] for i in parts[number]], encoder.pad_id, parts[number])
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(sampling.seed * 1_000_003 + number)
-            responses = policy.generate(
-                batch.to(policy.device),
-                sampling,
-                encoder.stop_ids,
-                encoder.pad_id,
-                reference=reference,
-            )
+        responses = policy.generate(
+            batch.to(policy.device), sampling, encoder.stop_ids, reference=reference
+        )
         most = sampling.max_new_tokens
         ended = [ids + [encoder.end_of_turn_id] * (len(ids) < most) for ids in responses]
         write_whole(files[number], json.dumps(ended))

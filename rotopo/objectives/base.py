@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
@@ -152,11 +151,7 @@ class PreferenceModule(PairwiseModule):
             # Responses of other kinds, which some objectives train on, have no say in a reward.
             log_probs = self.policy(batch, replace(self.needs, roles=()))
             return [{"score": reward} for reward in self.rewards(log_probs)[0].tolist()]
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            # By row, so that a resumed run draws what the whole one would have drawn.
-            torch.manual_seed(self.sampling.seed * 1_000_003 + int(batch.rows[0]))
-            responses = self.policy.generate(batch, self.sampling, data.stop_ids, data.pad_id)
+        responses = self.policy.generate(batch, self.sampling, data.stop_ids)
         decode = data.encoder.tokenizer.decode
         return [
             {"response": decode(ids, skip_special_tokens=True), "tokens": len(ids)}

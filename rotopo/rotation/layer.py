@@ -26,7 +26,8 @@ class RotationLinear(nn.Module, BaseTunerLayer):
     """A frozen nn.Linear, transformers Conv1D or quantised linear layer with its rotations.
 
     Several active adapters act as if merged one after the other, in the order of activation. Every
-    call makes the factors anew: to generate token by token, merge first.
+    call makes the factors anew: to generate token by token, merge first, or as
+    :func:`rotopo.models.merging.folded` does.
 
     "Linear" is in the name because PEFT finds linear layers that have adapters by it, for
     all-linear.

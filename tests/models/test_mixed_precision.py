@@ -144,8 +144,8 @@ def test_what_it_says_and_shows_elsewhere_is_the_half_models_too(tmp_path):
     prompts = collate_prompts([[5, 6, 7], [8, 9]], 0, [0, 1])
     sampling = Sampling(max_new_tokens=6)
     for reference in (False, True):
-        found = policy.generate(prompts, sampling, [2], 0, reference)
-        assert found == half.generate(prompts, sampling, [2], 0, reference)
+        found = policy.generate(prompts, sampling, [2], reference)
+        assert found == half.generate(prompts, sampling, [2], reference)
     batch = collate(some_rows(), 0, "packed", 1.0)
     for found, expected in zip(policy.hidden_states(batch), half.hidden_states(batch), strict=True):
         assert torch.equal(found, expected)

@@ -300,16 +300,16 @@ def test_generation_stops_where_it_should_and_ignores_padding():
     policy = policy_of("llama", lora(""))
     prompts = [[5, 6, 7, 8, 9], [10, 11]]
     together = policy.generate(
-        collate_prompts(prompts, 0, [0, 1]), Sampling(max_new_tokens=8), stop_ids=[2], pad_id=0
+        collate_prompts(prompts, 0, [0, 1]), Sampling(max_new_tokens=8), stop_ids=[2]
     )
     alone = [
-        policy.generate(collate_prompts([p], 0, [0]), Sampling(max_new_tokens=8), [2], 0)[0]
+        policy.generate(collate_prompts([p], 0, [0]), Sampling(max_new_tokens=8), [2])[0]
         for p in prompts
     ]
     assert together == alone
     assert all(1 <= len(response) <= 8 for response in together)
     stop = together[0][2]
     shorter = policy.generate(
-        collate_prompts(prompts, 0, [0, 1]), Sampling(max_new_tokens=8), [stop], 0
+        collate_prompts(prompts, 0, [0, 1]), Sampling(max_new_tokens=8), [stop]
     )
     assert shorter[0] == together[0][: together[0].index(stop)]

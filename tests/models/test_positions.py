@@ -101,14 +101,14 @@ def test_generation_stays_within_a_table(family):
         torch.full((1, 100), 9), torch.ones(1, 100, dtype=torch.long), torch.zeros(1)
     )
     sampling = Sampling(max_new_tokens=29, temperature=0)
-    (response,) = policy.generate(prompts, sampling, [], 0)  # the last new token is not read
+    (response,) = policy.generate(prompts, sampling, [])  # the last new token is not read
     assert len(response) == 29
     sampling = Sampling(max_new_tokens=30, temperature=0)
     if family == "llama":
-        assert len(policy.generate(prompts, sampling, [], 0)[0]) == 30
+        assert len(policy.generate(prompts, sampling, [])[0]) == 30
         return
     with pytest.raises(InputError, match=r"100 tokens and 30 new ones .* 128 positions"):
-        policy.generate(prompts, sampling, [], 0)
+        policy.generate(prompts, sampling, [])
 
 
 # By all the names that families have for them; each takes those that it knows.

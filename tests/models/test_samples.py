@@ -46,18 +46,18 @@ def test_the_first_token_follows_the_references_distribution(policy, sample):
 
 
 def test_drawn_once_and_then_read(sample, monkeypatch):
-    prompts = [[40 + i, 41] for i in range(70)]
+    prompts = [[3 + i % 90, 41 + i // 90] for i in range(140)]
     drawn = sample(prompts)
     monkeypatch.setattr(Policy, "generate", None)
     assert sample(prompts) == drawn
-    assert len(drawn) == 70
+    assert len(drawn) == 140
     assert all(1 <= len(response) <= 3 for response in drawn)
     with pytest.raises(TypeError):  # another seed is another draw
         sample(prompts, seed=1)
 
 
 def test_a_draw_that_dies_loses_only_the_part_at_hand(sample, monkeypatch, tmp_path):
-    prompts = [[40 + i, 41] for i in range(70)]
+    prompts = [[3 + i % 90, 41 + i // 90] for i in range(140)]
     expected = sample(prompts)
     for file in tmp_path.rglob("*.json"):
         file.unlink()
@@ -109,7 +109,8 @@ def test_a_response_that_ends_has_its_end_of_turn(sample, policy, tiny_tokenizer
 
 def test_ranks_share_the_parts(sample, monkeypatch):
     """As the second of two ranks: only its own parts are drawn, and the first's are missed."""
-    distributed = samples.torch.distributed
+    from torch import distributed
+
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "get_rank", lambda: 1)
     monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
@@ -119,7 +120,7 @@ def test_ranks_share_the_parts(sample, monkeypatch):
         missing[0] = [0, 1, 2]
 
     monkeypatch.setattr(distributed, "broadcast_object_list", agree)
-    prompts = [[40 + i, 41] for i in range(70)]
+    prompts = [[3 + i % 90, 41 + i // 90] for i in range(140)]
     with pytest.raises(samples.InputError, match=r"data\.cache_dir"):
         sample(prompts)
     monkeypatch.setattr(distributed, "get_rank", lambda: 0)
