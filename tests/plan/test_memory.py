@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 from rotopo.data.batch import Role
 from rotopo.data.needs import Needs
 from rotopo.errors import InputError
+from rotopo.models import loading
 from rotopo.models.settings import PolicyConfig
 from rotopo.objectives import DPO, KTO, TYPO, SimPO
 from rotopo.plan import memory as plan_memory
@@ -80,6 +81,15 @@ def test_what_checkpointing_keeps_of_a_layer_is_its_input():
         found = memory(module(LORA), load, layers=layers, checkpointing=True, accumulated=True)
         kept.append(found.peak - sum(found.held.values()))
     assert kept[1] - kept[0] == tokens * D * 4
+
+
+def test_of_one_input_adapters_keep_no_wide_copy(monkeypatch):
+    """Without that the second layer would keep three in float32, and none as it came."""
+    lora = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"])
+    of, load = module(lora, dtype="bfloat16"), Load(3, 5, 40)
+    ours = memory(of, load, layers=2).peak
+    monkeypatch.setattr(loading, "keep_inputs_as_they_come", lambda model: None)
+    assert memory(of, load, layers=2).peak - ours == load.tokens(Needs()) * D * (3 * 4 - 2)
 
 
 def multiplied_and_traced(adapter, strategy, monkeypatch, **settings):
