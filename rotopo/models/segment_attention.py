@@ -24,9 +24,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from rotopo.errors import InputError
 from rotopo.models.segments import Sums, segments_of
 
-# Queries at a time for which it does: few enough for the weights to stay in a processor's cache
-# [ours].
+# Queries at a time for which the backward pass makes the weights of a large block again: few enough
+# for them to stay in a processor's cache [ours].
 _TILE = 128
+# The types in which the backward pass of torch's fused kernel is several times slower than plain
+# products, by the kind of device.
+_SLOW_BACKWARD = {"cpu": (torch.bfloat16, torch.float16)}
 
 
 def segment_attention(
@@ -65,11 +68,17 @@ def segment_attention(
 
 
 def _followed_is_better(query: Tensor, carrier: Tensor) -> bool:
-    """Whether the backward pass too is to be the fused kernel's: on a GPU, for large blocks, where
-    a compiler does not ask for one operator."""
-    if torch.compiler.is_compiling() or not query.is_cuda:
+    """Whether torch's fused kernel is to do the backward pass too: of large blocks, where it is
+    fast, and no compiler asks for one operator."""
+    if torch.compiler.is_compiling() or _dtype(query) in _SLOW_BACKWARD.get(query.device.type, ()):
         return False
     return not all(block.is_kept for block in segments_of(carrier).blocks)
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """What is computed in."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 @torch.compiler.disable(reason="blocks that the compiler does not see")
@@ -147,10 +156,7 @@ def _block_weights(kept: Tensor, start: int, mask: Tensor, H: int, H_kv: int) ->
 
 
 def _operator(query: Tensor, key: Tensor, value: Tensor, carrier: Tensor, scaling: float) -> Tensor:
-    kind = query.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = (x.to(_dtype(x)) for x in (query, key, value))
     return _forward(query, key, value, carrier, scaling, torch.is_grad_enabled())[0]
 
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from rotopo.data.batch import AttentionBlock, PairBatch
 from rotopo.errors import InputError
-from rotopo.models import head
+from rotopo.models import head, segment_attention
 from rotopo.models.beside import embeddings
 from rotopo.models.sharding import decoder_layers
 from rotopo.optimisers import groups_of
@@ -148,7 +148,7 @@ class Stepper:
         self._enter_what_is_held(batch)
         try:
             with ExitStack() as stack:
-                stack.enter_context(_tiles_of(self.device))
+                stack.enter_context(_as_on(self.device))
                 stack.enter_context(ledger.following_resizes())
                 stack.enter_context(ledger)
                 self._step(batch)
@@ -275,11 +275,15 @@ class Stepper:
 
 
 @contextmanager
-def _tiles_of(device: Device) -> Iterator[None]:
-    """Within it the head works in tiles of the device's size, though on a processor's tensors."""
-    own = head._TILE["cpu"]
-    head._TILE["cpu"] = head._TILE[device]
+def _as_on(device: Device) -> Iterator[None]:
+    """Within it the head works in tiles of the device's size, and attention as it does there,
+    though on a processor's tensors."""
+    tables: list[dict[str, Any]] = [head._TILE, segment_attention._SLOW_BACKWARD]
+    own = [table["cpu"] for table in tables]
+    for table in tables:
+        table["cpu"] = table.get(device, ())
     try:
         yield
     finally:
-        head._TILE["cpu"] = own
+        for table, value in zip(tables, own, strict=True):
+            table["cpu"] = value
