@@ -1,7 +1,7 @@
 """How many threads a command computes on: as many as there are cores that nobody else uses.
 
-Threads of OpenMP wait for one another at the end of every operation, and by default they do so by
-turning: beside other work each turns for as long as the other's core is taken. A command of ours
+Threads of OpenMP wait for one another at the end of every operation, and by default they spin while
+they do: beside other work one spins for as long as the core of another is taken. A command of ours
 lets them sleep instead, and takes no core that is busy. A user's own process is left as it is.
 """
 

@@ -6,10 +6,10 @@ keys and values. Here it keeps the input as it came, which all its layers share,
 anew in the backward pass: the same conversion of the same numbers, hence the same gradients bit for
 bit.
 
-It goes by autograd's own graph, in which a copy comes from the input by one conversion, whatever
-the tuner. What is not such a copy is kept as before: what dropout makes of one, say; an input of
-the first decoder layer, if nothing before it trains; and everything where the base is as wide as
-the adapter.
+A copy is known by autograd's own graph, in which one conversion leads to it from the input,
+whatever the tuner. What is not such a copy is kept as before: what dropout makes of one, say; an
+input of the first decoder layer, if nothing before it trains; and everything where the base is as
+wide as the adapter.
 """
 
 from typing import Any

@@ -123,7 +123,8 @@ class _Reader:
         if self.cache is not None:
             options[str(self.name)] = self.cache
         if self.last_only:
-            # By its place: of a slice torch.matmul would copy the head's weight for each row.
+            # As an index: of the slice that a count becomes, torch.matmul would copy the head's
+            # weight for each row.
             options["logits_to_keep"] = self.mask.new_tensor([self.tokens.shape[1] - known - 1])
         if self.positioned:
             options["position_ids"] = (self.mask.cumsum(1) - 1).clamp(min=0)

@@ -7,7 +7,7 @@ a mask of :func:`segment_mask`'s (generation, padded batches) it is transformers
 
 It is one operator with a backward pass of its own, ``rotopo::segments``, by which a compiled layer
 stays a single graph whatever the number of blocks. Within a block heads come before tokens, and
-query heads that share a key head side by side, so that its products are plain ones of matrices.
+query heads that share a key head lie side by side: their products with it are one of two matrices.
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from rotopo.errors import InputError
 from rotopo.models.segments import Sums, segments_of
 
-# Queries at a time for which it does: few enough for the weights to stay in a processor's cache
-# [ours].
+# Queries at a time whose weights the backward pass makes again: few enough for these to stay in a
+# processor's cache [ours].
 _TILE = 128
 
 
