@@ -34,7 +34,7 @@ def main(args: list[str] | None = None) -> None:
     if args is None:
         threads.begin()
         args = sys.argv[1:]
-    from rotopo.refusals import fault  # imports torch, which threads have to be settled before
+    from rotopo.refusals import fault  # imports torch, for which threads.begin comes too late
 
     try:
         if args and args[0] in _FUNCTIONS | _ON_SETTINGS:

@@ -1,7 +1,7 @@
 """How many threads a command computes on: as many as there are cores that nobody else uses.
 
-Threads of OpenMP wait for one another at the end of every operation, and by default they do so by
-turning: beside other work each turns for as long as the other's core is taken. A command of ours
+Threads of OpenMP wait for one another at the end of every operation, and by default they spin while
+they do: beside other work one spins for as long as the core of another is taken. A command of ours
 lets them sleep instead, and takes no core that is busy. A user's own process is left as it is.
 """
 
@@ -29,11 +29,12 @@ class Reading(NamedTuple):
 
     @classmethod
     def now(cls) -> "Reading | None":
-        """None where the system does not tell, as only Linux does."""
-        if not STAT.exists():
+        """None where the system does not tell, as only Linux does, and not to everybody."""
+        try:
+            cores = [line.split() for line in STAT.read_text("ascii").splitlines()]
+        except OSError:
             return None
         ours = {f"cpu{number}" for number in os.sched_getaffinity(0)}
-        cores = (line.split() for line in STAT.read_text("ascii").splitlines())
         # user, nice, system, idle, iowait, irq, softirq, steal; guests' are among the user's.
         ticks = [list(map(int, times[:8])) for name, *times in cores if name in ours]
         busy = sum(sum(core) - core[3] - core[4] for core in ticks) / os.sysconf("SC_CLK_TCK")
@@ -73,8 +74,10 @@ def settle(processes: int = 1, before: int | None = None) -> None:
     now = Reading.now()
     assert now is not None  # as at the beginning
     elsewhere = (now.busy - began.busy - (now.own - began.own)) / (now.clock - began.clock)
-    cores = max(1, math.ceil(min(torch.get_num_threads(), quota())))
-    threads = min(before or free(cores, elsewhere), cores)
+    all_cores = torch.get_num_threads()
+    cores = max(1, math.ceil(min(all_cores, quota())))
+    # Of a container's quota others take nothing while any of the machine's cores is idle.
+    threads = min(before or free(all_cores, elsewhere), cores)
     torch.set_num_threads(threads)
     if threads < cores:
         if before:

@@ -118,6 +118,14 @@ def test_a_container_has_no_more_cores_than_its_quota(machine, tmp_path, files, 
     assert torch.get_num_threads() == expected
 
 
+def test_others_work_takes_nothing_of_a_quota_while_cores_are_idle(machine, tmp_path):
+    (tmp_path / "cpu.max").write_text("200000 100000\n")
+    threads.begin({})
+    machine(10, 0, 10, 10, 0, 0, 0)
+    threads.settle()
+    assert torch.get_num_threads() == 2
+
+
 @pytest.mark.skipif(not OPENMP.exists(), reason="this torch brings no OpenMP of GNU's")
 @pytest.mark.parametrize("given", [None, "ACTIVE"])
 def test_the_command_lets_openmp_wait_passively_before_torch_starts_it(given):

@@ -6,13 +6,13 @@ keys and values. Here it keeps the input as it came, which all its layers share,
 anew in the backward pass: the same conversion of the same numbers, hence the same gradients bit for
 bit.
 
-It goes by autograd's own graph, in which a copy comes from the input by one conversion, whatever
-the tuner. What is not such a copy is kept as before: what dropout makes of one, say; an input of
-the first decoder layer, if nothing before it trains; and everything where the base is as wide as
-the adapter.
+A copy is known by autograd's own graph, in which one conversion leads to it from the input,
+whatever the tuner. What is not such a copy is kept as before: what dropout makes of one, say; an
+input of the first decoder layer, if nothing before it trains; and everything where the base is as
+wide as the adapter.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -62,18 +62,18 @@ class _Hooks:
         self._saving = saved_tensors_hooks(self._pack, _unpack)
         # Only during a call: what autograd keeps refers to this object.
         self._input: Tensor | None = None
-        self._numel = 0
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
 
     def _before(self, _: nn.Module, arguments: tuple[Any, ...]) -> None:
-        x = arguments[0]
-        trains = torch.is_grad_enabled() and x.grad_fn is not None
-        if trains and x.dtype.itemsize < 4 and x.is_contiguous():
+        x = arguments[0] if arguments else None
+        # Called by name, or with what is no tensor, as PEFT's SHADOW does: left alone.
+        if not torch.is_grad_enabled() or not isinstance(x, Tensor) or x.grad_fn is None:
+            return
+        if x.dtype.itemsize < 4 and x.is_contiguous():
             self._input = x
-            self._numel = x.numel()
             self._saving.__enter__()
 
     def _after(self, *_: object) -> None:
@@ -83,26 +83,28 @@ class _Hooks:
 
     def _pack(self, tensor: Tensor) -> _Kept:
         # Of all tensors of the layer only those as large as its input are looked at more closely.
-        if tensor.numel() == self._numel and self._is_copy(tensor):
-            x = cast(Tensor, self._input)
+        x = self._input
+        if x is not None and tensor.numel() == x.numel() and _is_copy(tensor, x):
             view = (tensor.shape, tensor.stride(), tensor.storage_offset())
             return x.detach(), x._version, tensor.dtype, view
-        return tensor, tensor._version, None, ()
+        # A result kept with the graph it came from would keep itself until a backward pass.
+        kept = tensor if tensor.grad_fn is None else tensor.detach()
+        return kept, tensor._version, None, ()
 
-    def _is_copy(self, tensor: Tensor) -> bool:
-        """Whether it is the input in a wider dtype, or a view of that."""
-        x = cast(Tensor, self._input)
-        copy = tensor if tensor._base is None else tensor._base
-        node = copy.grad_fn
-        return (
-            node is not None
-            and copy.dtype == tensor.dtype
-            and copy.dtype.itemsize > x.dtype.itemsize
-            and node.name() == "ToCopyBackward0"
-            and node.next_functions[0] == (x.grad_fn, x.output_nr)
-            and copy.device == x.device
-            and copy.is_contiguous()
-        )
+
+def _is_copy(tensor: Tensor, x: Tensor) -> bool:
+    """Whether it is an input x in a wider dtype, or a view of that."""
+    copy = tensor if tensor._base is None else tensor._base
+    node = copy.grad_fn
+    return (
+        node is not None
+        and copy.dtype == tensor.dtype
+        and copy.dtype.itemsize > x.dtype.itemsize
+        and node.name() == "ToCopyBackward0"
+        and node.next_functions[0] == (x.grad_fn, x.output_nr)
+        and copy.device == x.device
+        and copy.is_contiguous()
+    )
 
 
 def _unpack(kept: _Kept) -> Tensor:

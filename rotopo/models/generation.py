@@ -10,6 +10,7 @@ call on its own memory on a processor, and draws from one global state in the or
 """
 
 import inspect
+import math
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,9 @@ _ROOM = 128
 _ENDED = 1 / 8
 # The likeliest tokens, of which top_p's set is nearly always.
 _LIKELY = 1024
+# Probabilities are counted in 1 / this: sums of whole numbers are exact, and the same on a GPU each
+# time, where torch refuses others' with trainer.deterministic.
+_WHOLE = 2**53
 
 
 @torch.no_grad()
@@ -119,7 +123,8 @@ class _Reader:
         if self.cache is not None:
             options[str(self.name)] = self.cache
         if self.last_only:
-            # By its place: of a slice torch.matmul would copy the head's weight for each row.
+            # As an index: of the slice that a count becomes, torch.matmul would copy the head's
+            # weight for each row.
             options["logits_to_keep"] = self.mask.new_tensor([self.tokens.shape[1] - known - 1])
         if self.positioned:
             options["position_ids"] = (self.mask.cumsum(1) - 1).clamp(min=0)
@@ -208,12 +213,12 @@ class _Choice:
 
     def __init__(self, sampling: Sampling, rows: list[int], device: torch.device) -> None:
         self.temperature, self.top_p = sampling.temperature, sampling.top_p
-        self.dtype = torch.float32 if device.type == "mps" else torch.float64
         if self.temperature:
             # Of neighbouring numbers too NumPy makes states that have nothing in common.
             states = [np.random.default_rng([sampling.seed % 2**64, row]) for row in rows]
             drawn = np.stack([state.random(sampling.max_new_tokens) for state in states])
-            self.uniform = torch.from_numpy(drawn).to(device, self.dtype)
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            self.uniform = torch.from_numpy(drawn).to(device, dtype)
 
     def __call__(self, logits: Tensor, places: list[int], step: int) -> Tensor:
         """Tokens [b] that follow.
@@ -231,24 +236,25 @@ class _Choice:
             raise InputError("a logit is not finite: the model has diverged.")
         if not self.temperature:
             return likeliest
-        # By the inverse of the distribution function, of which float32 would lose the tail.
-        p = (logits / self.temperature).softmax(-1)
+        p = ((logits / self.temperature).softmax(-1) * _WHOLE).long()
         tokens = None
         if self.top_p < 1:
             p, tokens = _likeliest(p, self.top_p)
-        reached = p.cumsum(-1, dtype=self.dtype)
-        uniform = self.uniform[places, step][:, None]
-        index = torch.searchsorted(reached, uniform * reached[:, -1:], right=True)
-        index = index.clamp(max=p.shape[1] - 1)
+        # By the inverse of the distribution function.
+        reached = p.cumsum(-1)
+        total = reached[:, -1:]
+        drawn = (self.uniform[places, step][:, None] * total).long().minimum(total - 1)
+        index = torch.searchsorted(reached, drawn, right=True)
         return (index if tokens is None else tokens.gather(1, index)).squeeze(1)
 
 
 def _likeliest(p: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """The likeliest tokens, as many as it takes to reach a share: their probabilities, zero from
-    there on, and ids, each [b, at most V]."""
+    """The likeliest tokens, as many as it takes to reach a share: their probabilities (as counted
+    here), zero from there on, and ids, each [b, at most V]."""
+    least = math.ceil(share * _WHOLE)
     for size in (_LIKELY, p.shape[1]):
         found, tokens = p.topk(min(size, p.shape[1]))
         reached = found.cumsum(-1)
-        if (reached[:, -1] >= share).all():
+        if (reached[:, -1] >= least).all():
             break
-    return found * (reached - found < share), tokens
+    return found * (reached - found < least), tokens

@@ -147,7 +147,8 @@ def _can_fold(layer: Any) -> bool:
 
 
 def _have_room(layers: list[Any]) -> bool:
-    """Whether a GPU has twice what the layers' weights take, twice over: keys need some too."""
+    """Whether a GPU has room for what takes up to twice the layers' weights, and for as much again,
+    since keys need some too."""
     weights = [layer.get_base_layer().weight for layer in layers]
     if not weights or weights[0].device.type != "cuda":
         return True

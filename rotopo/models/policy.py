@@ -305,7 +305,8 @@ class Policy(Backbone):
             reference: generate with the reference instead of the policy.
 
         Raises:
-            InputError: the model has too few positions for the prompts and as many new tokens.
+            InputError: the model has too few positions for the prompts and as many new tokens, or a
+                logit is not finite.
         """
         limit = positions_of(self.language_model.config.get_text_config())
         T = prompts.input_ids.shape[1]

@@ -17,7 +17,7 @@ from rotopo.models.policy import Policy
 from rotopo.models.settings import Sampling
 
 _PROMPTS_AT_ONCE = 64
-# What random numbers a response is drawn by, so that those drawn by others are not taken for it.
+# How responses are drawn, a part of the hash: what was drawn in another way is not taken for them.
 _DRAWN = "a generator for each row"
 
 

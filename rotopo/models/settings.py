@@ -1,7 +1,10 @@
 """What a user sets of a model; quick to import, since ``rotopo --help`` does it."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
+
+from rotopo.errors import InputError
 
 if TYPE_CHECKING:
     # jsonargparse runs this block when it resolves a BackboneConfig, which is when adapters have
@@ -115,9 +118,25 @@ class Sampling:
         temperature: softmax temperature; 0 takes the likeliest token.
         top_p: keep the smallest set of tokens whose probability reaches this.
         seed: seed of what ``predict`` draws at a temperature above 0.
+
+    Raises:
+        InputError: a setting out of its range.
     """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(
+                f"sampling.max_new_tokens is {self.max_new_tokens}: it has to be at least 1."
+            )
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(
+                f"sampling.temperature is {self.temperature}: it has to be 0, for the likeliest "
+                "token, or above."
+            )
+        if not 0 <= self.top_p <= 1:
+            raise InputError(f"sampling.top_p is {self.top_p}: it lies from 0 to 1.")

@@ -1,10 +1,13 @@
 """What layers of adapters keep of their inputs, against PEFT alone: bit for bit its gradients."""
 
+import weakref
+
 import peft
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -93,6 +96,31 @@ def test_a_layer_that_fails_leaves_no_hooks():
     b.add_(1)
     with pytest.raises(RuntimeError, match="is at version 1; expected version 0"):
         loss.backward()
+
+
+def test_a_forward_pass_alone_leaves_nothing_behind():
+    """Of a layer that keeps a result of its own, as inverses are."""
+
+    class Layer(BaseTunerLayer, nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.powers = nn.Parameter(torch.ones(D))
+
+        def forward(self, x):
+            result = self.powers.exp()
+            self.result = weakref.ref(result)
+            return x.float() * result
+
+    layer = Layer()
+    keep_inputs_as_they_come(layer)
+    layer(an_input())
+    assert layer._forward_hooks
+    assert layer.result() is None
+
+
+def test_an_input_by_name_is_left_alone():
+    layer, x = projections(ours=True).base_model.model.q, an_input()
+    assert torch.equal(layer(x=x), layer(x))
 
 
 @pytest.mark.parametrize("other", ["", "activation_checkpointing", "compile"])

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
 from rotopo.data.batch import Role, TokenizedRow, collate, collate_prompts
+from rotopo.errors import InputError
 from rotopo.models.generation import _Reader, respond
 from rotopo.models.merging import folded
 from rotopo.models.policy import Policy, PolicyConfig
@@ -128,6 +129,15 @@ def test_samples_follow_the_distribution(temperature, top_p):
     # χ²'s mean and variance.
     freedom = len(squares) - 1
     assert sum(squares) < freedom + 3 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_new_tokens", 0), ("temperature", -1.0), ("temperature", float("nan")), ("top_p", 1.5)],
+)
+def test_what_nothing_can_be_drawn_by_is_refused(name, value):
+    with pytest.raises(InputError, match=rf"sampling\.{name} is {value}: it"):
+        Sampling(**{name: value})
 
 
 def test_a_sample_does_not_depend_on_the_others():

@@ -62,7 +62,7 @@ def _compare(policy: Policy, setting: Setting, samples: int, a: argparse.Namespa
     sampling = Sampling(a.new_tokens, temperature=1.0)
     ways: dict[str, Callable[[], int]] = {
         "plain": lambda: _plain(policy, batch, sampling, stop_ids, setting.pad_id),
-        "ours": lambda: sum(len(r) + 1 for r in policy.generate(batch, sampling, stop_ids)),
+        "ours": lambda: _ours(policy, batch, sampling, stop_ids),
     }
     now = clock(a.device, a.threads)
     rates: dict[str, list[float]] = {name: [] for name in ways}
@@ -77,6 +77,12 @@ def _compare(policy: Policy, setting: Setting, samples: int, a: argparse.Namespa
     ratios = [ours / plain for ours, plain in zip(rates["ours"], rates["plain"], strict=True)]
     medians = {name: statistics.median(rate) for name, rate in rates.items()}
     return medians | {"ratio": statistics.quantiles(ratios, n=4)}
+
+
+def _ours(policy: Policy, batch: PromptBatch, sampling: Sampling, stop_ids: list[int]) -> int:
+    """As :func:`_plain`."""
+    responses = policy.generate(batch, sampling, stop_ids)
+    return sum(min(len(response) + 1, sampling.max_new_tokens) for response in responses)
 
 
 @torch.no_grad()
