@@ -1,8 +1,10 @@
 """An adapter merged into its base: for another one to be put on top, or to generate faster."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,7 +125,7 @@ def folded(model: nn.Module) -> Iterator[None]:
     one product that is rounded once. [ours]
 
     Layers that cannot be merged stay as they are, and so do those whose adapter is off, and whose
-    weight is quantised, divided, or brought for each call; all do where a GPU has too little room.
+    weight is quantised, divided, or brought for each call; all do where there is too little room.
     """
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and _can_fold(m)]
     folding: list[Any] = []
@@ -147,20 +149,29 @@ def _can_fold(layer: Any) -> bool:
 
 
 def _have_room(layers: list[Any]) -> bool:
-    """Whether a GPU has room for what takes up to twice the layers' weights, and for as much again,
+    """Whether there is room for what takes up to twice the layers' weights, and for as much again,
     since keys need some too."""
     weights = [layer.get_base_layer().weight for layer in layers]
-    if not weights or weights[0].device.type != "cuda":
-        return True
-    device = weights[0].device
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    needed, free = 2 * sum(w.nbytes for w in weights), torch.cuda.mem_get_info(device)[0] + unused
-    if 2 * needed > free:
+    needed = 2 * sum(w.nbytes for w in weights)
+    fits = not weights or 2 * needed <= _free(weights[0].device)
+    if not fits:
         rank_zero_info(
             f"Generating with the adapter's own layers, which is slower: merged ones would take "
             f"{needed / 2**30:.1f} GiB, more than half of what is free."
         )
-    return 2 * needed <= free
+    return fits
+
+
+def _free(device: torch.device) -> float:
+    """Bytes of a device's memory; without end where nothing tells."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    facts = Path("/proc/meminfo")
+    if device.type != "cpu" or not facts.exists():
+        return math.inf
+    lines = (line.split() for line in facts.read_text("ascii").splitlines())
+    return next((1024.0 * int(kib) for name, kib, *_ in lines if name == "MemAvailable:"), math.inf)
 
 
 @torch.no_grad()

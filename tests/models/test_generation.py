@@ -12,6 +12,7 @@ from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
 from rotopo.data.batch import Role, TokenizedRow, collate, collate_prompts
 from rotopo.errors import InputError
+from rotopo.models import merging
 from rotopo.models.generation import _Reader, respond
 from rotopo.models.merging import folded
 from rotopo.models.policy import Policy, PolicyConfig
@@ -194,6 +195,13 @@ def test_folded_layers_are_the_same_function_and_leave_no_trace(name):
     for key, value in model.state_dict().items():
         assert value.data_ptr() == before[key][0].data_ptr()
         assert torch.equal(value, before[key][1])
+
+
+def test_nothing_is_folded_where_memory_is_short(monkeypatch):
+    model = get_peft_model(make("qwen2"), LoraConfig())
+    monkeypatch.setattr(merging, "_free", lambda device: 0)
+    with folded(model):
+        assert not any("forward" in vars(m) for m in model.modules())
 
 
 def small_update(kind, dtype):
