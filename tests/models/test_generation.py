@@ -201,7 +201,7 @@ def test_nothing_is_folded_where_memory_is_short(monkeypatch):
     model = get_peft_model(make("qwen2"), LoraConfig())
     monkeypatch.setattr(merging, "_free", lambda device: 0)
     with folded(model):
-        assert not any("forward" in vars(m) for m in model.modules())
+        assert not any("forward" in vars(m) for m in model.modules() if hasattr(m, "merge"))
 
 
 def small_update(kind, dtype):
