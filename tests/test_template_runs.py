@@ -31,7 +31,7 @@ def config(tmp_path, tiny_tokenizer):
 
 def prompt_text(data, place: int = 0) -> str:
     return data.encoder.tokenizer.decode(
-        data.pairs.loaded["train"].tokenized.pairs[place]["prompt"]
+        data.pairs.sources[0].loaded["train"].tokenized.pairs[place]["prompt"]
     )
 
 

@@ -9,15 +9,19 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from rotopo.data.batch import PairBatch
+from rotopo.data.module import PairwiseDataModule
 from rotopo.metrics.means import PairMeans
 from rotopo.models.outcome import StepOutput
+from rotopo.run.lightning import data_if_any
 from rotopo.run.steps import ends_step
 
 Values = dict[str, tuple[Tensor, Tensor]]
 
 
 class PairMetricsCallback(Callback):
-    """Logs means over pairs under ``train/``, ``val/`` and ``test/``.
+    """Logs means over pairs under ``train/``, ``val/`` and ``test/``, and under ``train/NAME/``
+    and so on those over the pairs of each source or evaluation set, where the data names several.
 
     A subclass says what to average of what steps return.
     """
@@ -37,10 +41,12 @@ class PairMetricsCallback(Callback):
         self.training = self.evaluation = None
 
     def _add(
-        self, module: LightningModule, outputs: Any, means: PairMeans | None
+        self, trainer: Trainer, outputs: Any, batch: PairBatch, means: PairMeans | None, name: str
     ) -> PairMeans | None:
+        module = trainer.lightning_module
         values = self.values(outputs)
         if values is not None:
+            values = {**values, **_by_label(trainer, values, batch, name)}
             self.pair_metric_names |= values.keys()
             means = means or PairMeans(tuple(values))
             means.to(module.device).update(values)
@@ -60,7 +66,7 @@ class PairMetricsCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.training = self._add(pl_module, outputs, self.training)
+        self.training = self._add(trainer, outputs, batch, self.training, "train")
         if ends_step(trainer, batch_idx):
             values = self._log(pl_module, "train", self.training)
             if values is not None:
@@ -70,20 +76,33 @@ class PairMetricsCallback(Callback):
         """What to do with the means of an optimiser step; nothing by default."""
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        self.evaluation = self._add(pl_module, outputs, self.evaluation)
+        self.evaluation = self._add(trainer, outputs, batch, self.evaluation, "validation")
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log(pl_module, "val", self.evaluation)
 
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        self.evaluation = self._add(pl_module, outputs, self.evaluation)
+        self.evaluation = self._add(trainer, outputs, batch, self.evaluation, "test")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log(pl_module, "test", self.evaluation)
+
+
+def _by_label(trainer: Trainer, values: Values, batch: PairBatch, name: str) -> Values:
+    """Values of each source's or evaluation set's rows alone, by its name and theirs."""
+    data = data_if_any(trainer)
+    if not isinstance(data, PairwiseDataModule):
+        return {}
+    return {
+        f"{label}/{key}": (value, has & own)
+        for label, own in data.pairs.parts[name].labelled(batch.rows).items()
+        for key, (value, has) in values.items()
+        if has.shape == own.shape  # not what a batch has one of
+    }
 
 
 class ImplicitRewards(PairMetricsCallback):
@@ -153,7 +172,7 @@ class Displacement(PairMetricsCallback):
         }
 
     def after_step(self, means: dict[str, Tensor]) -> None:
-        if self.warned or len(means) < len(self.names):  # a step of one kind of unpaired rows
+        if self.warned or not means.keys() >= set(self.names):  # of one kind of unpaired rows
             return
         up, down = (float(means[name]) for name in self.names)
         self.recent.append((up, down))

@@ -34,8 +34,9 @@ class PairScores(Callback):
     :func:`rotopo.metrics.rewards.reward_metrics`) and ``test_pairs.jsonl``, a line for each
     pair with its scores, lengths in tokens and texts; each appears only when it is whole. It logs
     the single numbers as ``test/accuracy``, ``test/auroc`` and so on, and prints a table and some
-    pairs. Accuracy is also taken by the groups of ``data.accuracy_by``, and the interval over
-    those of ``data.group_by``. Silent where no row holds a pair.
+    pairs. Of several sets all numbers are also each set's own. Accuracy is also taken by the groups
+    of ``data.accuracy_by``, and the interval over those of ``data.group_by``. Silent where no row
+    holds a pair.
 
     Args:
         samples: how many pairs to print, evenly spaced over the split.
@@ -54,9 +55,9 @@ class PairScores(Callback):
             values = data.pairs.column("test", column, f"data.{setting}")
             return {row: str(value) for row, value in values.items()}
 
+        rows, parts = data.pairs.of["test"]["row"][:], data.pairs.parts["test"]
         metrics = RewardMetrics(
-            texts(data.pairs.accuracy_by, "accuracy_by"),
-            texts(data.pairs.splits.group_by, "group_by"),
+            texts(data.pairs.accuracy_by, "accuracy_by"), parts.groups(rows), parts.labels(rows)
         )
         self.metrics = metrics.to(pl_module.device)
 
@@ -84,9 +85,10 @@ class PairScores(Callback):
         found = self.metrics.compute()
         if not found:
             return
-        for name in _TITLES:
-            if found[name] is not None:
-                pl_module.log(f"test/{name}", found[name])
+        named = {"": found} | {f"{name}/": one for name, one in found.get("sets", {}).items()}
+        for prefix, values in named.items():
+            for name in (name for name in _TITLES if values[name] is not None):
+                pl_module.log(f"test/{prefix}{name}", values[name])
         folder = folder_of(trainer)  # asked on every rank
         lines = self._lines(trainer)
         if trainer.is_global_zero:
@@ -107,6 +109,7 @@ class PairScores(Callback):
             lines.append(
                 {
                     "row": row,
+                    **({"set": metrics.sets[row]} if metrics.sets else {}),
                     **({} if metrics.groups is None else {"group": metrics.groups[row]}),
                     "chosen_score": float(pairs.chosen[i]),
                     "rejected_score": float(pairs.rejected[i]),
@@ -142,6 +145,10 @@ def _table(found: dict[str, Any]) -> str:
         rows.append((title, text))
     for group, values in found["groups"].items():
         rows.append((f"accuracy, {group}", f"{values['accuracy']:.4f}  ({values['pairs']} pairs)"))
+    for name, values in found.get("sets", {}).items():
+        low, high = values["accuracy_interval"]
+        text = f"{values['accuracy']:.4f}  (95 % interval {low:.4f} to {high:.4f})"
+        rows.append((f"accuracy, {name}", f"{text}  ({values['pairs']} pairs)"))
     for section, value in found.get("sections", {}).items():
         rows.append((f"RewardBench, {section}", f"{value:.4f}"))
     width = max(len(title) for title, _ in rows)

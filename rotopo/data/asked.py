@@ -67,34 +67,39 @@ def rows_for(pairs: Pairs, name: str, ask: Ask | None) -> Rows:
         needs.roles,
         columns,
         pairs.encoder.max_length,
-        pairs.splits.seed,
+        pairs.split_seed,
         pairs.encoder.pad_id if needs.ends else None,
-        None if pairs.margin is None else margins(pairs, name, ask),
+        margins(pairs, name, ask),
     )
 
 
-def margins(pairs: Pairs, name: str, ask: Ask) -> list[float]:
-    """The margin of each pair of a split, from the column ``data.margin``.
+def margins(pairs: Pairs, name: str, ask: Ask) -> list[float] | None:
+    """The margin of each pair of a split, from the columns that sources have for it (0 of a source
+    without); None where none has.
 
     Raises:
         InputError: whoever asks takes none, or a value is no number.
     """
-    assert pairs.margin is not None
+    rows = pairs.of[name]["row"][:]
+    values = pairs.parts[name].margins(rows)
+    if values is None:
+        return None
     if not ask.needs.margins:
         raise InputError(
             f"data.margin: {ask.who} takes no margins of the data, only reward models do: "
             "leave it out."
         )
     found: dict[int, float] = {}
-    for row, value in pairs.column(name, pairs.margin, "data.margin").items():
+    for row, value in values.items():
         margin = number(value)
         if margin is None:
+            part = pairs.parts[name].part_of(row)
             raise InputError(
-                f"data.margin: {pairs.source}, row {row} (from 0): {pairs.margin} is {value!r}, "
-                "which is no number."
+                f"data.margin: {part.source.path}, row {row - part.first} (from 0): "
+                f"{part.source.settings.margin} is {value!r}, which is no number."
             )
         found[row] = margin
-    return [found[row] for row in pairs.of[name]["row"][:]]
+    return [found.get(row, 0.0) for row in rows]
 
 
 def _drawn(pairs: Pairs, name: str, draw: Draw) -> list[list[int]]:

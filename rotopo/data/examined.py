@@ -1,6 +1,7 @@
 """A run's pairs as the data doctor looks at them."""
 
 from rotopo.data.doctor.examination import Patient
+from rotopo.data.one_source import left_out, outcomes
 from rotopo.data.pairs import Pairs
 from rotopo.pretrained import Positions, vocabulary_size
 
@@ -23,12 +24,12 @@ def patient(pairs: Pairs, positions: Positions | None, ends: bool) -> Patient:
         {**pairs.of, "train": pairs.labelled},
         train,
         lambda split, row: pairs.preference(split, row, pairs.extra_responses),
-        pairs.outcomes(),
+        outcomes(pairs.all_sources),
         vocabulary_size(pairs.tokenizer_path),
-        pairs.splits.group_by,
+        next((g for one in pairs.sources if (g := one.settings.group_by)), None),
         positions,
         ends,
-        pairs.left_out(),
+        left_out(pairs.all_sources),
         pairs.on_unwritten == "warn",
         pairs.unread_columns(),
     )

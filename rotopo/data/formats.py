@@ -91,10 +91,13 @@ class Format:
     def unread(self, columns: list[str]) -> list[str]:
         """Those of the source's columns that have no meaning to it; none for a user's function,
         of which nobody knows what it reads."""
-        if self.name not in FORMATS:
-            return []
-        read = {*self.columns, *self.optional, *COMMON_COLUMNS, *MEDIA}
-        return [column for column in columns if column not in read]
+        known = self.known
+        return [c for c in columns if c not in (*known, *MEDIA)] if known else []
+
+    @property
+    def known(self) -> list[str]:
+        """The columns that it reads; none for a user's function, of which nobody knows."""
+        return [*self.columns, *self.optional, *COMMON_COLUMNS] if self.name in FORMATS else []
 
 
 def explicit(row: Row) -> Preference:

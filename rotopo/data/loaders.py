@@ -16,6 +16,7 @@ from rotopo.data.batch import (
     collate,
     collate_prompts,
 )
+from rotopo.data.mixture import Mixture
 from rotopo.data.rows import Rows
 from rotopo.data.sampler import EvalSampler, PairLength, StatefulLoader, StepSampler
 from rotopo.data.settings import at_least, one_of
@@ -66,8 +67,13 @@ class Loaders:
     accumulation: int = 1
     on_gpu: bool = False
 
-    def training(self, rows: Rows) -> StatefulLoader:
-        """Optimiser steps of exactly ``pairs_per_step`` rows over all ranks."""
+    def training(self, rows: Rows, mixture: Mixture | None) -> StatefulLoader:
+        """Optimiser steps of exactly ``pairs_per_step`` rows over all ranks.
+
+        Args:
+            rows: to train on.
+            mixture: of their sources; None for an epoch that has each of them once.
+        """
         sampler = StepSampler(
             rows.lengths(),
             self.settings.pairs_per_step,
@@ -78,6 +84,7 @@ class Loaders:
             self.settings.token_budget,
             self.settings.layout,
             self.settings.length_window,
+            mixture,
         )
         scale = self.accumulation * self.world_size / self.settings.pairs_per_step
         made = partial(collate, pad_id=self.pad_id, layout=self.settings.layout, loss_scale=scale)

@@ -3,43 +3,36 @@
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
+from rotopo.data.arranged import arranged
 from rotopo.data.asked import Ask, Draw, rows_for
 from rotopo.data.batch import Layout, PairBatch, PromptBatch, collate
 from rotopo.data.doctor.diagnosis import diagnose
 from rotopo.data.doctor.examination import Finding
 from rotopo.data.examined import patient
+from rotopo.data.filters import RowFilter
 from rotopo.data.loaders import Batching, Loaders
 from rotopo.data.needs import Needs
 from rotopo.data.noise import LabelNoise
+from rotopo.data.one_source import Source
 from rotopo.data.pairs import Pairs
 from rotopo.data.predicted import Predicted
-from rotopo.data.resumed import check_same_order
+from rotopo.data.resumed import check_same_order, position
 from rotopo.data.rows import Rows, refuse_beyond
 from rotopo.data.sampler import StatefulLoader
-from rotopo.data.splits import Splits
+from rotopo.data.selector import Selector
 from rotopo.data.tokenized import Truncation
 from rotopo.data.tokens import OnBadRow, OnUnwritten, PairEncoder
 from rotopo.errors import InputError
 from rotopo.pretrained import Positions, positions
 from rotopo.pretrained import cache_dir as default_cache_dir
-
-
-class Selector(Protocol):
-    """Who decides before every epoch what to train on."""
-
-    def training_rows(self, trainer: Trainer, rows: Rows) -> Rows:
-        """Of all training rows those of the epoch that begins, or these with others."""
-
-    def settings(self) -> str:
-        """All that the decision follows from beside the run's own settings, as one line."""
 
 
 class PairwiseDataModule(LightningDataModule):
@@ -53,12 +46,19 @@ class PairwiseDataModule(LightningDataModule):
             the same as ``policy.path``.
         source: a data set on the Hub (``name`` or ``name:config``), a json, jsonl, csv, parquet
             or arrow file, a glob or folder of them, ``package:PACKAGE/FILE``, or
-            ``python:package.module.function`` (``:ARGUMENT`` behind it, if it takes one).
+            ``python:package.module.function`` (``:ARGUMENT`` behind it, if it takes one). Or
+            several, as a list of :class:`rotopo.data.one_source.Source`, each with settings of its
+            own and its share of every epoch, see :class:`rotopo.data.mixture.Mixture`.
         format: the rows' format by name (explicit, implicit, ultrafeedback, hh, align_anything,
             sharegpt, kto), or the dotted path of a function row -> Preference; None detects it.
+        columns: the source's columns by the format's names for them, ``{prompt: instruction}``.
+        filter: which rows are used, by the class path of a :class:`rotopo.data.filters.RowFilter`:
+            Among, Between, Apart, or your own. None uses all.
         train_split: the source's split to train on.
         validation: the fraction of the training split to hold out for validation, or the name of
-            another split; 0 for none.
+            another split; 0 for none. Or several sets by name, ``{held_out: 0.05, qa: FILE}``:
+            each is a fraction, a source, or a :class:`rotopo.data.one_source.Source` with settings
+            of its own, and has metrics of its own (``val/qa/loss``).
         test: the same for the test. With 1 the whole training split is tested (or validated), and
             nothing can be trained on it.
         group_by: a column whose values are never divided between splits; None if rows are
@@ -110,7 +110,9 @@ class PairwiseDataModule(LightningDataModule):
             GPU batches come in pinned memory, and their copying does not wait either.
         num_proc: processes that tokenise; None takes one per 10,000 rows, up to the
             processors.
-        seed: seed of the held-out rows and of the order of training.
+        seed: seed of the order of training.
+        split_seed: seed of the held-out rows, and of which pairs are trained on where not all are;
+            None takes ``seed``.
         cache_dir: folder for the tokenised data; None takes $ROTOPO_CACHE or ~/.cache/rotopo.
         doctor: have every fit begin with the checks of ``rotopo doctor``, of which errors stop it;
             see :mod:`rotopo.data.doctor`. False is for data that is wrong on purpose.
@@ -119,11 +121,13 @@ class PairwiseDataModule(LightningDataModule):
     def __init__(
         self,
         tokenizer: str,
-        source: str,
+        source: str | list[Source],
         format: str | None = None,
+        columns: dict[str, str] | None = None,
+        filter: RowFilter | None = None,
         train_split: str = "train",
-        validation: float | str = 0.05,
-        test: float | str = 0.0,
+        validation: float | str | dict[str, float | str | Source] = 0.05,
+        test: float | str | dict[str, float | str | Source] = 0.0,
         group_by: str | None = None,
         extra_responses: dict[str, str] | None = None,
         margin: str | None = None,
@@ -150,10 +154,22 @@ class PairwiseDataModule(LightningDataModule):
         num_workers: int | None = None,
         num_proc: int | None = None,
         seed: int = 0,
+        split_seed: int | None = None,
         cache_dir: str | None = None,
         doctor: bool = True,
     ) -> None:
         super().__init__()
+        held_out = {"validation": validation, "test": test}
+        common = Source(
+            split=train_split,
+            format=format,
+            columns=columns,
+            filter=filter,
+            group_by=group_by,
+            margin=margin,
+        )
+        split_seed = seed if split_seed is None else split_seed
+        sources, sets, labels = arranged(source, common, held_out, split_seed)
         self.pairs = Pairs(
             tokenizer_path=tokenizer,
             encoding={
@@ -164,10 +180,11 @@ class PairwiseDataModule(LightningDataModule):
                 "max_length": max_length,
                 "truncation": truncation,
             },
-            splits=Splits(source, train_split, validation, test, group_by, seed),
-            format=format,
+            sources=sources,
+            sets=sets,
+            labels=labels,
+            split_seed=split_seed,
             extra_responses=extra_responses or {},
-            margin=margin,
             train_pairs=train_pairs,
             balance_lengths=balance_lengths,
             noise=noise,
@@ -273,7 +290,7 @@ class PairwiseDataModule(LightningDataModule):
         if self._selector is not None:
             assert self.trainer is not None
             rows = self._selector.training_rows(self.trainer, rows)
-        return self._loaders().training(rows)
+        return self._loaders().training(rows, self.pairs.mixture(rows.pairs))
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         if self.has("validation"):
@@ -351,19 +368,12 @@ class PairwiseDataModule(LightningDataModule):
             [rows[i] for i in range(min(pairs, len(rows)))], self.pad_id, self.batching.layout, 1
         )
 
-    def state_dict(self) -> dict[str, str | int | None]:
+    def state_dict(self) -> dict[str, Any]:
         """What a position in the epoch means nothing without."""
-        return {
-            "data_fingerprint": self.pairs.fingerprint,
-            "seed": self.batching.seed,
-            "pairs_per_step": self.batching.pairs_per_step,
-            "length_window": self.batching.length_window,
-            "margin": self.pairs.margin,
-            "template_time": self.pairs.clock,
-            "selection": self._selector.settings() if self._selector is not None else None,
-        }
+        selection = self._selector.settings() if self._selector is not None else None
+        return position(self.pairs, self.batching, selection)
 
-    def load_state_dict(self, state_dict: dict[str, str | int | None]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse to go on training where the position in the epoch would mean something else.
 
         Raises:
@@ -376,9 +386,7 @@ class PairwiseDataModule(LightningDataModule):
     def take_clock(self, checkpoint: Mapping[str, Any]) -> None:
         """Have the chat template take a checkpoint's time for the present, unless a setting says
         which."""
-        time = (checkpoint.get(type(self).__qualname__) or {}).get("template_time")
-        if self.pairs.template_time is None and time is not None:
-            self.pairs.set_clock(time)
+        self.pairs.take_clock((checkpoint.get(type(self).__qualname__) or {}).get("template_time"))
 
     def _agree_on_clock(self) -> None:
         """Take the first rank's time."""

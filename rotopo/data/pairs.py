@@ -1,24 +1,26 @@
-"""Pairs: a source's rows as tokenised pairs, divided into splits and labelled for training."""
+"""Pairs: the rows of all sources as tokenised pairs, divided into splits and labelled for
+training."""
 
 import json
-from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rotopo.data.balance import balanced
 from rotopo.data.batch import Role
+from rotopo.data.mixture import Mixture
 from rotopo.data.noise import LabelNoise, TrainingPairs, with_flips
+from rotopo.data.one_source import OneSource, Reading, left_out
+from rotopo.data.parts import Parts, join
 from rotopo.data.rows import pair_lengths
-from rotopo.data.schemas import Format, Preference, read_row, resolve_format
+from rotopo.data.schemas import Preference
 from rotopo.data.settings import at_least, one_of
-from rotopo.data.splits import Splits
-from rotopo.data.tokenized import Outcome, TokenizedPair
+from rotopo.data.tokenized import TokenizedPair
 from rotopo.data.tokens import OnBadRow, OnUnwritten, PairEncoder
 from rotopo.errors import InputError
 from rotopo.pretrained import load_tokenizer
@@ -26,39 +28,36 @@ from rotopo.pretrained import load_tokenizer
 if TYPE_CHECKING:  # else rotopo --help would wait for datasets, pandas and pyarrow
     from datasets import Dataset
 
-    from rotopo.data.token_cache import LeftOut, TokenizedRows
-
 # Responses that a column of the source may hold beside the pair, by the setting's name for them.
 EXTRA_ROLES = {"gold": Role.GOLD, "reference_sample": Role.REFERENCE_SAMPLE}
-
-
-class Loaded(NamedTuple):
-    """One of a source's splits: its rows, their format, and what they are as tokens."""
-
-    rows: "Dataset"
-    format: Format
-    tokenized: "TokenizedRows"
 
 
 @dataclass(eq=False)
 class Pairs:
     """The pairs of a run. Settings are those of :class:`rotopo.data.module.PairwiseDataModule`.
 
+    Rows of several sources are numbered through, in the order of the sources.
+
     Attributes:
         tokenizer_path: of the tokenizer.
         encoding: how its encoder writes, see :class:`rotopo.data.tokens.PairEncoder`.
+        sources: of the training pairs, and of what is held out of them.
+        sets: of ``validation`` and ``test`` the further sets of pairs.
+        labels: of ``train``, ``validation`` and ``test`` what the pairs of each of ``sources`` are
+            called by in metrics; None where there is but one.
         say, warn: what tells the user something, and what warns.
-        loaded: by the source's split.
-        of: pairs of ``train``, ``validation`` and ``test``, where there are any.
+        parts: of ``train``, ``validation`` and ``test``.
+        of: their pairs, where there are any.
         labelled: the training pairs before noise and balance.
     """
 
     tokenizer_path: str
     encoding: dict[str, Any]
-    splits: Splits
-    format: str | None
+    sources: Sequence[OneSource]
+    sets: Mapping[str, Sequence[OneSource]]
+    labels: Mapping[str, Sequence[str | None]]
+    split_seed: int
     extra_responses: dict[str, str]
-    margin: str | None
     train_pairs: int | None
     balance_lengths: bool
     noise: LabelNoise | None
@@ -71,7 +70,7 @@ class Pairs:
     cache_dir: Path
     say: Callable[[str], None]
     warn: Callable[[str], None]
-    loaded: dict[str, Loaded] = field(default_factory=dict)
+    parts: dict[str, Parts] = field(default_factory=dict)
     of: "dict[str, Dataset]" = field(default_factory=dict)
     labelled: "Dataset | None" = None
 
@@ -85,13 +84,19 @@ class Pairs:
                 raise InputError(
                     f"data.extra_responses: {role!r} is none of {', '.join(EXTRA_ROLES)}."
                 )
-        self._split_of: dict[str, str] = {}  # of train, validation and test the source's
+        if self.train_pairs is not None and len(self.sources) > 1:
+            raise InputError("data.train_pairs: of several sources, give each its rows.")
         self._asked: set[str] = set()  # columns of the source that were asked for by name
 
     @property
     def source(self) -> str:
-        """Where the rows come from."""
-        return self.splits.source
+        """Where the rows come from, in words."""
+        return ", ".join(dict.fromkeys(one.path for one in self.sources))
+
+    @property
+    def all_sources(self) -> list[OneSource]:
+        """Those of training, and of the further sets."""
+        return [*self.sources, *(one for sets in self.sets.values() for one in sets)]
 
     @cached_property
     def encoder(self) -> PairEncoder:
@@ -118,61 +123,74 @@ class Pairs:
 
     def load(self) -> None:
         """Read and tokenise all splits, or look them up in the cache."""
-        for split in self.splits.named:
-            if split not in self.loaded:
-                self.loaded[split] = self._load(split)
-
-    def _load(self, split: str) -> Loaded:
-        from rotopo.data.sources import load_rows
-        from rotopo.data.token_cache import fingerprint_rows, tokenize_rows
-
-        rows = load_rows(self.source, split)
-        if self.encoder.template.reads_clock:
-            self.stop_clock(fingerprint_rows(rows))
-        try:
-            row_format = resolve_format(self.format, rows)
-            tokenized = tokenize_rows(
-                rows,
-                row_format,
-                self.encoder,
-                self.cache_dir,
-                self.num_proc,
-                self.on_bad_row,
-                self.extra_responses,
-                self.on_unwritten,
-                self.split_dialogues,
-            )
-        except InputError as error:
-            raise InputError(f"{self.source} [{split}]: {error}") from error
-        return Loaded(rows, row_format, tokenized)
+        reading = Reading(
+            self.encoder,
+            self.cache_dir,
+            self.num_proc,
+            self.on_bad_row,
+            self.on_unwritten,
+            self.extra_responses,
+            self.split_dialogues,
+            self.stop_clock,
+            self.say,
+        )
+        for source in self.all_sources:
+            source.load(reading)
 
     def divide(self) -> None:
         """Divide the rows into ``of``, and label the training pairs.
 
         Raises:
-            InputError: a split has no pair left, or two share a group.
+            InputError: a split has no pair left, or two share a group; paired and unpaired
+                sources; a source has no pairs for its share.
         """
         self.load()
-        for split in self.splits.named:
-            self.say(f"{self.source} [{split}]: {self.loaded[split].tokenized.summary()}.")
-        chosen = self.splits.choose({split: self.loaded[split].rows for split in self.loaded})
-        for name, (split, numbers) in chosen.items():
-            self._split_of[name] = split
-            pairs = self.loaded[split].tokenized.pairs
-            kept = np.flatnonzero(np.isin(pairs.with_format("numpy")["row"][:], numbers))
-            if len(kept) == 0:
-                raise InputError(f"No {name} pair is left: every one of them was dropped.")
-            self.of[name] = pairs.select(kept)
+        for source in self.all_sources:
+            for split, one in source.loaded.items():
+                self.say(f"{source.path} [{split}]: {one.tokenized.summary()}.")
+        for name in ("train", "validation", "test"):
+            sources = [*zip(self.sources, self.labels[name], strict=True)]
+            sources += [(one, one.name) for one in self.sets.get(name, ())]
+            if (joined := join(name, sources)) is not None:
+                self.parts[name], self.of[name] = joined
+        several = [parts.in_words() for parts in self.parts.values() if len(parts) > 1]
+        for numbers in dict.fromkeys(several):
+            names = [n for n, parts in self.parts.items() if parts.in_words() == numbers]
+            self.say(f"Rows are numbered through ({', '.join(names)}): {numbers}.")
+        self._refuse_shared_groups()
         if "train" in self.of:
             self._label()
-        if unread := self.unread_columns():
-            self.say(f"{self.source}: columns that nothing reads: {', '.join(unread)}.")
+            if (mixture := self.mixture()) is not None:
+                self.say(f"data.source: {mixture.describe()}.")
+        for source in self.all_sources:
+            if unread := self._unread(source):
+                self.say(f"{source.path}: columns that nothing reads: {', '.join(unread)}.")
+
+    def _refuse_shared_groups(self) -> None:
+        """Sets that are splits of a training's source may share groups with it."""
+        for name, sets in self.sets.items():
+            for one in sets:
+                for source in (source for source in self.sources if source.path == one.path):
+                    if shared := one.groups(name) & source.groups("train"):
+                        raise InputError(
+                            f"data.group_by: the {one.settings.group_by} {min(shared)} is in train "
+                            f"and in data.{name}.{one.name}: hold out a share instead."
+                        )
+
+    def mixture(self, rows: "Dataset | None" = None) -> Mixture | None:
+        """How an epoch mixes the sources; None of a single one that each epoch has once.
+
+        Args:
+            rows: what the epoch's pairs are of; None for all training pairs.
+        """
+        pairs = self.of["train"] if rows is None else rows
+        return self.parts["train"].mixture(pairs["row"][:])
 
     def _label(self) -> None:
         """Choose, flip and balance the training pairs, as far as settings say so."""
         if self.train_pairs is not None:
             train = self.of["train"]
-            order = self.splits.permutation(len(train))[: self.train_pairs]
+            order = self.sources[0].splits.permutation(len(train))[: self.train_pairs]
             self.of["train"] = train.select(np.sort(order))
         self.labelled = self.of["train"]
         if self.noise is not None:
@@ -187,30 +205,27 @@ class Pairs:
             )
         if self.balance_lengths:
             train = self.of["train"]
-            drawn = balanced(*pair_lengths(train), self.splits.seed)
+            chosen, rejected = pair_lengths(train)
+            part_of = self.parts["train"].of_rows(train["row"][:])
+            drawn: list[int] = []
+            for place in range(len(self.parts["train"])):  # so that each source keeps its share
+                own = np.flatnonzero(part_of == place)
+                drawn += own[balanced(chosen[own], rejected[own], self.split_seed)].tolist()
             self.of["train"] = train.select(drawn)
             self.say(f"data.balance_lengths: {len(drawn)} pairs drawn from {len(train)}.")
 
-    def unread_columns(self) -> list[str]:
-        """Columns of the source that have no meaning to the run, each once."""
+    def _unread(self, source: OneSource) -> list[str]:
+        """Columns of a source that have no meaning to the run, each once."""
         asked = {
-            *(self.splits.group_by, self.margin, self.accuracy_by),
+            *(source.settings.group_by, source.settings.margin, self.accuracy_by),
             *self.extra_responses.values(),
             *self._asked,
         }
-        unread = (one.format.unread(one.rows.column_names) for one in self.loaded.values())
-        return list(dict.fromkeys(c for columns in unread for c in columns if c not in asked))
+        return [column for column in source.unread_columns() if column not in asked]
 
-    def left_out(self) -> dict[str, "LeftOut"]:
-        """What of the source's rows the chat template does not write, by what it is; of several
-        splits the rows together."""
-        found: dict[str, LeftOut] = {}
-        for one in self.loaded.values():
-            for label, part in one.tokenized.left_out.items():
-                before = found.get(label)
-                rows = part.rows + (before.rows if before else 0)
-                found[label] = replace(before or part, rows=rows)
-        return found
+    def unread_columns(self) -> list[str]:
+        """Columns of the sources that have no meaning to the run, each once."""
+        return list(dict.fromkeys(c for source in self.all_sources for c in self._unread(source)))
 
     def refuse_unwritten(self) -> None:
         """Say what the chat template leaves out of rows, and refuse what matters.
@@ -218,23 +233,21 @@ class Pairs:
         Raises:
             InputError: there is such a thing, and ``data.on_unwritten`` is ``error``.
         """
-        left_out = self.left_out()
-        if self.on_unwritten == "error":
-            for part in (part for part in left_out.values() if part.refused):
-                raise InputError(
-                    f"{self.source}: {part.first} ({part.rows} rows). Give a template that does "
-                    "(data.chat_template), change the rows, or set data.on_unwritten to 'warn'."
+        for source in self.all_sources:
+            found = left_out([source])
+            if self.on_unwritten == "error":
+                for part in (part for part in found.values() if part.refused):
+                    raise InputError(
+                        f"{source.path}: {part.first} ({part.rows} rows). Give a template that "
+                        "does (data.chat_template), change the rows, or set data.on_unwritten to "
+                        "'warn'."
+                    )
+            for label, part in found.items():
+                say = self.warn if part.refused else self.say
+                say(
+                    f"{source.path}: not written by the chat template: {label}, in {part.rows} "
+                    "rows."
                 )
-        for label, part in left_out.items():
-            say = self.warn if part.refused else self.say
-            say(f"{self.source}: not written by the chat template: {label}, in {part.rows} rows.")
-
-    def outcomes(self) -> dict[str, int]:
-        """How many of the source's rows came to which outcome."""
-        found = Counter[str]()
-        for one in self.loaded.values():
-            found.update(one.tokenized.counts)
-        return {outcome.name.lower(): found[outcome.name.lower()] for outcome in Outcome}
 
     def flipped(self) -> np.ndarray | None:
         """Which training pairs ``noise`` has flipped the labels of, in the order in which they are
@@ -250,17 +263,16 @@ class Pairs:
 
         Args:
             name: ``train``, ``validation`` or ``test``.
-            row: its number in that split's source.
+            row: its number there.
             extra_responses: columns of further responses to read, by role.
         """
-        from rotopo.data.token_cache import without_filling
-
-        one = self.loaded[self._split_of[name]]
-        values = without_filling(one.rows[row], one.rows.features)
-        return read_row(one.format, values, extra_responses, self.split_dialogues)
+        part = self.parts[name].part_of(row)
+        return part.source.preference(
+            part.split, row - part.first, extra_responses, self.split_dialogues
+        )
 
     def column(self, name: str, column: str, setting: str) -> dict[int, Any]:
-        """The values of a column of the source, by row.
+        """The values of a column that all sources have, by row.
 
         Args:
             name: ``train``, ``validation`` or ``test``.
@@ -268,17 +280,11 @@ class Pairs:
             setting: which names it.
 
         Raises:
-            InputError: the source has no such column.
+            InputError: a source has no such column.
         """
         self._asked.add(column)
-        rows = self.loaded[self._split_of[name]].rows
-        if column not in rows.column_names:
-            raise InputError(
-                f"{setting}: {self.source} has no column {column!r}, only "
-                f"{', '.join(rows.column_names)}."
-            )
-        numbers = self.of[name]["row"][:]
-        return dict(zip(numbers, rows.select(numbers)[column][:], strict=True))
+        parts = self.parts[name]
+        return parts.columns(self.of[name]["row"][:], [column] * len(parts), setting)
 
     def prompts(self, name: str) -> "Dataset":
         """A split's prompts without responses, each once, by the first row that has it."""
@@ -306,16 +312,32 @@ class Pairs:
         return {
             **({"columns/unread": ", ".join(unread)} if unread else {}),
             **({"template_time": self.clock} if self.clock else {}),
-            **{f"left_out/{label}": part.rows for label, part in self.left_out().items()},
+            **{
+                f"left_out/{label}": part.rows for label, part in left_out(self.all_sources).items()
+            },
             **{f"pairs/{name}": len(pairs) for name, pairs in self.of.items()},
+            **self._contributions(),
             **({} if flipped is None else {"noise/flipped": int(flipped.sum())}),
             **{
-                f"rows/{split}/{outcome}": count
-                for split, one in self.loaded.items()
+                f"rows/{split if len(self.all_sources) == 1 else source.name + '/' + split}"
+                f"/{outcome}": count
+                for source in self.all_sources
+                for split, one in source.loaded.items()
                 for outcome, count in one.tokenized.counts.items()
             },
             "fingerprint": self.fingerprint,
         }
+
+    def _contributions(self) -> dict[str, int | str]:
+        """What each source gives, where there are several."""
+        found: dict[str, int | str] = {}
+        for name, parts in self.parts.items():
+            if len(parts) > 1:
+                counts = parts.counts(self.of[name]["row"][:])
+                found |= {f"pairs/{name}/{source}": n for source, n in counts.items()}
+        if "train" in self.of and (mixture := self.mixture()) is not None:
+            found["mixture"] = mixture.describe()
+        return found
 
     @property
     def clock(self) -> str | None:
@@ -326,9 +348,15 @@ class Pairs:
     def set_clock(self, time: str) -> None:
         """Have the chat template take a time for the present, and forget what it has written."""
         if time != self.template_time:
-            self.loaded = {}
+            for source in self.all_sources:
+                source.loaded = {}
         self.template_time = time
         self.encoder.template.time = datetime.fromisoformat(time)
+
+    def take_clock(self, time: str | None) -> None:
+        """As :meth:`set_clock`, unless a setting says which time, or there is none to take."""
+        if self.template_time is None and time is not None:
+            self.set_clock(time)
 
     def stop_clock(self, data: str) -> None:
         """Let a template that asks for the time get the same one for the same data, whenever.

@@ -3,7 +3,32 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rotopo.data.loaders import Batching
+from rotopo.data.pairs import Pairs
 from rotopo.errors import InputError
+
+
+def position(pairs: Pairs, batching: Batching, selection: str | None) -> dict[str, Any]:
+    """What a position in the epoch means nothing without.
+
+    Args:
+        pairs: the run's.
+        batching: how they become batches.
+        selection: what a selector's choice of rows follows from; None without one.
+    """
+    settings = [source.settings for source in pairs.sources]
+    margins = [one.margin for one in settings]
+    mixed = len(settings) > 1 or settings[0].repetitions is not None
+    return {
+        "data_fingerprint": pairs.fingerprint,
+        "seed": batching.seed,
+        "pairs_per_step": batching.pairs_per_step,
+        "length_window": batching.length_window,
+        "margin": margins[0] if len(margins) == 1 else margins,
+        "mixture": [[one.weight, one.repetitions] for one in settings] if mixed else None,
+        "template_time": pairs.clock,
+        "selection": selection,
+    }
 
 
 def check_same_order(

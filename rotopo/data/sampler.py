@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from rotopo.data.batch import Layout, Sizes
+from rotopo.data.mixture import Mixture
 from rotopo.errors import InputError
 
 # Tokens of the prompt, and of each response.
@@ -21,8 +22,9 @@ PairLength = tuple[int, Sequence[int]]
 class StepSampler(Sampler[list[int]]):
     """Micro-batches of one rank, ``accumulation`` of them for each optimiser step.
 
-    Every epoch is a fresh permutation of the pairs cut into steps of ``pairs_per_step``; the
-    remainder of fewer than that sits the epoch out (another one each time).
+    Every epoch is a fresh permutation of the pairs, or what a mixture takes of its sources, cut
+    into steps of ``pairs_per_step``; the remainder of fewer than that sits the epoch out (another
+    one each time).
 
     Args:
         lengths: lengths of each pair, see :data:`PairLength`.
@@ -35,6 +37,7 @@ class StepSampler(Sampler[list[int]]):
         layout: the batch layout, which decides what a pair costs.
         length_window: sort the pairs of so many steps by length before they are cut into steps,
             and put these steps in random order.
+        mixture: of the pairs' sources; None for an epoch that has each pair once.
 
     Raises:
         InputError: fewer pairs than one step takes, fewer pairs in a step than micro-batches, or
@@ -53,12 +56,17 @@ class StepSampler(Sampler[list[int]]):
         token_budget: int | None,
         layout: Layout,
         length_window: int = 1,
+        mixture: Mixture | None = None,
     ) -> None:
         self.sizes = Sizes(lengths, layout)
-        if len(lengths) < pairs_per_step:
+        self.mixture = mixture
+        # Pairs of an epoch, before the remainder is left out.
+        self.pairs = len(lengths) if mixture is None else sum(mixture.counts)
+        if self.pairs < pairs_per_step:
+            what = "the training split holds" if mixture is None else "an epoch of the mixture has"
             raise InputError(
-                f"data.pairs_per_step is {pairs_per_step}, but the training split holds only "
-                f"{len(lengths)} pairs: lower it or add pairs."
+                f"data.pairs_per_step is {pairs_per_step}, but {what} only {self.pairs} pairs: "
+                "lower it or add pairs."
             )
         if pairs_per_step < accumulation * world_size:
             raise InputError(
@@ -93,20 +101,26 @@ class StepSampler(Sampler[list[int]]):
     @property
     def steps(self) -> int:
         """Optimiser steps of an epoch."""
-        return len(self.sizes) // self.pairs_per_step
+        return self.pairs // self.pairs_per_step
 
     @property
     def tokens_per_step(self) -> float:
         """Of all ranks together, on average, without what fills lines up between pairs."""
-        n = len(self.sizes)
-        return self.pairs_per_step * sum(self.sizes.tokens([i]) for i in range(n)) / n
+        tokens = sum(self.sizes.tokens([i]) for i in self._order(0, torch.Generator()))
+        return self.pairs_per_step * tokens / self.pairs
+
+    def _order(self, epoch: int, generator: torch.Generator) -> list[int]:
+        """The pairs of an epoch."""
+        if self.mixture is not None:
+            return self.mixture.epoch(self.seed, epoch)
+        return torch.randperm(len(self.sizes), generator=generator).tolist()
 
     def __len__(self) -> int:
         return self.steps * self.accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.sizes), generator=generator).tolist()
+        order = self._order(self.epoch, generator)
         skip, self.skip = self.skip, 0
         G = self.pairs_per_step
         order = order[: self.steps * G]

@@ -66,6 +66,7 @@ def read_row(
     row: Row,
     extra_responses: Mapping[str, str] | None = None,
     split_dialogues: bool = False,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> Preference:
     """The preference in one row.
 
@@ -75,6 +76,7 @@ def read_row(
         extra_responses: column of each further response, by the name of its role.
         split_dialogues: take a prompt's turn apart that holds a whole dialogue, see
             :func:`rotopo.data.dialogue.split_dialogue`.
+        template_kwargs: arguments of the chat template that the row's own are laid over.
 
     Raises:
         InputError: a column is missing, a value is of the wrong kind, a response is empty, both
@@ -90,6 +92,10 @@ def read_row(
         (preference.extra[role],) = read_responses(row, column)
     if ours:
         preference = replace(preference, inputs=_template_inputs(row))
+    if template_kwargs:
+        inputs = preference.inputs
+        inputs = replace(inputs, kwargs={**template_kwargs, **inputs.kwargs})
+        preference = replace(preference, inputs=inputs)
     if split_dialogues:
         preference = _with_dialogue_split(preference)
     _check(preference)

@@ -82,6 +82,8 @@ def tokenize_rows(
     extra_responses: dict[str, str] | None = None,
     on_unwritten: OnUnwritten = "error",
     split_dialogues: bool = False,
+    template_kwargs: dict[str, Any] | None = None,
+    numbers: np.ndarray | None = None,
 ) -> TokenizedRows:
     """Tokenise every row once: the result is kept on disk under a fingerprint.
 
@@ -99,7 +101,8 @@ def tokenize_rows(
         extra_responses: column of each further response, by the name of its role.
         on_unwritten: whether a row of which the template leaves something out that matters is one
             that cannot be used, where those are dropped; here it is counted in any case.
-        split_dialogues: as of :func:`rotopo.data.schemas.read_row`.
+        split_dialogues, template_kwargs: as of :func:`rotopo.data.schemas.read_row`.
+        numbers: of the rows to tokenise; None for all.
 
     Raises:
         InputError: a row that cannot be used, with ``on_bad_row="error"``; no row is left; what is
@@ -112,22 +115,31 @@ def tokenize_rows(
     }
     digest = hashlib.sha256()
     parts = [fingerprint_rows(rows), row_format.name, encoder.fingerprint(), drop, extra]
-    for part in [*parts, split_dialogues, "with what is left out"]:  # the last: the cache's form
-        digest.update(str(part).encode())
+    own = [f"template: {template_kwargs}"] if template_kwargs else []
+    own += [] if numbers is None else [f"rows: {numbers.tolist()}"]
+    # "with what is left out": the cache's form
+    for fact in [*parts, split_dialogues, "with what is left out", *own]:
+        digest.update(str(fact).encode())
     for code in (*(str(module.__file__) for module in _CODE), row_format.source_file):
         digest.update(Path(code).read_bytes())
     fingerprint = digest.hexdigest()[:32]
     folder = cache_dir / "tokens" / fingerprint
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        read = partial(read_row, row_format, extra_responses=extra, split_dialogues=split_dialogues)
+        read = partial(
+            read_row,
+            row_format,
+            extra_responses=extra,
+            split_dialogues=split_dialogues,
+            template_kwargs=template_kwargs,
+        )
         # Another process may be faster.
         with (
             tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as scratch,
             suppress(FileExistsError),
             writing_whole_folder(folder) as part,
         ):
-            mapped = _tokenize(rows, read, encoder, num_proc, drop, extra, Path(scratch))
+            mapped = _tokenize(rows, read, encoder, num_proc, drop, extra, numbers, Path(scratch))
             _save(mapped, part)
     try:
         if json.loads((folder / _HASHES).read_text("utf-8")) != _hashes(folder):
@@ -206,9 +218,11 @@ def _tokenize(
     num_proc: int | None,
     drop: dict[str, bool],
     extra: dict[str, str],
+    numbers: np.ndarray | None,
     folder: Path,
 ) -> Dataset:
     """All rows as tokens, with the outcome of each, in a file in the folder."""
+    rows = rows if numbers is None else rows.select(numbers)
     if num_proc is None:
         num_proc = min(os.cpu_count() or 1, len(rows) // 10_000)
     ids = List(Value("int32"))
@@ -220,6 +234,7 @@ def _tokenize(
             encoder=encoder,
             drop=drop,
             extra=extra,
+            known=numbers,
         ),
         batched=True,
         with_indices=True,
@@ -276,13 +291,15 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 def _tokenize_batch(
     batch: dict[str, list[Any]],
-    numbers: list[int],
+    places: list[int],
     features: Features,
     read: Callable[[dict[str, Any]], Preference],
     encoder: PairEncoder,
     drop: dict[str, bool],
     extra: dict[str, str],
+    known: np.ndarray | None,
 ) -> dict[str, list[Any]]:
+    numbers = places if known is None else known[places].tolist()
     names = ["prompt", "chosen", "rejected", *extra, "outcome", "left_out"]
     columns: dict[str, list[Any]] = {name: [] for name in names}
     for number, values in zip(numbers, zip(*batch.values(), strict=True), strict=True):

@@ -36,6 +36,14 @@ class ScoredPairs:
     chosen_tokens: np.ndarray
     rejected_tokens: np.ndarray
 
+    def only(self, kept: np.ndarray) -> "ScoredPairs":
+        """Some of them.
+
+        Args:
+            kept: which [n].
+        """
+        return ScoredPairs(*(column[kept] for column in vars(self).values()))
+
 
 class RewardMetrics(Metric):
     """:func:`reward_metrics` of all pairs, whatever the batches, the ranks and their shares.
@@ -45,6 +53,8 @@ class RewardMetrics(Metric):
     Args:
         groups: the name of each row's group, for the accuracy by group; None for none.
         clusters: what each row belongs to, for the interval; None where rows are independent.
+        sets: the name of each row's set, where the pairs are of several; each has metrics of its
+            own, under ``sets``.
     """
 
     full_state_update = False
@@ -54,8 +64,10 @@ class RewardMetrics(Metric):
         self,
         groups: Mapping[int, str] | None = None,
         clusters: Mapping[int, Hashable] | None = None,
+        sets: Mapping[int, str] | None = None,
     ) -> None:
         super().__init__()
+        self.sets = sets
         self.groups = groups
         self.clusters = clusters
         # One state, so that ranks exchange it at once; float64 holds rows and lengths exactly.
@@ -86,7 +98,16 @@ class RewardMetrics(Metric):
     def compute(self) -> dict[str, Any]:
         """:func:`reward_metrics`; empty where there is no pair."""
         pairs = self.pairs()
-        return reward_metrics(pairs, self.groups, self.clusters) if len(pairs.rows) else {}
+        if not len(pairs.rows):
+            return {}
+        found = reward_metrics(pairs, self.groups, self.clusters)
+        if self.sets:
+            names = np.array([self.sets[row] for row in pairs.rows.tolist()])
+            found["sets"] = {
+                str(name): reward_metrics(pairs.only(names == name), self.groups, self.clusters)
+                for name in dict.fromkeys(names.tolist())
+            }
+        return found
 
 
 def reward_metrics(

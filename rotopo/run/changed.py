@@ -159,7 +159,8 @@ TABLE = _rows(
         "the position in the epoch would mean something else",
     ),
     (
-        "data data.source data.format data.train_split data.validation data.test data.group_by "
+        "data data.source data.format data.columns data.filter data.filter.* data.train_split "
+        "data.validation data.test data.group_by data.split_seed "
         "data.extra_responses data.train_pairs data.chat_template data.chat_template_kwargs "
         "data.template_time data.split_dialogues data.system_message data.pad_token "
         "data.max_length data.truncation data.on_bad_row data.on_unwritten",

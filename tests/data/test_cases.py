@@ -15,6 +15,7 @@ from trl import DPOConfig, DPOTrainer
 
 from rotopo.data.asked import Ask, margins
 from rotopo.data.module import PairwiseDataModule
+from rotopo.data.one_source import left_out
 from rotopo.data.responses import Responses
 from rotopo.data.sources import load_rows
 from rotopo.errors import InputError
@@ -53,7 +54,7 @@ def load(tiny_tokenizer_dir, tmp_path):
 
 def spelled(data: PairwiseDataModule, place: int = 0) -> tuple[str, str, str]:
     """Prompt, chosen and rejected of a source row, as their tokens spell them."""
-    (tokenized,) = (one.tokenized for one in data.pairs.loaded.values())
+    (tokenized,) = (one.tokenized for one in data.pairs.sources[0].loaded.values())
     pair = tokenized.pairs[place]
     decode = data.encoder.tokenizer.decode
     return tuple(decode(pair[name]) for name in ("prompt", "chosen", "rejected"))
@@ -84,7 +85,7 @@ def of_trl(data: PairwiseDataModule, rows: list[dict]) -> Dataset:
 def assert_as_trl(data: PairwiseDataModule, rows: list[dict]) -> None:
     """The same tokens, up to the end of turn: TRL also trains on the line feed that the template
     writes after it, which no model generates."""
-    (tokenized,) = (one.tokenized for one in data.pairs.loaded.values())
+    (tokenized,) = (one.tokenized for one in data.pairs.sources[0].loaded.values())
     for ours, theirs in zip(tokenized.pairs, of_trl(data, rows), strict=True):
         assert ours["prompt"] == theirs["prompt_ids"]
         for name in ("chosen", "rejected"):
@@ -160,7 +161,7 @@ def test_an_argument_may_be_nothing(load, value):
     call = {"function": {"name": "f", "arguments": {"a": value}}}
     rows = [pair([user(f"{n}?")], [assistant(tool_calls=[call])], "no") for n in range(4)]
     data = load(rows, "tools.jinja")
-    assert data.pairs.left_out() == {}
+    assert left_out(data.pairs.sources) == {}
     assert json.dumps({"a": value}) in spelled(data)[1]
 
 
@@ -195,7 +196,7 @@ def test_arguments_that_are_texts_are_not_written_twice_over(load):
 
 def test_tools_that_are_none(load):
     for tools in ("null", "[]", "", None, []):
-        assert load([pair(tools=tools)] * 4).pairs.left_out() == {}
+        assert left_out(load([pair(tools=tools)] * 4).pairs.sources) == {}
     texts = [json.dumps({"type": "function", "function": {"name": "f", "parameters": {}}})]
     rows = [pair([user(f"{n}?")], tools=texts) for n in range(4)]
     assert '"name": "f"' in spelled(load(rows, "tools.jinja"))[0]
@@ -230,12 +231,12 @@ def test_what_a_prompt_holds_beside_its_content_is_counted(load, caplog):
         for n in range(4)
     ]
     data = load(rows)
-    (label,) = data.pairs.left_out()
+    (label,) = left_out(data.pairs.sources)
     assert label == "name of the tool in the prompt"
-    assert data.pairs.left_out()[label].rows == 4
-    assert not data.pairs.left_out()[label].refused
+    assert left_out(data.pairs.sources)[label].rows == 4
+    assert not left_out(data.pairs.sources)[label].refused
     assert data.pairs.describe()[f"left_out/{label}"] == 4
-    assert load(rows, "tools.jinja").pairs.left_out() == {}
+    assert left_out(load(rows, "tools.jinja").pairs.sources) == {}
 
 
 def test_an_unwritten_field_of_a_response_is_refused(load):
@@ -243,15 +244,15 @@ def test_an_unwritten_field_of_a_response_is_refused(load):
     with pytest.raises(InputError, match=r"row 0 .*'chosen'.*the assistant's name \(4 rows\)"):
         load(rows)
     data = load(rows, on_unwritten="warn")
-    assert data.pairs.left_out()["name of the assistant in a response"].rows == 4
+    assert left_out(data.pairs.sources)["name of the assistant in a response"].rows == 4
     dropped = load([*rows, pair("r?"), pair("s?")], on_bad_row="drop")
-    assert dropped.pairs.loaded["train"].tokenized.counts["bad"] == 4
+    assert dropped.pairs.sources[0].loaded["train"].tokenized.counts["bad"] == 4
 
 
 def test_null_and_empty_fields_are_nothing(load):
     nothing = {"refusal": None, "audio": None, "annotations": [], "function_call": None}
     rows = [pair([user("q?")], [assistant("a", **nothing)], [assistant("b", **nothing)])] * 4
-    assert load(rows).pairs.left_out() == {}
+    assert left_out(load(rows).pairs.sources) == {}
 
 
 # Reasoning and the template's arguments
@@ -269,7 +270,7 @@ def test_reasoning_of_earlier_turns_is_counted(load):
     history = [user("1?"), assistant("2", reasoning_content="because"), user("3?")]
     inline = [user("1?"), assistant("<think>\nbecause\n</think>\n\n2"), user("3?")]
     rows = [pair(history), pair(inline), pair("q"), pair("r")]
-    found = load(rows, "thinking.jinja").pairs.left_out()
+    found = left_out(load(rows, "thinking.jinja").pairs.sources)
     assert {label: part.rows for label, part in found.items()} == {
         "reasoning_content of the assistant in the prompt": 1,
         "reasoning in the content of the assistant in the prompt": 1,
@@ -280,7 +281,7 @@ def test_an_answer_may_speak_of_the_marks_of_reasoning(load):
     text = "Use s.split('</think>') for that."
     history = [user("1?"), assistant(text), user("2?")]
     data = load([pair(history), pair("a"), pair("b"), pair("c")], "{{ bos_token }}" + PLAIN)
-    assert data.pairs.left_out() == {}
+    assert left_out(data.pairs.sources) == {}
     assert text in spelled(data)[0]
 
 
@@ -304,7 +305,7 @@ def test_no_thinking_belongs_to_the_prompt(load):
     # The same in generation, scoring and an export.
     (question, *_) = load_rows(str(CASES / "no_thinking.jsonl"))
     messages = [user(question["prompt"])]
-    ids = data.pairs.loaded["train"].tokenized.pairs[0]["prompt"]
+    ids = data.pairs.sources[0].loaded["train"].tokenized.pairs[0]["prompt"]
     assert data.encoder.encode_prompt(messages) == ids
     exported = data.encoder.tokenizer.apply_chat_template(
         messages,
@@ -366,7 +367,7 @@ def test_a_template_that_reads_the_clock_gets_one_time(load, written, tmp_path, 
     assert spelled(load("json_text.jsonl", template)) == spelled(again)
     assert (
         again.encoder.encode_prompt([user("Where is Oslo?")])
-        == again.pairs.loaded["train"].tokenized.pairs[0]["prompt"]
+        == again.pairs.sources[0].loaded["train"].tokenized.pairs[0]["prompt"]
     )
 
     # Without the cache the checkpoint knows.
@@ -441,7 +442,7 @@ def test_one_of_several_templates_is_named(several, tmp_path):
         add_generation_prompt=True,
         return_dict=False,
     )
-    assert ids == data.pairs.loaded["train"].tokenized.pairs[0]["prompt"]
+    assert ids == data.pairs.sources[0].loaded["train"].tokenized.pairs[0]["prompt"]
     with pytest.raises(InputError, match=r"reads no 'tools'"):
         load()
     with pytest.raises(InputError, match=r"none is called 'tool_us'.*default, tool_use"):
@@ -457,7 +458,7 @@ def test_one_of_several_templates_is_named(several, tmp_path):
 def test_a_turn_that_the_template_passes_over_is_refused(load, file, role):
     with pytest.raises(InputError, match=rf"row 0 .*'prompt'.*the {role}'s content \(8 rows\)"):
         load(file, "three_roles.jinja")
-    assert load(file).pairs.left_out() == {}  # ChatML writes any role
+    assert left_out(load(file).pairs.sources) == {}  # ChatML writes any role
 
 
 def test_the_doctor_counts_turns_by_role(load):
@@ -486,7 +487,8 @@ def test_media_are_refused_by_name(load, column):
 def test_media_of_a_message_are_refused_by_name(load, name):
     with pytest.raises(InputError, match=rf"row 0 .*'prompt'.*a message has '{name}'"):
         load([pair([user("<image>q") | {name: ["a"]}])] * 4)
-    assert load([pair([user("q") | {name: [None]}])] * 4).pairs.left_out() == {}
+    data = load([pair([user("q") | {name: [None]}])] * 4)
+    assert left_out(data.pairs.sources) == {}
 
 
 def test_parts_of_a_content(load):
@@ -512,7 +514,7 @@ def test_parts_of_a_content(load):
 def test_weights_of_turns_are_obeyed_or_refused(load, name):
     prompt = [user("a?"), assistant("b", **{name: 0}), user("c?")]
     obeyed = pair(prompt, [assistant("d", **{name: 1})], [assistant("e", **{name: True})])
-    assert load([obeyed] * 4, "three_roles.jinja").pairs.left_out() == {}
+    assert left_out(load([obeyed] * 4, "three_roles.jinja").pairs.sources) == {}
     with pytest.raises(InputError, match=rf"row 0 .*'chosen'.*'{name}'.*not obeyed"):
         load([obeyed | {"chosen": [assistant("d", **{name: 0})]}] * 4)
     with pytest.raises(InputError, match=rf"row 0 .*'prompt'.*'{name}'.*not obeyed"):
@@ -574,7 +576,7 @@ def test_a_response_may_be_json(load):
 
 def test_labels_and_numbers_of_a_csv_file(load, tmp_path):
     data = load("kto_labels.csv")
-    (tokenized,) = (one.tokenized for one in data.pairs.loaded.values())
+    (tokenized,) = (one.tokenized for one in data.pairs.sources[0].loaded.values())
     assert [bool(ids) for ids in tokenized.pairs["chosen"][:]] == [True, False] * 3 + [True]
     data = load("margin.csv", margin="gap")
     assert margins(data.pairs, "train", Ask(RewardModule.needs, "RewardModule"))[:2] == [
@@ -587,7 +589,7 @@ def test_labels_and_numbers_of_a_csv_file(load, tmp_path):
             f"q,a {n},{t}\n" for n, t in enumerate(["1", "0", "TRUE", "false", " True ", "0.0"])
         )
     )
-    (tokenized,) = (one.tokenized for one in load(str(file)).pairs.loaded.values())
+    (tokenized,) = (one.tokenized for one in load(str(file)).pairs.sources[0].loaded.values())
     assert [bool(ids) for ids in tokenized.pairs["chosen"][:]] == [True, False] * 3
     file.write_text("prompt,completion,label\nq,a,maybe\n")
     with pytest.raises(InputError, match=r"kto: row 0 .*'label': 'maybe' is not true or false"):
@@ -623,7 +625,8 @@ def test_a_dialogue_inside_a_turn_is_split_on_demand(load):
     prompt, chosen, _ = spelled(data)
     turns = [user("Where is Oslo?"), assistant("In a country."), user("Which?")]
     assert (
-        data.encoder.encode_prompt(turns) == data.pairs.loaded["train"].tokenized.pairs[0]["prompt"]
+        data.encoder.encode_prompt(turns)
+        == data.pairs.sources[0].loaded["train"].tokenized.pairs[0]["prompt"]
     )
     assert prompt.count("<|im_start|>user") == 2
     assert chosen == "Oslo is far.<|im_end|>"
