@@ -87,4 +87,10 @@ class Predicted:
         if self.score is not None:
             return self.responses.lines[row]
         preference = self.pairs.preference(self.split, row)
-        return {"row": row, "prompt": preference.prompt, **preference.inputs.columns}
+        labels = self.pairs.parts[self.split].labels([row])
+        return {
+            "row": row,
+            **({"set": labels[row]} if labels else {}),
+            "prompt": preference.prompt,
+            **preference.inputs.columns,
+        }

@@ -130,6 +130,13 @@ def _front_matter(card: Card) -> str:
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
 
 
+def _sources(source: str | list[dict[str, Any]]) -> str:
+    """Where the pairs are from: one source, or several."""
+    if isinstance(source, str):
+        return _code(source)
+    return ", ".join(_code(one["source"]) for one in source)
+
+
 def _subject(card: Card) -> list[tuple[str, str]]:
     adapter, noise, facts = card.adapter, card.data.get("noise"), card.facts
     share = card.trained / card.parameters
@@ -137,8 +144,10 @@ def _subject(card: Card) -> list[tuple[str, str]]:
         ("objective", _code(card.settings["model"]["class_path"])),
         ("adapter", "none: full fine-tuning" if adapter is None else _code(adapter)),
         ("parameters trained", f"{card.trained:,} of {card.parameters:,} ({share:.3%})"),
-        ("pairs from", _code(card.data["source"])),
+        ("pairs from", _sources(card.data["source"])),
     ]
+    if "mixture" in facts:
+        rows.append(("mixed", str(facts["mixture"])))
     for split in ("train", "validation", "test"):
         if f"pairs/{split}" in facts:
             rows.append((f"pairs, {split}", f"{int(facts[f'pairs/{split}']):,}"))
