@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, Subset
 
 from rotopo.data.batch import (
@@ -66,6 +67,20 @@ class Loaders:
     rank: int = 0
     accumulation: int = 1
     on_gpu: bool = False
+
+    @classmethod
+    def of(cls, settings: Batching, pad_id: int, trainer: Trainer | None) -> "Loaders":
+        """Loaders for a Trainer's ranks and device; for one process where there is none."""
+        if trainer is None:
+            return cls(settings, pad_id)
+        return cls(
+            settings,
+            pad_id,
+            trainer.world_size,
+            trainer.global_rank,
+            trainer.accumulate_grad_batches,
+            trainer.strategy.root_device.type == "cuda",
+        )
 
     def training(self, rows: Rows, mixture: Mixture | None) -> StatefulLoader:
         """Optimiser steps of exactly ``pairs_per_step`` rows over all ranks.

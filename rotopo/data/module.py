@@ -321,17 +321,7 @@ class PairwiseDataModule(LightningDataModule):
         return self._loaders().some(rows, places)
 
     def _loaders(self) -> Loaders:
-        trainer = self.trainer
-        if trainer is None:
-            return Loaders(self.batching, self.pad_id)
-        return Loaders(
-            self.batching,
-            self.pad_id,
-            trainer.world_size,
-            trainer.global_rank,
-            trainer.accumulate_grad_batches,
-            trainer.strategy.root_device.type == "cuda",
-        )
+        return Loaders.of(self.batching, self.pad_id, self.trainer)
 
     def transfer_batch_to_device(
         self, batch: PairBatch | PromptBatch, device: torch.device, dataloader_idx: int
