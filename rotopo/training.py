@@ -84,6 +84,8 @@ class PairwiseModule(LightningModule):
     couples_pairs: bool = False
     # What the loss is computed from.
     needs: Needs = Needs()
+    # Whether a test compares the module with a reference.
+    compared: bool = False
 
     def __init__(
         self,

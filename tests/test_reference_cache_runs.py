@@ -77,7 +77,7 @@ def test_the_reference_is_asked_once_for_all_runs_objectives_and_layouts(config,
     fit(config, "other", CACHED, "--model=IPO", "--data.pairs_per_step=4", "--data.seed=0")
     run(["validate", "--config", str(config), CACHED])
     assert not reference_passes
-    run(["test", "--config", str(config), CACHED])  # pairs that no run has seen
+    run(["test", "--config", str(config), CACHED])  # compares distributions, which no cache holds
     assert len(reference_passes) == 1
 
 

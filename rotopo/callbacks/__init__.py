@@ -10,6 +10,7 @@ from rotopo.callbacks.perplexity import Perplexity
 from rotopo.callbacks.predictions import PredictionWriter
 from rotopo.callbacks.reference import CacheReference
 from rotopo.callbacks.speed import Speed
+from rotopo.callbacks.yardstick import Yardstick
 
 __all__ = [
     "CacheReference",
@@ -23,4 +24,5 @@ __all__ = [
     "Perplexity",
     "PredictionWriter",
     "Speed",
+    "Yardstick",
 ]

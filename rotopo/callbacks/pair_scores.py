@@ -4,10 +4,12 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rotopo.callbacks.yardstick import yardstick_rows
 from rotopo.data.batch import PairBatch, Role
 from rotopo.data.messages import Message, text_of
 from rotopo.files import to_json, to_jsonl, write_whole
 from rotopo.metrics.rewards import RewardMetrics
+from rotopo.metrics.yardstick import COLUMNS, columns
 from rotopo.models.log_probs import sum_of_role
 from rotopo.run.folder import folder_of
 from rotopo.run.lightning import data_of
@@ -31,7 +33,8 @@ class PairScores(Callback):
     """Metrics of the rewards of all test pairs, for reward models and preference objectives.
 
     In the run's folder it writes ``test.json`` (see
-    :func:`rotopo.metrics.rewards.reward_metrics`) and ``test_pairs.jsonl``, a line for each
+    :func:`rotopo.metrics.rewards.reward_metrics`, and of policies under ``yardstick``
+    :func:`rotopo.metrics.yardstick.yardstick`) and ``test_pairs.jsonl``, a line for each
     pair with its scores, lengths in tokens and texts; each appears only when it is whole. It logs
     the single numbers as ``test/accuracy``, ``test/auroc`` and so on, and prints a table and some
     pairs. Of several sets all numbers are also each set's own. Accuracy is also taken by the groups
@@ -46,7 +49,7 @@ class PairScores(Callback):
         self.samples = samples
         self.metrics: RewardMetrics | None = None
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
         data = data_of(trainer)
 
         def texts(column: str | None, setting: str) -> dict[int, str] | None:
@@ -57,7 +60,10 @@ class PairScores(Callback):
 
         rows, parts = data.pairs.of["test"]["row"][:], data.pairs.parts["test"]
         metrics = RewardMetrics(
-            texts(data.pairs.accuracy_by, "accuracy_by"), parts.groups(rows), parts.labels(rows)
+            texts(data.pairs.accuracy_by, "accuracy_by"),
+            parts.groups(rows),
+            parts.labels(rows),
+            pl_module.compared,
         )
         self.metrics = metrics.to(pl_module.device)
 
@@ -76,8 +82,10 @@ class PairScores(Callback):
             sum_of_role(lengths, role, batch.roles, batch.pairs, batch.n_pairs)
             for role in (Role.CHOSEN, Role.REJECTED)
         )
-        values = (batch.rows, pairs.chosen, pairs.rejected, chosen_tokens, rejected_tokens)
         assert self.metrics is not None
+        beside = columns(pairs.log_probs) if self.metrics.beside else []
+        scores = pairs.chosen, pairs.rejected
+        values = (batch.rows, *scores, chosen_tokens, rejected_tokens, *beside)
         self.metrics.update(*(value[pairs.is_pair] for value in values))
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -115,6 +123,7 @@ class PairScores(Callback):
                     "rejected_score": float(pairs.rejected[i]),
                     "chosen_tokens": int(pairs.chosen_tokens[i]),
                     "rejected_tokens": int(pairs.rejected_tokens[i]),
+                    **{name: float(pairs.beside[name][i]) for name in COLUMNS[:2] if pairs.beside},
                     "prompt": preference.prompt,
                     **preference.inputs.columns,
                     "chosen": _text(preference.chosen),
@@ -131,28 +140,34 @@ def _text(response: list[Message] | None) -> str:
 
 def _table(found: dict[str, Any]) -> str:
     """The metrics as lines of a name and a number."""
-    rows = [("pairs", str(found["pairs"]))]
+    rows, yardstick = [("pairs", str(found["pairs"]))], found.get("yardstick")
     for name, title in _TITLES.items():
         value = found[name]
         text = "undefined" if value is None else f"{value:.4f}"
         if name == "accuracy":
-            low, high = found["accuracy_interval"]
-            text += f"  (95 % interval {low:.4f} to {high:.4f})"
+            text = _accuracy(found)
             if found["ties"]:
                 text += f"  {found['ties']} ties count as wrong"
         if name == "length_matched_accuracy":
             text += f"  ({found['length_matched_pairs']} pairs)"
         rows.append((title, text))
+        if name == "accuracy" and yardstick is not None:
+            rows.append(("accuracy by the yardstick (h > 0)", _accuracy(yardstick)))
+    if yardstick is not None:
+        rows += yardstick_rows(yardstick)
     for group, values in found["groups"].items():
         rows.append((f"accuracy, {group}", f"{values['accuracy']:.4f}  ({values['pairs']} pairs)"))
     for name, values in found.get("sets", {}).items():
-        low, high = values["accuracy_interval"]
-        text = f"{values['accuracy']:.4f}  (95 % interval {low:.4f} to {high:.4f})"
-        rows.append((f"accuracy, {name}", f"{text}  ({values['pairs']} pairs)"))
+        rows.append((f"accuracy, {name}", f"{_accuracy(values)}  ({values['pairs']} pairs)"))
     for section, value in found.get("sections", {}).items():
         rows.append((f"RewardBench, {section}", f"{value:.4f}"))
     width = max(len(title) for title, _ in rows)
     return "\n".join(f"{title:<{width}}  {text}" for title, text in rows)
+
+
+def _accuracy(found: dict[str, Any]) -> str:
+    low, high = found["accuracy_interval"]
+    return f"{found['accuracy']:.4f}  (95 % interval {low:.4f} to {high:.4f})"
 
 
 def _sample(lines: list[dict[str, Any]], n: int) -> str:

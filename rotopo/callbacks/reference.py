@@ -16,7 +16,8 @@ from rotopo.run.steps import works_in_steps_only
 
 
 class CacheReference(Callback):
-    """Does what ``policy.reference`` asks for: ``cached``, ``auto`` or ``online``.
+    """Does what ``policy.reference`` asks for: ``cached``, ``auto`` or ``online``. A test compares
+    policy and reference side by side, and has no use for a cache.
 
     Raises:
         InputError: the reference cannot be cached, or the ranks do not share the cache's folder.
@@ -29,9 +30,6 @@ class CacheReference(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._fill(trainer, pl_module, ("validation",), [trainer.limit_val_batches])
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._fill(trainer, pl_module, ("test",), [trainer.limit_test_batches])
 
     def _fill(self, trainer: Trainer, module: Any, splits: tuple[str, ...], limits: list) -> None:
         mode, data = module.policy_config.reference, data_if_any(trainer)

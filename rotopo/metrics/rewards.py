@@ -1,7 +1,7 @@
 """Metrics of the rewards of all pairs, exact under any batch size and any number of ranks."""
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from rotopo.metrics.bootstrap import mean_interval
 from rotopo.metrics.calibration import calibration_error
 from rotopo.metrics.ranking import auroc, correlation, mean_ranks
 from rotopo.metrics.rewardbench import section_scores
+from rotopo.metrics.yardstick import COLUMNS, yardstick
 
 # Of the longer response: lengths that differ by no more are matched.
 _MATCHED = 0.1
@@ -28,6 +29,7 @@ class ScoredPairs:
         rows: index of each pair in the source data.
         chosen, rejected: rewards.
         chosen_tokens, rejected_tokens: lengths of the responses in tokens.
+        beside: further values of the pairs, by name.
     """
 
     rows: np.ndarray
@@ -35,6 +37,7 @@ class ScoredPairs:
     rejected: np.ndarray
     chosen_tokens: np.ndarray
     rejected_tokens: np.ndarray
+    beside: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def only(self, kept: np.ndarray) -> "ScoredPairs":
         """Some of them.
@@ -42,19 +45,26 @@ class ScoredPairs:
         Args:
             kept: which [n].
         """
-        return ScoredPairs(*(column[kept] for column in vars(self).values()))
+        beside = {name: column[kept] for name, column in self.beside.items()}
+        lengths = self.chosen_tokens[kept], self.rejected_tokens[kept]
+        return ScoredPairs(
+            self.rows[kept], self.chosen[kept], self.rejected[kept], *lengths, beside
+        )
 
 
 class RewardMetrics(Metric):
     """:func:`reward_metrics` of all pairs, whatever the batches, the ranks and their shares.
 
-    The pairs themselves are kept, at 40 bytes each, and put in the order of their rows.
+    The pairs themselves are kept, at 40 bytes each (72 of a policy that is compared), and put in
+    the order of their rows.
 
     Args:
         groups: the name of each row's group, for the accuracy by group; None for none.
         clusters: what each row belongs to, for the interval; None where rows are independent.
         sets: the name of each row's set, where the pairs are of several; each has metrics of its
             own, under ``sets``.
+        compared: whether the pairs come with :data:`rotopo.metrics.yardstick.COLUMNS`, of a policy
+            that is compared with its reference.
     """
 
     full_state_update = False
@@ -65,11 +75,13 @@ class RewardMetrics(Metric):
         groups: Mapping[int, str] | None = None,
         clusters: Mapping[int, Hashable] | None = None,
         sets: Mapping[int, str] | None = None,
+        compared: bool = False,
     ) -> None:
         super().__init__()
         self.sets = sets
         self.groups = groups
         self.clusters = clusters
+        self.beside = COLUMNS if compared else ()
         # One state, so that ranks exchange it at once; float64 holds rows and lengths exactly.
         self.add_state("table", [], "cat")
         self.set_dtype(torch.float64)  # of what a rank without pairs contributes
@@ -81,33 +93,51 @@ class RewardMetrics(Metric):
         rejected: Tensor,
         chosen_tokens: Tensor,
         rejected_tokens: Tensor,
+        *beside: Tensor,
     ) -> None:
-        """Add a batch of pairs: their rows, rewards and lengths in tokens, each [B]."""
-        columns = (rows, chosen, rejected, chosen_tokens, rejected_tokens)
+        """Add a batch of pairs: their rows, rewards and lengths in tokens, each [B]; and of a
+        policy that is compared the columns of the comparison."""
+        columns = (rows, chosen, rejected, chosen_tokens, rejected_tokens, *beside)
         assert isinstance(self.table, list)
         self.table.append(torch.stack([c.detach().double() for c in columns], 1).flatten())
 
     def pairs(self) -> ScoredPairs:
         """This rank's pairs; within ``sync_context`` those of all ranks."""
         whole = dim_zero_cat(self.table) if len(self.table) else torch.empty(0)
-        table = whole.reshape(-1, 5).cpu().numpy().astype(np.float64)
-        rows, chosen, rejected, *tokens = table[np.argsort(table[:, 0], kind="stable")].T
-        lengths = [column.astype(np.int64) for column in tokens]
-        return ScoredPairs(rows.astype(np.int64), chosen, rejected, *lengths)
+        table = whole.reshape(-1, 5 + len(self.beside)).cpu().numpy().astype(np.float64)
+        rows, chosen, rejected, *others = table[np.argsort(table[:, 0], kind="stable")].T
+        lengths = [column.astype(np.int64) for column in others[:2]]
+        beside = dict(zip(self.beside, others[2:], strict=True))
+        return ScoredPairs(rows.astype(np.int64), chosen, rejected, *lengths, beside)
 
     def compute(self) -> dict[str, Any]:
-        """:func:`reward_metrics`; empty where there is no pair."""
+        """:func:`reward_metrics`, and ``yardstick``, :func:`rotopo.metrics.yardstick.yardstick`, of
+        a policy that is compared; empty where there is no pair."""
         pairs = self.pairs()
         if not len(pairs.rows):
             return {}
-        found = reward_metrics(pairs, self.groups, self.clusters)
+        found = self._of(pairs)
         if self.sets:
             names = np.array([self.sets[row] for row in pairs.rows.tolist()])
             found["sets"] = {
-                str(name): reward_metrics(pairs.only(names == name), self.groups, self.clusters)
+                str(name): self._of(pairs.only(names == name))
                 for name in dict.fromkeys(names.tolist())
             }
         return found
+
+    def _of(self, pairs: ScoredPairs) -> dict[str, Any]:
+        found = reward_metrics(pairs, self.groups, self.clusters)
+        if self.beside:
+            lengths = pairs.chosen_tokens, pairs.rejected_tokens
+            clusters = _clusters_of(pairs, self.clusters)
+            found["yardstick"] = yardstick(pairs.beside, *lengths, clusters)
+        return found
+
+
+def _clusters_of(
+    pairs: ScoredPairs, clusters: Mapping[int, Hashable] | None
+) -> list[Hashable] | None:
+    return None if clusters is None else [clusters[row] for row in pairs.rows.tolist()]
 
 
 def reward_metrics(
@@ -162,7 +192,7 @@ def reward_metrics(
 
     longer = np.maximum(pairs.chosen_tokens, pairs.rejected_tokens)
     matched = np.abs(pairs.chosen_tokens - pairs.rejected_tokens) <= _MATCHED * longer
-    cluster_of = None if clusters is None else [clusters[row] for row in pairs.rows.tolist()]
+    cluster_of = _clusters_of(pairs, clusters)
     found: dict[str, Any] = {
         "pairs": n,
         "ties": int((margin == 0).sum()),

@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 
 # Tokens of a tile, and logits of it, by the kind of device.
 _TILE = {"cpu": (512, 2**20), "cuda": (8192, 2**26)}
+# Logits of a tile in which whole distributions are compared.
+_COMPARED = {"cpu": 2**22, "cuda": 2**25}
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ class Head:
         bias = None if self.bias is None else self.bias[entries]
         return replace(self, weight=self.weight[entries], bias=bias)
 
+    def detached(self) -> "Head":
+        """The head as it is now, of parameters whose values may be exchanged for others."""
+        bias = None if self.bias is None else self.bias.detach()
+        return replace(self, weight=self.weight.detach(), bias=bias)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [N, V] of hidden states [N, D], in at least float32; a tensor of its own."""
         raw = F.linear(hidden, self.weight, self.bias)
@@ -57,11 +64,13 @@ class TokenLogProbs:
         log_prob: log π(target | what precedes it), nats.
         sum_squared: Σ_v p_v² of the next-token distribution.
         kl: KL(π_ref ‖ π_θ) of the next-token distributions, nats.
+        reverse_kl: KL(π_θ ‖ π_ref) likewise, without gradient.
     """
 
     log_prob: Tensor
     sum_squared: Tensor | None = None
     kl: Tensor | None = None
+    reverse_kl: Tensor | None = None
 
 
 def token_log_probs(
@@ -104,6 +113,51 @@ def token_log_probs(
             tile,
         )
     return TokenLogProbs(*outputs)
+
+
+@torch.no_grad()
+def token_kls(
+    hidden: Tensor, head: Head, reference: Tensor, reference_head: Head, tokens: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Both KLs between policy and reference of each next-token distribution, without gradient.
+
+    As Σ p (e^d − 1 − d) with d = log q − log p, which is KL(p ‖ q) because Σ p e^d is 1: no term is
+    below zero, so small KLs do not come from a difference of large sums, and where both have the
+    same logits the KL is 0.
+
+    Args:
+        hidden: the policy's hidden state before each token [N, D].
+        head: its output head.
+        reference: the reference's hidden states [N, D'].
+        reference_head: its output head, of the same V.
+        tokens: whose logits [tokens, V] exist at once; None chooses.
+
+    Returns:
+        KL(π_ref ‖ π_θ) and KL(π_θ ‖ π_ref), nats, each [N], in at least float32.
+    """
+    if tokens is None:
+        tokens = max(1, _COMPARED["cuda" if hidden.is_cuda else "cpu"] // len(head.weight))
+    forward, reverse = [], []
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, max(1, len(hidden)), tokens):
+            part = slice(start, start + tokens)
+            ours, theirs = (
+                h.logits(states[part].to(h.weight.dtype)).log_softmax(-1)
+                for states, h in ((hidden, head), (reference, reference_head))
+            )
+            reverse.append(_kl(ours, theirs))
+            forward.append(_kl(theirs, ours))
+    return torch.cat(forward), torch.cat(reverse)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) of each row of log-probs [n, V] -> [n]."""
+    p = log_p.exp()
+    # An entry that both rule out, by a logit of -inf, is no difference.
+    d = (log_q - log_p).nan_to_num_()
+    near = p * (d.expm1() - d)
+    # Where the entries are far apart e^d may be too large a number, and nothing cancels.
+    return torch.where(d < 1, near, log_q.exp() - p - p * d).sum(-1)
 
 
 class _FusedHead(torch.autograd.Function):

@@ -22,6 +22,8 @@ class ResponseTokens:
         log_prob: log π_θ(token | what precedes it), nats.
         reference: the same under the reference, or None.
         sum_squared: Σ_v p_v² of the distribution that it comes from, or None.
+        forward_kl, reverse_kl: KL(π_ref ‖ π_θ) and KL(π_θ ‖ π_ref) of the next-token distributions
+            that it comes from, nats, in a test of the policy; else None.
     """
 
     pair: Tensor
@@ -30,6 +32,8 @@ class ResponseTokens:
     log_prob: Tensor
     reference: Tensor | None = None
     sum_squared: Tensor | None = None
+    forward_kl: Tensor | None = None
+    reverse_kl: Tensor | None = None
 
     def detach(self) -> Self:
         return _detached(self)
@@ -216,6 +220,8 @@ def pair_log_probs(
             log_prob=tokens.log_prob,
             reference=reference,
             sum_squared=tokens.sum_squared,
+            forward_kl=None if tokens.reverse_kl is None else tokens.kl,
+            reverse_kl=tokens.reverse_kl,
         ),
         **optional,
     )

@@ -23,7 +23,7 @@ from rotopo.models.backbone import (
 )
 from rotopo.models.beside import embeddings
 from rotopo.models.generation import respond
-from rotopo.models.head import Head, token_log_probs
+from rotopo.models.head import Head, token_kls, token_log_probs
 from rotopo.models.loading import adapt, fingerprint, load_as_set, load_model
 from rotopo.models.log_probs import PairLogProbs, pair_log_probs, tokens_with_kl
 from rotopo.models.merging import folded, merge
@@ -168,27 +168,40 @@ class Policy(Backbone):
         return policy
 
     @in_compute_dtype
-    def forward(self, batch: PairBatch, needs: Needs = Needs()) -> PairLogProbs:  # noqa: B008
+    def forward(
+        self,
+        batch: PairBatch,
+        needs: Needs = Needs(),  # noqa: B008
+        compared: bool = False,
+    ) -> PairLogProbs:
         """Log-probs of every row's responses.
 
         Args:
             batch: B rows.
             needs: what beside the policy's log-probs; under the reference there is no gradient.
+            compared: compare the policy with its reference too, whatever is needed: log-probs of
+                both, side by side and not from a cache, and both KLs of each token's distribution
+                where they have one vocabulary. Without gradient.
         """
         self._check_once(batch.layout)
         reference, reference_log_probs = None, None
-        if needs.reference and self.cache is not None:
+        if needs.reference and self.cache is not None and not compared:
             reference_log_probs = self.cache.get(batch.keys)
         if reference_log_probs is not None:
             reference_log_probs = reference_log_probs.to(batch.targets.device, non_blocking=True)
         inputs = decoder_inputs(self.language_model, batch)
-        if needs.reference and reference_log_probs is None:
+        if (needs.reference or compared) and reference_log_probs is None:
             with torch.no_grad(), self.reference_model() as model:
-                reference = hidden_states(model, batch, inputs, batch.predictors), _head(model)
+                states = hidden_states(model, batch, inputs, batch.predictors)
+                reference = states, _head(model).detached()
                 reference_log_probs = token_log_probs(*reference, batch.targets).log_prob
         states = self.trained_states(batch, inputs, batch.predictors)
         head = _head(self.language_model)
-        if Role.REFERENCE_SAMPLE in needs.roles:
+        if compared and reference is not None and len(head.weight) == len(reference[1].weight):
+            tokens = token_log_probs(states, head, batch.targets, moments=needs.moments)
+            forward, reverse = token_kls(states, head, *reference)
+            tokens = replace(tokens, kl=forward, reverse_kl=reverse)
+        elif Role.REFERENCE_SAMPLE in needs.roles:
             assert reference is not None, "a KL needs the reference itself, not a cache"
             tokens = tokens_with_kl(batch, states, head, reference, needs.moments)
         else:

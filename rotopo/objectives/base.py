@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from rotopo.callbacks import (
@@ -19,6 +20,7 @@ from rotopo.callbacks import (
     PairScores,
     PredictionWriter,
     Speed,
+    Yardstick,
 )
 from rotopo.data.asked import Draw
 from rotopo.data.batch import PairBatch, PromptBatch
@@ -111,7 +113,14 @@ class PreferenceModule(PairwiseModule):
 
         if self.policy is None:
             config = from_runs(self.policy_config)
-            self.policy = Policy.load(config, self.needs.reference, self.sharding)
+            trainer = trainer_of(self)
+            tested = trainer is not None and trainer.state.fn == TrainerFn.TESTING
+            self.policy = Policy.load(config, self.needs.reference or tested, self.sharding)
+
+    @property
+    def compared(self) -> bool:  # type: ignore[override]
+        """Whether there is a reference, which may be there for objectives without one too."""
+        return self.backbone.has_reference
 
     def always_on(self) -> list[Callback]:
         return [
@@ -119,6 +128,7 @@ class PreferenceModule(PairwiseModule):
             Displacement(),
             Orthogonality(),
             Speed(),
+            Yardstick(),
             PairScores(),
             PredictionWriter(),
             CacheReference(),
@@ -134,6 +144,9 @@ class PreferenceModule(PairwiseModule):
         assert log_probs is not None
         self.observe(log_probs, trainer is None or ends_step(trainer, batch_idx))
         return output
+
+    def test_step(self, batch: PairBatch, batch_idx: int) -> StepOutput:
+        return self._step(batch, self.compared)
 
     def draw(self, data: PairwiseDataModule) -> Draw:
         return partial(self.sample_reference, data=data)
@@ -188,9 +201,9 @@ class PreferenceModule(PairwiseModule):
             data.batching.seed,
         )
 
-    def _step(self, batch: PairBatch) -> StepOutput:
+    def _step(self, batch: PairBatch, compared: bool = False) -> StepOutput:
         assert self.policy is not None
-        log_probs = self.complete(self.policy(batch, self.needs))
+        log_probs = self.complete(self.policy(batch, self.needs, compared))
         losses = self.losses(log_probs)
         detached = log_probs.detach()
         chosen, rejected = self.rewards(detached)

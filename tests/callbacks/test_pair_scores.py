@@ -89,6 +89,20 @@ def run_test(
     return Path(trainer.log_dir), logged
 
 
+def flat(values: dict, prefix: str = "") -> dict[str, float]:
+    """Numbers inside of dictionaries and lists by their places."""
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, list):
+            value = dict(enumerate(value))
+        found |= (
+            flat(value, f"{prefix}{name}/")
+            if isinstance(value, dict)
+            else {f"{prefix}{name}": value}
+        )
+    return found
+
+
 def read_pairs(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "test_pairs.jsonl").open(encoding="utf-8")]
 
@@ -128,6 +142,10 @@ def test_files_log_and_table_of_a_preference_run(model, source, tmp_path, tiny_t
     columns = ("row", "chosen_score", "rejected_score", "chosen_tokens", "rejected_tokens")
     pairs = ScoredPairs(*(np.array([line[name] for line in lines]) for name in columns))
     groups = {line["row"]: line["group"] for line in lines}
+    yardstick = found.pop("yardstick")
+    assert yardstick["margin"] == pytest.approx(
+        (found["chosen_mean"] - found["rejected_mean"]) / beta
+    )
     assert found == reward_metrics(pairs, groups)
     assert set(found["groups"]) == set(FILMS)
     assert logged["test/accuracy"] == pytest.approx(found["accuracy"])
@@ -175,9 +193,10 @@ def test_batches_and_layout_change_nothing(model, source, tmp_path, settings):
     for one, other in zip(read_pairs(expected), read_pairs(folder), strict=True):
         for name, value in one.items():
             assert other[name] == (
-                pytest.approx(value, abs=1e-9) if name.endswith("score") else value
+                pytest.approx(value, abs=1e-9) if name.endswith(("score", "ratio")) else value
             )
     one, other = (json.loads((f / "test.json").read_text("utf-8")) for f in (expected, folder))
+    assert flat(one.pop("yardstick")) == pytest.approx(flat(other.pop("yardstick")), abs=1e-9)
     assert one.pop("groups") == other.pop("groups") == {}
     assert one.pop("accuracy_interval") == other.pop("accuracy_interval")
     assert one == pytest.approx(other, abs=1e-9)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from rotopo.models.head import Head, token_log_probs
+from rotopo.models.head import Head, token_kls, token_log_probs
 
 N, D, V = 7, 5, 11
 
@@ -139,3 +139,42 @@ def test_extreme_logits_stay_finite():
     assert torch.isfinite(total)
     assert torch.isfinite(hidden.grad).all()
     assert found.log_prob.tolist() == [0.0, -1e4]
+
+
+def dense_kl(log_p, log_q):
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+@heads
+@pytest.mark.parametrize("tokens", [None, 3])
+def test_both_kls_equal_the_definition(settings, tokens):
+    hidden, head, _ = make(**settings)
+    reference = torch.randn(N, D + 1, dtype=torch.float64)
+    other = Head(torch.randn(V, D + 1, dtype=torch.float64))
+    forward, reverse = token_kls(hidden, head, reference, other, tokens)
+    ours, theirs = (x.log_softmax(-1) for x in (head.logits(hidden), other.logits(reference)))
+    torch.testing.assert_close(forward, dense_kl(theirs, ours), rtol=0, atol=1e-12)
+    torch.testing.assert_close(reverse, dense_kl(ours, theirs), rtol=0, atol=1e-12)
+
+
+def test_kls_of_equal_logits_are_0_and_of_near_ones_do_not_drown_in_rounding():
+    """Logits of size 20, as models have them, in float32, and KLs of some 1e-8."""
+    torch.manual_seed(0)
+    weight, hidden = 5 * torch.randn(1000, 16), torch.randn(4, 16)
+    head = Head(weight)
+    same = token_kls(hidden, head, hidden.clone(), head)
+    assert not torch.stack(same).any()
+    near = hidden + 1e-5 * torch.randn(4, 16)
+    found = torch.stack(token_kls(near, head, hidden, head))
+    ours, theirs = ((h.double() @ weight.double().T).log_softmax(-1) for h in (near, hidden))
+    expected = torch.stack([dense_kl(theirs, ours), dense_kl(ours, theirs)])
+    assert 1e-9 < expected.max() < 1e-7
+    torch.testing.assert_close(found.double(), expected, rtol=0.1, atol=1e-11)
+
+
+def test_kls_of_distributions_far_apart_are_numbers():
+    """e^d alone is beyond float32, and some probabilities are 0."""
+    hidden, other = torch.tensor([[300.0], [0.0]]), torch.tensor([[-300.0], [0.0]])
+    head = Head(torch.tensor([[1.0], [0.0]]))
+    for kl in token_kls(hidden, head, other, head):
+        torch.testing.assert_close(kl, torch.tensor([300.0, 0.0]))
