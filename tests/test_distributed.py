@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from rotopo.cli import run
 from rotopo.export.command import export
 from rotopo.run import checkpoints
+from tests.callbacks.test_pair_scores import flat
 from tests.ranks import on_ranks, strategy
 from tests.small_run import save_config
 from tests.test_training import CHECKPOINTS, last_checkpoint
@@ -227,18 +228,26 @@ def test_so_do_they_with_all_weights_offloaded(config, single):
 
 
 @pytest.mark.slow
-def test_evaluation_and_generation_are_those_of_one_process(config):
+@pytest.mark.parametrize("what", [LORA, ["--model=SimPO", *FULL]], ids=["DPO", "SimPO of all"])
+def test_evaluation_and_generation_are_those_of_one_process(config, what):
     """An odd number of prompts, of pairs to test, and of responses to score, in uneven batches."""
-    run(arguments(config, "one", [*COMMON, *LORA]))
-    resume = [*SPLITS, *LORA, f"--ckpt_path={last_checkpoint(config.parent / 'one')}"]
+    run(arguments(config, "one", [*COMMON, *what]))
+    resume = [*SPLITS, *what, f"--ckpt_path={last_checkpoint(config.parent / 'one')}"]
+    shown = [*resume, "--trainer.callbacks+=Generations", "--trainer.callbacks.prompts=3"]
+    run(arguments(config, "validate_one", shown, "validate"))
+    on_ranks(2, *arguments(config, "validate_two", [*shown, *ranks("fsdp2")], "validate"))
+    generations = [f.read_text() for f in sorted(config.parent.rglob("generations.jsonl"))]
+    assert generations[0] == generations[1]
+    assert len(generations[0].splitlines()) == 3
     for command in ("test", "predict"):
         run(arguments(config, f"{command}_one", resume, command))
         on_ranks(2, *arguments(config, f"{command}_two", [*resume, *ranks("fsdp2")], command))
     found = [json.loads(f.read_text()) for f in sorted(config.parent.rglob("test.json"))]
     assert len(found) == 2
     assert found[0]["pairs"] == 11
-    for name, value in found[0].items():
-        assert found[1][name] == pytest.approx(value, abs=1e-5), name
+    one, two = map(flat, found)
+    assert one["yardstick/kl_per_token/on_data/reverse"] > 0
+    assert two == pytest.approx(one, abs=1e-5)
     responses = [f.read_text() for f in sorted(config.parent.rglob("responses.jsonl"))]
     assert responses[0] == responses[1]
     assert len(responses[0].splitlines()) == 11

@@ -2,6 +2,7 @@
 
 from rotopo.callbacks.compilation import CompileLayers
 from rotopo.callbacks.finite import Finite
+from rotopo.callbacks.generations import Generations
 from rotopo.callbacks.geometry import Geometry
 from rotopo.callbacks.orthogonality import Orthogonality
 from rotopo.callbacks.pair_metrics import Displacement, ImplicitRewards
@@ -17,6 +18,7 @@ __all__ = [
     "CompileLayers",
     "Displacement",
     "Finite",
+    "Generations",
     "Geometry",
     "ImplicitRewards",
     "Orthogonality",

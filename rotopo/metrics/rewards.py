@@ -106,9 +106,10 @@ class RewardMetrics(Metric):
         whole = dim_zero_cat(self.table) if len(self.table) else torch.empty(0)
         table = whole.reshape(-1, 5 + len(self.beside)).cpu().numpy().astype(np.float64)
         rows, chosen, rejected, *others = table[np.argsort(table[:, 0], kind="stable")].T
-        lengths = [column.astype(np.int64) for column in others[:2]]
+        chosen_tokens, rejected_tokens = (column.astype(np.int64) for column in others[:2])
         beside = dict(zip(self.beside, others[2:], strict=True))
-        return ScoredPairs(rows.astype(np.int64), chosen, rejected, *lengths, beside)
+        rows = rows.astype(np.int64)
+        return ScoredPairs(rows, chosen, rejected, chosen_tokens, rejected_tokens, beside)
 
     def compute(self) -> dict[str, Any]:
         """:func:`reward_metrics`, and ``yardstick``, :func:`rotopo.metrics.yardstick.yardstick`, of
