@@ -2,7 +2,6 @@
 run, safe swaps of class paths, and messages instead of tracebacks."""
 
 import json
-import logging
 import os
 import signal
 import sys
@@ -50,6 +49,7 @@ from rotopo.run.folder import RunFolder, ToldFolder, loggers_in, refuse_to_repla
 from rotopo.run.keeping import OwnCheckpoints, flatten_names
 from rotopo.run.settings import PARTS, for_command, is_file_of_ours, named_checkpoint
 from rotopo.run.slurm import Job, Requeue, take_over
+from rotopo.trainer import quiet
 from rotopo.training import PairwiseModule
 
 Kind = TypeVar("Kind", bound="RotopoCLI")
@@ -275,8 +275,7 @@ class RotopoCLI(LightningCLI):
         else:
             folder = RunFolder(root_of(config.default_root_dir))
             kwargs["logger"] = loggers = loggers_in(folder, config.logger)
-            goes_on = bool(self._settings().get("ckpt_path"))
-            kept = [ToldFolder(folder), OwnCheckpoints(callbacks, goes_on), wandb.WandbIds(loggers)]
+            kept = [ToldFolder(folder), OwnCheckpoints(callbacks), wandb.WandbIds(loggers)]
         for name, least in (
             ("accumulate_grad_batches", 1),
             ("check_val_every_n_epoch", 1),
@@ -324,23 +323,7 @@ def built(command: type[Kind], args: list[str] | None) -> Kind:
     keep_only_what_classes_share()
     find_classes()
     warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
-    # The run's folder already holds config.yaml when the CSV logger looks at it.
-    warnings.filterwarnings("ignore", "Experiment logs directory")
-    # A fit that goes on keeps its checkpoints in a folder of its own.
-    warnings.filterwarnings("ignore", "The dirpath has changed from")
-    # A run without validation is nothing to warn about.
-    warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
-    # What libraries deprecate in one another is nothing that a user can mend.
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
-    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`")
-    warnings.filterwarnings("ignore", "`loftq_config` specified but will be ignored")
-    # Our callbacks' values are those of all ranks already.
-    warnings.filterwarnings("ignore", r"It is recommended to use `self\.log")
-    advice = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    advice.addFilter(lambda record: "Tip: For seamless cloud" not in record.getMessage())
-    # Said when a checkpoint is written: of what it holds, not of how it is read.
-    saving = logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector")
-    saving.addFilter(lambda record: "`weights_only` was not set" not in record.getMessage())
+    quiet()
     with messages():
         return _with_one_parser(command, args)(
             PairwiseModule,

@@ -1,0 +1,91 @@
+"""The Trainer of a script: Lightning's, with what the command gives each run."""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning import pytorch
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import CheckpointIO
+
+from rotopo.callbacks.monitors import Monitors
+from rotopo.run.checkpoints import WholeCheckpointIO
+from rotopo.run.folder import RunFolder, ToldFolder, loggers_in, refuse_to_replace, root_of
+from rotopo.run.keeping import OwnCheckpoints, flatten_names
+from rotopo.run.wandb import WandbIds
+
+
+class Trainer(pytorch.Trainer):
+    """Lightning's Trainer for a script without the command line.
+
+    As under the command a run has a folder of its own, ``default_root_dir/version_N``, with
+    ``metrics.csv``, TensorBoard's events and checkpoints that are written whole; a ``monitor`` that
+    no metric has is refused before the first step; and rotopo's samplers, which know the ranks, are
+    left in place. With Lightning's own Trainer a module trains to the same weights.
+
+    What only the command knows stays out: checkpoints hold no settings, so that a script, and no
+    command, goes on from them; and nothing seeds, catches errors or takes SLURM's signals.
+
+    Args:
+        default_root_dir: folder of the runs' folders.
+        logger: as of Lightning's: true is TensorBoard beside ``metrics.csv``, false that table
+            alone, and others come beside it.
+        callbacks: as of Lightning's.
+        plugins: as of Lightning's.
+        **settings: of Lightning's Trainer.
+
+    Raises:
+        InputError: a folder that cannot be used, or in which another run's files would be replaced.
+    """
+
+    def __init__(
+        self,
+        *,
+        default_root_dir: str | Path = "runs",
+        logger: Logger | Sequence[Logger] | bool = True,
+        callbacks: Callback | Sequence[Callback] = (),
+        plugins: Any = (),
+        **settings: Any,
+    ) -> None:
+        folder = RunFolder(root_of(default_root_dir))
+        quiet()
+        loggers = loggers_in(folder, list(logger) if isinstance(logger, Sequence) else logger)
+        given = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+        flatten_names(given)
+        plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(WholeCheckpointIO())
+        always = [ToldFolder(folder), OwnCheckpoints(given), WandbIds(loggers), Monitors()]
+        super().__init__(
+            default_root_dir=root_of(default_root_dir),
+            logger=loggers,
+            callbacks=[*always, *given],
+            plugins=plugins,
+            **{"use_distributed_sampler": False, "num_sanity_val_steps": 1} | settings,
+        )
+        if self.is_global_zero:
+            refuse_to_replace(self.loggers)
+
+
+def quiet() -> None:
+    """Leave out what Lightning and others say that is of no use to whoever runs rotopo."""
+    # The run's folder already holds config.yaml when the CSV logger looks at it.
+    warnings.filterwarnings("ignore", "Experiment logs directory")
+    # A fit that goes on keeps its checkpoints in a folder of its own.
+    warnings.filterwarnings("ignore", "The dirpath has changed from")
+    # A run without validation is nothing to warn about.
+    warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
+    # What libraries deprecate in one another is nothing that a user can mend.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`")
+    warnings.filterwarnings("ignore", "`loftq_config` specified but will be ignored")
+    # Our callbacks' values are those of all ranks already.
+    warnings.filterwarnings("ignore", r"It is recommended to use `self\.log")
+    advice = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    advice.addFilter(lambda record: "Tip: For seamless cloud" not in record.getMessage())
+    # Said when a checkpoint is written: of what it holds, not of how it is read.
+    saving = logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector")
+    saving.addFilter(lambda record: "`weights_only` was not set" not in record.getMessage())
