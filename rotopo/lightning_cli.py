@@ -275,7 +275,8 @@ class RotopoCLI(LightningCLI):
         else:
             folder = RunFolder(root_of(config.default_root_dir))
             kwargs["logger"] = loggers = loggers_in(folder, config.logger)
-            kept = [ToldFolder(folder), OwnCheckpoints(callbacks), wandb.WandbIds(loggers)]
+            goes_on = bool(self._settings().get("ckpt_path"))
+            kept = [ToldFolder(folder), OwnCheckpoints(callbacks, goes_on), wandb.WandbIds(loggers)]
         for name, least in (
             ("accumulate_grad_batches", 1),
             ("check_val_every_n_epoch", 1),

@@ -58,7 +58,8 @@ class Trainer(pytorch.Trainer):
         plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(WholeCheckpointIO())
-        always = [ToldFolder(folder), OwnCheckpoints(given), WandbIds(loggers), Monitors()]
+        self._own = OwnCheckpoints(given, goes_on=False)
+        always = [ToldFolder(folder), self._own, WandbIds(loggers), Monitors()]
         super().__init__(
             default_root_dir=root_of(default_root_dir),
             logger=loggers,
@@ -68,6 +69,20 @@ class Trainer(pytorch.Trainer):
         )
         if self.is_global_zero:
             refuse_to_replace(self.loggers)
+
+    def fit(
+        self,
+        model: Any,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: Any = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """As Lightning's."""
+        self._own.goes_on = ckpt_path is not None
+        loaders = train_dataloaders, val_dataloaders
+        super().fit(model, *loaders, datamodule, ckpt_path, weights_only)
 
 
 def quiet() -> None:

@@ -88,6 +88,6 @@ def yardstick_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     rows.append(("pairs whose chosen fell (Δw < 0)", f"{found['displaced']:.4f}"))
     kls = found["kl_per_token"]["on_data"]
     for name, sign in (("forward", "(reference ‖ policy)"), ("reverse", "(policy ‖ reference)")):
-        text = "undefined (other vocabularies)" if kls[name] is None else f"{kls[name]:.6f}"
+        text = "undefined (other vocabularies)" if kls[name] is None else f"{kls[name]:.4g}"
         rows.append((f"KL per token on the data {sign}", text))
     return rows

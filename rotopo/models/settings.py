@@ -98,7 +98,8 @@ class PolicyConfig(BackboneConfig):
         reference_cache: folder of the cache; None is one for each model in $ROTOPO_CACHE or
             ~/.cache/rotopo.
         reference_path: another model, or adapter, as the reference, with the same tokens; as
-            ``path``. With a cached reference it is in memory only while the cache is filled. None
+            ``path``. With a cached reference it is in memory only while the cache is filled, and in
+            tests; of an objective without a reference only in these. None
             is the policy as it is before the first step.
     """
 

@@ -37,15 +37,17 @@ class OwnCheckpoints(Callback):
 
     Args:
         callbacks: the user's.
+        goes_on: whether a checkpoint is named to go on from.
 
     Raises:
         InputError: a fit would keep its checkpoints among another run's, or write over them.
     """
 
-    def __init__(self, callbacks: Iterable[Callback]) -> None:
+    def __init__(self, callbacks: Iterable[Callback], goes_on: bool) -> None:
         own = [one for one in callbacks if isinstance(one, ModelCheckpoint) and one.dirpath]
         # Before Lightning gives one to each. Once looked at, what lies there is the run's own.
         self._left = {str(one.dirpath): counts_versions(one) for one in own}
+        self.goes_on = goes_on
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if stage != "fit" or is_trial(trainer):
@@ -57,7 +59,7 @@ class OwnCheckpoints(Callback):
                     f"dirpath, {dirpath}, would write over what an earlier start has kept there: "
                     "leave one of the two out."
                 )
-        if not trainer.ckpt_path:
+        if not self.goes_on:
             self._look(trainer, ())
 
     def on_load_checkpoint(
