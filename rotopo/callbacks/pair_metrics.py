@@ -35,7 +35,8 @@ class PairMetricsCallback(Callback):
 
     @abstractmethod
     def values(self, output: StepOutput) -> Values | None:
-        """A batch's values [B], and which rows have them [B]; None where the objective has none."""
+        """A batch's values [B], and which rows have them [B], or [N] of response tokens; None where
+        the objective has none."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.training = self.evaluation = None
@@ -97,12 +98,14 @@ def _by_label(trainer: Trainer, values: Values, batch: PairBatch, name: str) -> 
     data = data_if_any(trainer)
     if not isinstance(data, PairwiseDataModule):
         return {}
-    return {
-        f"{label}/{key}": (value, has & own)
-        for label, own in data.pairs.parts[name].labelled(batch.rows).items()
-        for key, (value, has) in values.items()
-        if has.shape == own.shape  # not what a batch has one of
-    }
+    labels, found = data.pairs.parts[name].labelled(batch.rows), {}
+    for label, own in labels.items():
+        of_token = batch.pairs[batch.owners]
+        masks = {of_token.shape: own[of_token], own.shape: own}
+        for key, (value, has) in values.items():
+            if has.shape in masks:  # not what a batch has one of
+                found[f"{label}/{key}"] = value, has & masks[has.shape]
+    return found
 
 
 class ImplicitRewards(PairMetricsCallback):

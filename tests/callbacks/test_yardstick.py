@@ -10,7 +10,7 @@ from rotopo.callbacks import PairScores
 from rotopo.cli import run
 from rotopo.objectives import DPO, ORPO, SimPO
 from tests.callbacks.test_pair_scores import flat, model, module_of, read_pairs, run_test, source
-from tests.small_run import save_config
+from tests.small_run import save_config, save_pairs
 
 __all__ = ["model", "source"]  # fixtures
 
@@ -120,8 +120,8 @@ SIMPO = ["--model=SimPO", "--trainer.max_steps=2"]
 @pytest.mark.parametrize(
     "objectives",
     [
-        ["SimPO", "ranked.Ranked"],
-        pytest.param(["DPO", "ORPO", "SFT", "TYPO"], marks=pytest.mark.slow),
+        ["ranked.Ranked"],
+        pytest.param(["DPO", "SimPO", "ORPO", "SFT", "TYPO"], marks=pytest.mark.slow),
     ],
 )
 def test_objectives_and_ones_own_from_the_command_line(
@@ -167,6 +167,25 @@ def test_an_adapter_that_goes_on_is_compared_with_its_start(config):
     checkpoint = second.trainer.checkpoint_callback.best_model_path
     moved = read(folder_of_test(None, f"--ckpt_path={checkpoint}"))["yardstick"]
     assert moved["kl_per_token"]["on_data"]["forward"] > 0
+
+
+def test_each_evaluation_set_has_its_own(config, tmp_path):
+    other = save_pairs(tmp_path / "other.jsonl", 9)
+    sets = f"--data.test={{mine: 0.3, other: {{source: {other}}}}}"
+    init = "--model.policy.adapter.init_lora_weights=gaussian"
+    trained = run(["fit", f"--config={config}", *SIMPO, init])
+    checkpoint = f"--ckpt_path={trained.trainer.checkpoint_callback.best_model_path}"
+    cli = run(["test", checkpoint, sets])
+    found, logged = read(Path(cli.trainer.log_dir)), cli.trainer.callback_metrics
+    assert found["sets"].keys() == {"mine", "other"}
+    for prefix, values in {"": found, **{f"{k}/": v for k, v in found["sets"].items()}}.items():
+        for name, value in flat(values["yardstick"]).items():
+            if "interval" not in name:
+                expected = float(logged[f"test/{prefix}yardstick/{name}"])
+                assert value == pytest.approx(expected, rel=1e-5)
+    alone = read(folder_of_test(None, checkpoint, f"--data.test={{other: {{source: {other}}}}}"))
+    for name, value in flat(alone["yardstick"]).items():
+        assert value == pytest.approx(flat(found["sets"]["other"]["yardstick"])[name], abs=1e-6)
 
 
 FULL = "--model.policy={adapter: null}"
