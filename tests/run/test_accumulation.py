@@ -58,6 +58,69 @@ def seen(monkeypatch):
     return seen_by
 
 
+def found(cli) -> int:
+    return cli.trainer.accumulate_grad_batches
+
+
+def refused(config, capsys, *options: str) -> str:
+    with pytest.raises(SystemExit):
+        fit(config, "refused", *options)
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kill", [(4, False), (9, True)])
+def test_a_killed_run_goes_on(config, seen, kill):
+    """Three micro-batches a step, three steps an epoch: within the second step, and between the
+    epochs."""
+    options = [*CHECKPOINTS, BUDGET, "--trainer.val_check_interval=1"]
+    whole, _ = seen(config, "whole", *options)
+    assert found(whole) == 3
+    with pytest.raises(Killed):
+        seen(config, "killed", *options, also=[Kill(*kill)])
+    (last,) = (config.parent / "killed").rglob("last.ckpt")
+    resumed, one = seen(config, "killed", *options, f"--ckpt_path={last}")
+    assert found(resumed) == 3
+    assert set(one.steps) == {3}
+    assert resumed.trainer.global_step == 6
+    assert_equal(weights(resumed), weights(whole), rtol=0, atol=0)
+
+
+def test_another_budget_is_found_for_anew_and_the_same_is_kept(config, seen):
+    options = [*EXACT, *CHECKPOINTS, "--model.scheduler.total_steps=9"]
+    whole, _ = seen(config, "whole", *options, BUDGET, "--trainer.max_epochs=3")
+    for step in 2, 3:
+        (file,) = (config.parent / "whole").rglob(f"*step={step}.ckpt")
+        for budget, n in ((300, 3), (120, 6), (1000, 1), ("null", 1)):
+            resumed, one = seen(
+                config, "resumed", *options, f"--data.token_budget={budget}", f"--ckpt_path={file}",
+                "--trainer.max_epochs=3"
+            )
+            print(step, budget, one.steps, one.tokens)
+            assert one.steps == [n] * (9 - step)
+            assert_equal(weights(resumed), weights(whole), rtol=1e-7, atol=1e-9)
+
+
+def test_rounds(config, seen, capsys):
+    options = [
+        *EXACT, *CHECKPOINTS,
+        "--trainer.callbacks+=rotopo.robust.Alternation", "--trainer.callbacks.rho=0.3",
+        "--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=null",
+        "--trainer.val_check_interval=2",
+        "--data.pairs_per_step=4",
+    ]
+    alone, without = seen(config, "alone", *options)
+    whole, within = seen(config, "whole", *options, "--data.token_budget=205")
+    print(within.steps, without.validated, within.validated)
+    assert within.validated == without.validated
+    assert max(within.tokens) <= 205
+    assert_equal(weights(whole), weights(alone), rtol=1e-7, atol=1e-9)
+    for file in sorted((config.parent / "whole").rglob("*step=*.ckpt")):
+        resumed, one = seen(config, "resumed", *options, "--data.token_budget=205", f"--ckpt_path={file}")
+        print(file.name, one.steps)
+        assert one.steps == within.steps[-len(one.steps):] if one.steps else 1
+        assert_equal(weights(resumed), weights(whole), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     "options",
     [
