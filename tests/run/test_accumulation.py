@@ -1,20 +1,89 @@
-"""The accumulation that ``data.token_budget`` finds, through the command line."""
+"""The accumulation that ``data.token_budget`` finds: the least, and the same run as without it."""
 
+from functools import cache
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lightning.pytorch import Callback
 
-from rotopo.cli import run
-from rotopo.data.batch import Sizes
+from rotopo.data.sampler import StepSampler
 from rotopo.objectives import DPO
+from rotopo.run.accumulation import least
 from tests.small_run import save_config
 from tests.test_training import CHECKPOINTS, EXACT, Kill, Killed, assert_equal, fit, weights
 
-# Of 11 or so pairs of 60 to 140 tokens a step's six take several micro-batches.
+# Steps of the small run are 6 pairs of 60 to 104 tokens each: three micro-batches.
 BUDGET = "--data.token_budget=300"
+
+rows = st.tuples(st.integers(1, 50), st.lists(st.integers(1, 50), min_size=1, max_size=2))
+
+
+def cost(lengths, layout: str) -> int:
+    """Tokens of a batch, padding included: a response's last is no input."""
+    lines = [[prompt, *(n - 1 for n in responses)] for prompt, responses in lengths]
+    if layout == "padded":  # a line for each response
+        lines = [[prompt, n - 1] for prompt, responses in lengths for n in responses]
+    tokens = [sum(line) for line in lines]
+    return sum(tokens) if layout == "packed" else len(tokens) * max(tokens)
+
+
+def fewest_runs(ordered, layout: str, budget: int) -> int:
+    """The fewest runs of neighbours that cost no more than the budget each, by trying all."""
+
+    @cache
+    def of(start: int) -> int:
+        if start == len(ordered):
+            return 0
+        ends = range(start + 1, len(ordered) + 1)
+        return min(1 + of(end) for end in ends if cost(ordered[start:end], layout) <= budget)
+
+    return of(0)
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared_prompt", "padded"])
+@settings(max_examples=15)
+@given(
+    lengths=st.lists(rows, min_size=12, max_size=30),
+    more=st.integers(0, 300),
+    ranks=st.integers(1, 3),
+    length_window=st.integers(1, 3),
+)
+def test_it_is_the_least_for_all_epochs(layout, lengths, more, ranks, length_window):
+    budget = max(cost([one], layout) for one in lengths) + more
+    (sampler, *_) = samplers = [
+        StepSampler(lengths, 6, 1, ranks, rank, 0, budget, layout, length_window)
+        for rank in range(ranks)
+    ]
+    found = least(sampler, epochs=3)
+    needed = 1
+    for epoch in range(3):
+        for step in sampler.steps_of(epoch):
+            ordered = [lengths[i] for i in sampler.sizes.longest_first(step)]
+            needed = max(needed, fewest_runs(ordered, layout, budget))
+    assert found == -(-needed // ranks)
+    if found * ranks > 6:
+        return
+    for one in samplers:
+        one.accumulation = found
+        for epoch in range(3):
+            one.set_epoch(epoch)
+            assert all(cost([lengths[i] for i in part], layout) <= budget for part in one)
+
+
+@settings(max_examples=15)
+@given(lengths=st.lists(rows, min_size=8, max_size=12), chance=st.randoms(use_true_random=False))
+def test_without_an_end_it_is_enough_for_any_step(lengths, chance):
+    for layout in ("packed", "shared_prompt", "padded"):
+        budget = max(cost([one], layout) for one in lengths) + 40
+        sampler = StepSampler(lengths, 6, 1, 1, 0, 0, budget, layout)
+        enough = least(sampler, None)
+        for _ in range(5):
+            step = chance.sample(range(len(lengths)), 6)
+            ordered = [lengths[i] for i in sampler.sizes.longest_first(step)]
+            assert fewest_runs(ordered, layout, budget) <= enough
 
 
 class Seen(Callback):
@@ -58,89 +127,99 @@ def seen(monkeypatch):
     return seen_by
 
 
-def found(cli) -> int:
-    return cli.trainer.accumulate_grad_batches
-
-
-def refused(config, capsys, *options: str) -> str:
-    with pytest.raises(SystemExit):
-        fit(config, "refused", *options)
-    return capsys.readouterr().err
-
-
-@pytest.mark.parametrize("kill", [(4, False), (9, True)])
-def test_a_killed_run_goes_on(config, seen, kill):
-    """Three micro-batches a step, three steps an epoch: within the second step, and between the
-    epochs."""
-    options = [*CHECKPOINTS, BUDGET, "--trainer.val_check_interval=1"]
-    whole, _ = seen(config, "whole", *options)
-    assert found(whole) == 3
-    with pytest.raises(Killed):
-        seen(config, "killed", *options, also=[Kill(*kill)])
-    (last,) = (config.parent / "killed").rglob("last.ckpt")
-    resumed, one = seen(config, "killed", *options, f"--ckpt_path={last}")
-    assert found(resumed) == 3
-    assert set(one.steps) == {3}
-    assert resumed.trainer.global_step == 6
-    assert_equal(weights(resumed), weights(whole), rtol=0, atol=0)
-
-
-def test_another_budget_is_found_for_anew_and_the_same_is_kept(config, seen):
-    options = [*EXACT, *CHECKPOINTS, "--model.scheduler.total_steps=9"]
-    whole, _ = seen(config, "whole", *options, BUDGET, "--trainer.max_epochs=3")
-    for step in 2, 3:
-        (file,) = (config.parent / "whole").rglob(f"*step={step}.ckpt")
-        for budget, n in ((300, 3), (120, 6), (1000, 1), ("null", 1)):
-            resumed, one = seen(
-                config, "resumed", *options, f"--data.token_budget={budget}", f"--ckpt_path={file}",
-                "--trainer.max_epochs=3"
-            )
-            print(step, budget, one.steps, one.tokens)
-            assert one.steps == [n] * (9 - step)
-            assert_equal(weights(resumed), weights(whole), rtol=1e-7, atol=1e-9)
-
-
-def test_rounds(config, seen, capsys):
-    options = [
-        *EXACT, *CHECKPOINTS,
-        "--trainer.callbacks+=rotopo.robust.Alternation", "--trainer.callbacks.rho=0.3",
-        "--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=null",
-        "--trainer.val_check_interval=2",
-        "--data.pairs_per_step=4",
-    ]
-    alone, without = seen(config, "alone", *options)
-    whole, within = seen(config, "whole", *options, "--data.token_budget=205")
-    print(within.steps, without.validated, within.validated)
-    assert within.validated == without.validated
-    assert max(within.tokens) <= 205
-    assert_equal(weights(whole), weights(alone), rtol=1e-7, atol=1e-9)
-    for file in sorted((config.parent / "whole").rglob("*step=*.ckpt")):
-        resumed, one = seen(config, "resumed", *options, "--data.token_budget=205", f"--ckpt_path={file}")
-        print(file.name, one.steps)
-        assert one.steps == within.steps[-len(one.steps):] if one.steps else 1
-        assert_equal(weights(resumed), weights(whole), rtol=0, atol=0)
+LIMITED = ["--trainer.limit_train_batches=0.7", "--trainer.max_steps=5", "--trainer.max_epochs=-1"]
 
 
 @pytest.mark.parametrize(
     "options",
     [
         ["--trainer.val_check_interval=2", "--data.layout=padded", "--data.token_budget=600"],
-        ["--trainer.val_check_interval=0.4", BUDGET],
-        ["--trainer.limit_train_batches=2", BUDGET],
-        ["--trainer.limit_train_batches=0.7", "--trainer.max_steps=5", "--trainer.max_epochs=-1", BUDGET],
-        ["--trainer.overfit_batches=1", BUDGET],
-        ["--trainer.fast_dev_run=2", BUDGET],
-        ["--trainer.max_time=00:01:00:00", "--trainer.max_epochs=-1", "--trainer.max_steps=4", BUDGET],
+        *(
+            pytest.param([*options, BUDGET], marks=pytest.mark.slow)
+            for options in (
+                ["--trainer.val_check_interval=0.4"],
+                ["--trainer.limit_train_batches=2"],
+                LIMITED,
+                ["--trainer.overfit_batches=1"],
+                ["--trainer.fast_dev_run=2"],
+            )
+        ),
     ],
 )
-def test_a_run_is_the_same_as_without_a_budget(config, seen, capsys, options):
-    alone, without = seen(config, "without", *EXACT, *options, "--data.token_budget=null")
+def test_a_run_is_the_same_as_without_a_budget(config, seen, options):
+    _, without = seen(config, "without", *EXACT, *options, "--data.token_budget=null")
     found, within = seen(config, "within", *EXACT, *options)
-    said = [line for line in capsys.readouterr().err.splitlines() if "token_budget" in line] 
-    print(said, within.steps, within.tokens, within.validated, without.validated)
     budget = found.datamodule.batching.token_budget
     assert max(within.tokens) <= budget < max(without.tokens)
     assert within.steps == [found.trainer.accumulate_grad_batches] * len(without.steps)
     assert within.validated == without.validated
     for one, other in zip(within.gradients, without.gradients, strict=True):
         assert_equal(one, other, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kill", [(4, False), pytest.param((9, True), marks=pytest.mark.slow)])
+def test_a_killed_run_goes_on(config, seen, kill):
+    """Three micro-batches a step, three steps an epoch: within the second step, and between the
+    epochs."""
+    options = [*CHECKPOINTS, BUDGET]
+    whole, _ = seen(config, "whole", *options)
+    with pytest.raises(Killed):
+        seen(config, "killed", *options, also=[Kill(*kill)])
+    (last,) = (config.parent / "killed").rglob("last.ckpt")
+    resumed, one = seen(config, "killed", *options, f"--ckpt_path={last}")
+    assert set(one.steps) == {3}
+    assert resumed.trainer.global_step == 6
+    assert_equal(weights(resumed), weights(whole), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("step", "budget", "n"),
+    [
+        (2, 120, 6),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [(3, 120, 6), (2, 1000, 1), (3, 1000, 1), (2, "null", 1)]
+        ),
+    ],
+)
+def test_another_budget_is_found_for_anew(config, seen, step, budget, n):
+    options = [*EXACT, *CHECKPOINTS]
+    whole, before = seen(config, "whole", *options, BUDGET)
+    assert before.steps == [3] * 6
+    (file,) = (config.parent / "whole").rglob(f"*step={step}.ckpt")
+    goes_on = [f"--data.token_budget={budget}", f"--ckpt_path={file}"]
+    resumed, one = seen(config, "resumed", *options, *goes_on)
+    assert one.steps == [n] * (6 - step)
+    assert_equal(weights(resumed), weights(whole), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_a_round_of_fewer_pairs_has_fewer_micro_batches(config, seen):
+    """Validation is every second step over all epochs, wherever the number changes; so it is for a
+    run that goes on within a round, or between two."""
+    options = [*EXACT, *CHECKPOINTS, "--data.pairs_per_step=4", "--trainer.max_epochs=3"]
+    options += ["--trainer.val_check_interval=2", "--trainer.check_val_every_n_epoch=null"]
+    options += ["--trainer.callbacks+=rotopo.robust.Alternation", "--trainer.callbacks.rho=0.3"]
+    alone, without = seen(config, "alone", *options)
+    options += ["--data.token_budget=205"]
+    whole, within = seen(config, "whole", *options)
+    assert within.steps == [3] * 5 + [2] * 6
+    assert max(within.tokens) <= 205
+    assert within.validated == without.validated == [2, 4, 6, 8, 10]
+    assert_equal(weights(whole), weights(alone), rtol=1e-7, atol=1e-9)
+    for step in (3, 5, 7):
+        (file,) = (config.parent / "whole").rglob(f"*step={step}.ckpt")
+        resumed, one = seen(config, "resumed", *options, f"--ckpt_path={file}")
+        assert one.steps == within.steps[step:]
+        assert_equal(weights(resumed), weights(whole), rtol=0, atol=0)
+
+
+def test_what_cannot_be_is_refused_by_name(message):
+    set_too_low = message(BUDGET, "--trainer.accumulate_grad_batches=2")
+    assert "set trainer.accumulate_grad_batches to 3 or more, or leave it out" in set_too_low
+    assert "val_check_interval is 4, but an epoch has 3 steps" in message(
+        BUDGET, "--trainer.val_check_interval=4"
+    )
+    scheduler = "lightning.pytorch.callbacks.GradientAccumulationScheduler"
+    options = [f"--trainer.callbacks+={scheduler}", "--trainer.callbacks.scheduling={1: 2}"]
+    assert "GradientAccumulationScheduler would make steps of several" in message(*options)
