@@ -63,12 +63,17 @@ class _Given:
         """Let the Trainer count in steps of so many micro-batches what it is given in batches.
 
         Raises:
-            InputError: validation would be further apart than an epoch is long.
+            InputError: an epoch would have no step, or validations be further apart than its end.
         """
         steps = self.steps(of_epoch)
+        if not steps:
+            raise InputError(
+                f"trainer.limit_train_batches is {self.limit}, which of an epoch's {of_epoch} "
+                "steps leaves none: raise it."
+            )
         if isinstance(self.limit, int):
             trainer.limit_train_batches = self.limit * accumulation
-        elif self.limit < 1 and steps:
+        elif self.limit < 1:
             trainer.limit_train_batches = _share(steps, of_epoch, accumulation)
         if isinstance(self.interval, int):
             within = trainer.check_val_every_n_epoch and trainer.limit_val_batches
@@ -79,7 +84,7 @@ class _Given:
                     "trainer.check_val_every_n_epoch: null."
                 )
             trainer.val_check_interval = self.interval * accumulation
-        elif isinstance(self.interval, float) and self.interval < 1 and steps:
+        elif isinstance(self.interval, float) and self.interval < 1:
             every = max(1, int(steps * self.interval))
             trainer.val_check_interval = _share(every, steps, accumulation)
 

@@ -12,8 +12,18 @@ from lightning.pytorch import Callback
 from rotopo.data.sampler import StepSampler
 from rotopo.objectives import DPO
 from rotopo.run.accumulation import least
+from tests.ranks import on_ranks, strategy
 from tests.small_run import save_config
-from tests.test_training import CHECKPOINTS, EXACT, Kill, Killed, assert_equal, fit, weights
+from tests.test_training import (
+    CHECKPOINTS,
+    EXACT,
+    Kill,
+    Killed,
+    assert_equal,
+    fit,
+    last_checkpoint,
+    weights,
+)
 
 # Steps of the small run are 6 pairs of 60 to 104 tokens each: three micro-batches.
 BUDGET = "--data.token_budget=300"
@@ -127,9 +137,6 @@ def seen(monkeypatch):
     return seen_by
 
 
-LIMITED = ["--trainer.limit_train_batches=0.7", "--trainer.max_steps=5", "--trainer.max_epochs=-1"]
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -137,18 +144,21 @@ LIMITED = ["--trainer.limit_train_batches=0.7", "--trainer.max_steps=5", "--trai
         *(
             pytest.param([*options, BUDGET], marks=pytest.mark.slow)
             for options in (
-                ["--trainer.val_check_interval=0.4"],
-                ["--trainer.limit_train_batches=2"],
-                LIMITED,
-                ["--trainer.overfit_batches=1"],
-                ["--trainer.fast_dev_run=2"],
+                ["--trainer.limit_train_batches=2", "--trainer.val_check_interval=0.5"],
+                [
+                    "--trainer.limit_train_batches=0.7",
+                    "--trainer.max_steps=3",
+                    "--trainer.max_epochs=-1",
+                ],
+                ["--trainer.overfit_batches=1", "--trainer.max_epochs=2"],
             )
         ),
     ],
 )
 def test_a_run_is_the_same_as_without_a_budget(config, seen, options):
-    _, without = seen(config, "without", *EXACT, *options, "--data.token_budget=null")
-    found, within = seen(config, "within", *EXACT, *options)
+    options = [*EXACT, "--trainer.max_epochs=1", *options]
+    _, without = seen(config, "without", *options, "--data.token_budget=null")
+    found, within = seen(config, "within", *options)
     budget = found.datamodule.batching.token_budget
     assert max(within.tokens) <= budget < max(without.tokens)
     assert within.steps == [found.trainer.accumulate_grad_batches] * len(without.steps)
@@ -157,31 +167,20 @@ def test_a_run_is_the_same_as_without_a_budget(config, seen, options):
         assert_equal(one, other, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("kill", [(4, False), pytest.param((9, True), marks=pytest.mark.slow)])
-def test_a_killed_run_goes_on(config, seen, kill):
-    """Three micro-batches a step, three steps an epoch: within the second step, and between the
-    epochs."""
-    options = [*CHECKPOINTS, BUDGET]
+def test_a_run_that_is_killed_within_a_step_goes_on(config, seen):
+    """The second of three, of three micro-batches each."""
+    options = [*CHECKPOINTS, BUDGET, "--trainer.max_epochs=1"]
     whole, _ = seen(config, "whole", *options)
     with pytest.raises(Killed):
-        seen(config, "killed", *options, also=[Kill(*kill)])
+        seen(config, "killed", *options, also=[Kill(4, before=False)])
     (last,) = (config.parent / "killed").rglob("last.ckpt")
     resumed, one = seen(config, "killed", *options, f"--ckpt_path={last}")
-    assert set(one.steps) == {3}
-    assert resumed.trainer.global_step == 6
+    assert one.steps == [3, 3]
     assert_equal(weights(resumed), weights(whole), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("step", "budget", "n"),
-    [
-        (2, 120, 6),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in [(3, 120, 6), (2, 1000, 1), (3, 1000, 1), (2, "null", 1)]
-        ),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("step", "budget", "n"), [(2, 120, 6), (3, 1000, 1), (4, "null", 1)])
 def test_another_budget_is_found_for_anew(config, seen, step, budget, n):
     options = [*EXACT, *CHECKPOINTS]
     whole, before = seen(config, "whole", *options, BUDGET)
@@ -191,6 +190,20 @@ def test_another_budget_is_found_for_anew(config, seen, step, budget, n):
     resumed, one = seen(config, "resumed", *options, *goes_on)
     assert one.steps == [n] * (6 - step)
     assert_equal(weights(resumed), weights(whole), rtol=1e-7, atol=1e-9)
+
+
+def test_two_ranks_take_fewer_and_go_on_from_one(config):
+    """From the middle of the second epoch."""
+    options = [*EXACT, *CHECKPOINTS, BUDGET]
+    alone = fit(config, "alone", *options)
+    (file,) = (config.parent / "alone").rglob("*step=4.ckpt")
+    root = config.parent / "ranks"
+    where = [f"--config={config}", f"--trainer.default_root_dir={root}", f"--ckpt_path={file}"]
+    on_ranks(2, "fit", *where, *strategy("ddp"), *options)
+    checkpoint = torch.load(last_checkpoint(root), weights_only=True)
+    assert (alone.trainer.accumulate_grad_batches, checkpoint["accumulate_grad_batches"]) == (3, 2)
+    assert checkpoint["global_step"] == 6
+    assert_equal(checkpoint["state_dict"], weights(alone), rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.slow
@@ -207,7 +220,7 @@ def test_a_round_of_fewer_pairs_has_fewer_micro_batches(config, seen):
     assert max(within.tokens) <= 205
     assert within.validated == without.validated == [2, 4, 6, 8, 10]
     assert_equal(weights(whole), weights(alone), rtol=1e-7, atol=1e-9)
-    for step in (3, 5, 7):
+    for step in (5, 7):
         (file,) = (config.parent / "whole").rglob(f"*step={step}.ckpt")
         resumed, one = seen(config, "resumed", *options, f"--ckpt_path={file}")
         assert one.steps == within.steps[step:]
