@@ -164,7 +164,7 @@ class Accumulation:
         if budget is None:
             return self._given.accumulation
         steps, ranks = self._given.steps(sampler.steps), sampler.world_size
-        epochs = _epochs(trainer, steps, len(sampler.sizes))
+        epochs = _epochs(trainer, steps, sampler.pairs)
         rows = _digest(sampler)
         if self._looked is None or self._looked[0] != (rows, epochs):
             self._looked = (rows, epochs), least(sampler, epochs)
@@ -220,7 +220,9 @@ def least(sampler: StepSampler, epochs: int | None) -> int:
     """The least micro-batches on each rank that all steps can be cut into within the budget."""
     sizes, budget = sampler.sizes, sampler.token_budget
     assert budget is not None
-    most = parts_in_any_order(sizes, sampler.pairs_per_step, budget)
+    mixture = sampler.mixture
+    often = 1 if mixture is None else mixture.most
+    most = parts_in_any_order(sizes, sampler.pairs_per_step, budget, often)
     if epochs is not None:
         found = 1
         for epoch in range(epochs):
@@ -232,11 +234,11 @@ def least(sampler: StepSampler, epochs: int | None) -> int:
 
 
 def _digest(sampler: StepSampler) -> str:
-    """What the accumulation is found for: rows, their order, the budget and the ranks."""
-    order = (sampler.pairs_per_step, sampler.length_window, sampler.seed)
-    text = repr((order, sampler.token_budget, sampler.world_size, sampler.sizes.packed))
-    digest = hashlib.blake2b(text.encode(), digest_size=8)
-    digest.update(np.array(sampler.sizes.shapes, dtype=np.int64).tobytes())
+    """What the accumulation is found for: rows and their order, the budget, and the ranks."""
+    facts = (sampler.token_budget, sampler.world_size, sampler.sizes.packed)
+    digest = hashlib.blake2b(repr(facts).encode(), digest_size=8)
+    for part in (sampler.sizes.shapes, sampler.steps_of(0)):
+        digest.update(np.array(part, dtype=np.int64).tobytes())
     return digest.hexdigest()
 
 

@@ -3,12 +3,14 @@
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback
 
+from rotopo.data.mixture import Mixture, Share
 from rotopo.data.sampler import StepSampler
 from rotopo.objectives import DPO
 from rotopo.run.accumulation import least
@@ -84,14 +86,25 @@ def test_it_is_the_least_for_all_epochs(layout, lengths, more, ranks, length_win
 
 
 @settings(max_examples=15)
-@given(lengths=st.lists(rows, min_size=8, max_size=12), chance=st.randoms(use_true_random=False))
-def test_without_an_end_it_is_enough_for_any_step(lengths, chance):
+@given(
+    lengths=st.lists(rows, min_size=8, max_size=12),
+    chance=st.randoms(use_true_random=False),
+    repetitions=st.sampled_from([None, 1.0, 2.5]),
+)
+def test_without_an_end_it_is_enough_for_any_epoch(lengths, chance, repetitions):
+    """Of one source that has each pair once, in any order; or of two, with repetitions."""
+    mixture = None
+    if repetitions is not None:
+        sources = np.arange(len(lengths)) % 2
+        mixture = Mixture([Share("a", None, repetitions), Share("b")], sources)
     for layout in ("packed", "shared_prompt", "padded"):
         budget = max(cost([one], layout) for one in lengths) + 40
-        sampler = StepSampler(lengths, 6, 1, 1, 0, 0, budget, layout)
+        sampler = StepSampler(lengths, 6, 1, 1, 0, 0, budget, layout, 2, mixture)
         enough = least(sampler, None)
-        for _ in range(5):
-            step = chance.sample(range(len(lengths)), 6)
+        steps = [step for epoch in range(5) for step in sampler.steps_of(epoch)]
+        if mixture is None:
+            steps += [chance.sample(range(len(lengths)), 6) for _ in range(5)]
+        for step in steps:
             ordered = [lengths[i] for i in sampler.sizes.longest_first(step)]
             assert fewest_runs(ordered, layout, budget) <= enough
 
