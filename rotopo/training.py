@@ -28,6 +28,7 @@ from rotopo.models.outcome import PairOutcome, StepOutput
 from rotopo.optimisers import Warmup as Warmup  # known by this path
 from rotopo.optimisers import configured
 from rotopo.refusals import naming
+from rotopo.run.accumulation import Accumulation
 from rotopo.run.adapters import configuration
 from rotopo.run.changed import Known, say
 from rotopo.run.fits import refuse_another_model
@@ -97,6 +98,7 @@ class PairwiseModule(LightningModule):
         self.scheduler = scheduler
         self.strict_loading = False  # on_load_checkpoint is stricter about what matters
         self._resumption = Resumption()
+        self._accumulation = Accumulation(self._resumption)
         self._rates = Rates()
         self._known = Known()
         self.row_losses: Tensor | None = None  # of the micro-batch at hand [B]
@@ -125,6 +127,11 @@ class PairwiseModule(LightningModule):
         data = data_if_any(self.trainer)
         if isinstance(data, PairwiseDataModule):
             data.ask(self.needs, type(self).__name__, self.draw(data))
+            if stage == "fit":
+                self._accumulation.begin(
+                    self.trainer, type(self).__name__ if self.couples_pairs else ""
+                )
+                data.accumulate = self._accumulation
 
     def draw(self, data: PairwiseDataModule) -> Draw | None:
         """What draws responses from the module's reference, once the data wants some; None where
@@ -262,6 +269,7 @@ class PairwiseModule(LightningModule):
             "base": vars(self.backbone.base) | {"moved": self.backbone.moved},
             "optimization": self._rates.save(self.trainer),
             "threads": torch.get_num_threads(),
+            "accumulation": self._accumulation.save(),
         }
         checkpoint["start"] = self.backbone.starting_adapter()
         self._resumption.save(self.trainer, checkpoint)
@@ -293,7 +301,11 @@ class PairwiseModule(LightningModule):
             self._rates.load(checkpoint)
             keep_given(callbacks_of(self.trainer), checkpoint.get("callbacks", {}))
         self.backbone.start_as(checkpoint.get("start"))
-        self._resumption.load(self.trainer, checkpoint)
+        data, found = data_if_any(self.trainer), False
+        if fits and isinstance(data, PairwiseDataModule):
+            self._accumulation.load(ours.get("accumulation", {}))
+            found = self._accumulation.is_found(data.batching.token_budget)
+        self._resumption.load(self.trainer, checkpoint, found)
 
     @abstractmethod
     def predict(self, batch: "PromptBatch | PairBatch") -> list[dict[str, Any]]:
@@ -353,6 +365,7 @@ class PairwiseModule(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         check_steps_are_whole(self.trainer)  # a selector may have changed the epoch's length
+        self._accumulation.say()
 
     def on_train_start(self) -> None:
         """As :meth:`on_train_epoch_start`, which is not called where an epoch is resumed.
@@ -361,6 +374,7 @@ class PairwiseModule(LightningModule):
             InputError: a setting of the Trainer would validate, or end an epoch, within a step.
         """
         check_steps_are_whole(self.trainer)
+        self._accumulation.say()
         say(self._rates.restore(self.trainer))
         self._resumption.enter(self.trainer)
 

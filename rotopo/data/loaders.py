@@ -49,6 +49,10 @@ class Batching:
             raise InputError(f"data.seed is {self.seed}: it has to be from 0 to 2**32 - 1.")
 
 
+# Says how many micro-batches a step of a sampler's has on each rank.
+Accumulate = Callable[[StepSampler], int]
+
+
 @dataclass(frozen=True)
 class Loaders:
     """Makes loaders.
@@ -82,12 +86,15 @@ class Loaders:
             trainer.strategy.root_device.type == "cuda",
         )
 
-    def training(self, rows: Rows, mixture: Mixture | None) -> StatefulLoader:
+    def training(
+        self, rows: Rows, mixture: Mixture | None, accumulate: Accumulate | None = None
+    ) -> StatefulLoader:
         """Optimiser steps of exactly ``pairs_per_step`` rows over all ranks.
 
         Args:
             rows: to train on.
             mixture: of their sources; None for an epoch that has each of them once.
+            accumulate: asked once it is known what the steps are; None leaves ``accumulation``.
         """
         sampler = StepSampler(
             rows.lengths(),
@@ -101,7 +108,9 @@ class Loaders:
             self.settings.length_window,
             mixture,
         )
-        scale = self.accumulation * self.world_size / self.settings.pairs_per_step
+        if accumulate is not None:
+            sampler.accumulation = accumulate(sampler)
+        scale = sampler.accumulation * self.world_size / self.settings.pairs_per_step
         made = partial(collate, pad_id=self.pad_id, layout=self.settings.layout, loss_scale=scale)
         return StatefulLoader(
             rows, batch_sampler=sampler, collate_fn=made, **self._beside_the_step()

@@ -68,6 +68,12 @@ class Mixture:
                 )
         return counts
 
+    @property
+    def most(self) -> int:
+        """How often an epoch may have a row at most: it may begin within a pass."""
+        there = np.bincount(self.source_of, minlength=len(self.shares)).tolist()
+        return max(1 - (-count // n) for count, n in zip(self.counts, there, strict=True))
+
     def epoch(self, seed: int, epoch: int) -> list[int]:
         """The rows of an epoch in their order, a row as often as it comes.
 

@@ -18,7 +18,7 @@ from rotopo.data.doctor.diagnosis import diagnose
 from rotopo.data.doctor.examination import Finding
 from rotopo.data.examined import patient
 from rotopo.data.filters import RowFilter
-from rotopo.data.loaders import Batching, Loaders
+from rotopo.data.loaders import Accumulate, Batching, Loaders
 from rotopo.data.needs import Needs
 from rotopo.data.noise import LabelNoise
 from rotopo.data.one_source import Source
@@ -80,7 +80,8 @@ class PairwiseDataModule(LightningDataModule):
         score: a jsonl file of responses, see :class:`rotopo.data.responses.Responses`, which
             ``predict`` scores; None has it generate a response to each held-out prompt instead.
         eval_pairs_per_batch: pairs of a validation, test or prediction batch at most.
-        token_budget: tokens of a micro-batch at most, padding included; None for no limit.
+        token_budget: tokens of a micro-batch at most, padding included: steps are cut into as many
+            micro-batches as that takes, see :mod:`rotopo.run.accumulation`. None for no limit.
         layout: ``packed`` computes a prompt once for both responses, and no padding;
             ``shared_prompt`` a prompt once, on a line for each row, which costs less under a dense
             attention mask (``policy.attention`` sdpa or eager); ``padded`` a prompt twice.
@@ -213,6 +214,7 @@ class PairwiseDataModule(LightningDataModule):
         self._asked: Ask | None = None
         self._rows_of: dict[str, Rows] = {}  # as they are asked for
         self._selector: Selector | None = None
+        self.accumulate: Accumulate | None = None  # of the fit at hand
 
     def ask(self, needs: Needs, who: str, draw: Draw | None = None) -> None:
         """Say what the rows have to bring along; until the next :meth:`setup`.
@@ -267,7 +269,8 @@ class PairwiseDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         self._asked, self._rows_of = None, {}  # another module may be next
         if stage == "fit":
-            self._selector = None  # that of another run; this one's callbacks come next
+            # Those of another run; this one's come next.
+            self._selector = self.accumulate = None
         if not self.pairs.of and not self._only_scores():
             self._agree_on_clock()
             self.pairs.divide()
@@ -290,7 +293,8 @@ class PairwiseDataModule(LightningDataModule):
         if self._selector is not None:
             assert self.trainer is not None
             rows = self._selector.training_rows(self.trainer, rows)
-        return self._loaders().training(rows, self.pairs.mixture(rows.pairs))
+        mixture = self.pairs.mixture(rows.pairs)
+        return self._loaders().training(rows, mixture, self.accumulate)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         if self.has("validation"):

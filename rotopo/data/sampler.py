@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from rotopo.data.batch import Layout, Sizes
+from rotopo.data.budget import parts_needed
 from rotopo.data.mixture import Mixture
 from rotopo.errors import InputError
 
@@ -118,10 +119,10 @@ class StepSampler(Sampler[list[int]]):
     def __len__(self) -> int:
         return self.steps * self.accumulation
 
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = self._order(self.epoch, generator)
-        skip, self.skip = self.skip, 0
+    def steps_of(self, epoch: int) -> list[list[int]]:
+        """The pairs of each optimiser step of an epoch [steps, G]."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = self._order(epoch, generator)
         G = self.pairs_per_step
         order = order[: self.steps * G]
         if self.length_window > 1:
@@ -132,6 +133,11 @@ class StepSampler(Sampler[list[int]]):
         if self.length_window > 1:
             shuffled = torch.randperm(len(steps), generator=generator).tolist()
             steps = [steps[i] for i in shuffled]
+        return steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        skip, self.skip = self.skip, 0
+        steps = self.steps_of(self.epoch)
         self._check_budget(steps)  # all of them now, rather than hours into the epoch
         for step in range(skip // self.accumulation, self.steps):
             parts = self._split(steps[step])
@@ -142,10 +148,7 @@ class StepSampler(Sampler[list[int]]):
     def _check_budget(self, steps: list[list[int]]) -> None:
         if self.token_budget is None:
             return
-        parts = max(
-            len(self.sizes.cut(self.sizes.longest_first(step), self.token_budget)) for step in steps
-        )
-        needed = -(-parts // self.world_size)
+        needed = -(-parts_needed(self.sizes, steps, self.token_budget) // self.world_size)
         if needed > self.accumulation:
             raise InputError(
                 f"A micro-batch would be over data.token_budget ({self.token_budget}): set "

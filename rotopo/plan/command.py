@@ -84,6 +84,9 @@ def make(args: list[str], options: argparse.Namespace) -> Plan:
     accumulation = trainer.accumulate_grad_batches
     lengths = Lengths(options.pairs, options.prompt_tokens, options.response_tokens)
     load, load_from = load_of(data, needs, lengths, accumulation, strategy.ranks)
+    if data.token_budget is not None and accumulation == 1:
+        # As a fit finds it, if all pairs are of these lengths.
+        accumulation = math.ceil(data.pairs_per_step / (load.pairs * strategy.ranks))
     cached = reference_cached(module, trainer)
     if options.model_config is None and Path(module.model_config.path).expanduser().is_dir():
         _take_base(module)

@@ -35,7 +35,8 @@ class Alternation(Callback):
     without ``resampling`` also with reward models. With ``policy.reference: cached`` scoring takes
     one forward pass over the pairs, else the reference's as well. Later rounds have fewer steps,
     which a schedule with ``total_steps`` does not know: it ends before its last step. Loaders, and
-    their workers, are made anew for every epoch.
+    their workers, are made anew for every epoch, and ``data.token_budget`` finds the accumulation
+    anew for a round's pairs.
 
     In the run's folder ``rounds/`` it writes what was decided after each round, whole each time:
     ``rounds.json`` (numbers), ``pairs.csv`` (every original pair with its loss, its margin, its

@@ -25,14 +25,20 @@ class Resumption:
 
     def __init__(self) -> None:
         self._random_state: dict[str, Any] | None = None
+        self._loop: dict[str, Any] | None = None  # the checkpoint's, until training goes on
 
     def save(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         """Add to a checkpoint what this class reads from it."""
         checkpoint["accumulate_grad_batches"] = trainer.accumulate_grad_batches
         checkpoint["random_states"] = ranks.of_all(_random_state())
 
-    def load(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    def load(self, trainer: Trainer, checkpoint: dict[str, Any], found: bool) -> None:
         """Take this rank's random state, and let a fit count its place as this run counts.
+
+        Args:
+            trainer: of the fit.
+            checkpoint: that it goes on from.
+            found: whether the accumulation will be found; until then the checkpoint's counts.
 
         Raises:
             InputError: it was written within a step that is cut up in another way now.
@@ -41,10 +47,41 @@ class Resumption:
         rank = trainer.global_rank if len(states) == trainer.world_size else 0
         self._random_state = states[rank]
         if trainer.state.fn == TrainerFn.FITTING:
-            _recut_steps(checkpoint, trainer.accumulate_grad_batches)
+            accumulation = trainer.accumulate_grad_batches
+            trainer.accumulate_grad_batches = checkpoint["accumulate_grad_batches"]
+            self._loop = checkpoint["loops"]["fit_loop"]
+            if not found:
+                self.recut(trainer, accumulation)
+            checkpoint["accumulate_grad_batches"] = trainer.accumulate_grad_batches
+
+    def recut(self, trainer: Trainer, accumulation: int) -> None:
+        """Let the Trainer cut steps into another number of micro-batches, and count its place so.
+
+        Args:
+            trainer: between two steps.
+            accumulation: micro-batches of a step from here on.
+
+        Raises:
+            InputError: the checkpoint was written within a step.
+        """
+        before = trainer.accumulate_grad_batches
+        if before == accumulation:
+            return
+        if self._loop is not None:  # which Lightning may have read by now, or not
+            read, loop = self._loop["epoch_loop.batch_progress"], self._loop["state_dict"]
+            # The loaders' it keeps as they are in here, until it makes loaders.
+            places = [read["total"], read["current"], *loop.get("combined_loader", [])]
+            _refuse_within_step(places, before)
+            _recut_steps(places, before, accumulation)
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        counts = progress.state_dict()
+        _recut_steps([counts["total"], counts["current"]], before, accumulation)
+        progress.load_state_dict(counts)
+        trainer.accumulate_grad_batches = accumulation
 
     def enter(self, trainer: Trainer) -> None:
         """At the start of training: do what was due, and begin the next epoch where one ended."""
+        self._loop = None
         self._validate_if_due(trainer)
         # From a checkpoint of an epoch's last batch Lightning resumes after that epoch, but does
         # not count the next one as begun; a second resumption would then train for too long.
@@ -127,30 +164,28 @@ def _random_state() -> dict[str, Any]:
     }
 
 
-def _recut_steps(checkpoint: dict[str, Any], accumulation: int) -> None:
-    """Let a checkpoint count its place in the epoch in micro-batches of another size.
+def _refuse_within_step(places: list[dict[str, int]], accumulation: int) -> None:
+    if any(count % accumulation for counts in places for count in _kept(counts).values()):
+        raise InputError(
+            f"ckpt_path: this checkpoint was written within an optimiser step of {accumulation} "
+            f"micro-batches: set trainer.accumulate_grad_batches to {accumulation}."
+        )
+
+
+def _recut_steps(places: list[dict[str, int]], before: int, after: int) -> None:
+    """Let counts of micro-batches be of those that steps are cut into after this.
 
     A step is the same pairs on any number of ranks and in any number of micro-batches, but
     Lightning counts micro-batches.
-
-    Raises:
-        InputError: the checkpoint was written within a step.
     """
-    before = checkpoint["accumulate_grad_batches"]
-    if before == accumulation:
-        return
-    loop = checkpoint["loops"]["fit_loop"]
-    progress = loop["epoch_loop.batch_progress"]
-    loaders = loop["state_dict"].get("combined_loader", [])
-    for counts in (progress["total"], progress["current"], *loaders):
+    for counts in places:
         behind = counts["ready"] - counts["completed"] if "ready" in counts else 0
-        for name in counts.keys() - {"completed"}:
-            if counts[name] % before:
-                raise InputError(
-                    f"ckpt_path: this checkpoint was written within an optimiser step of {before} "
-                    f"micro-batches: set trainer.accumulate_grad_batches to {before}."
-                )
-            counts[name] = counts[name] // before * accumulation
+        counts |= {name: count // before * after for name, count in _kept(counts).items()}
         if "ready" in counts:
             counts["completed"] = counts["ready"] - behind
-    checkpoint["accumulate_grad_batches"] = accumulation
+
+
+def _kept(counts: dict[str, int]) -> dict[str, int]:
+    """Those that a checkpoint of a whole step has whole: it is written before its last micro-batch
+    counts as completed."""
+    return {name: count for name, count in counts.items() if name != "completed"}

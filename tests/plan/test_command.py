@@ -39,6 +39,15 @@ def test_a_plan_needs_neither_weights_nor_data(config, tmp_path, capsys):
     assert plan["seconds"] == pytest.approx(plan["flops"] / (67e12 * 0.4))
 
 
+def test_a_token_budget_makes_micro_batches_as_a_fit_would_find_them(config, tmp_path):
+    file = tmp_path / "plan.json"
+    options = ["--data.max_length=64", "--data.token_budget=300", "--ranks=1", f"--json={file}"]
+    main(["plan", f"--config={config}", *options])
+    plan = json.loads(file.read_text())
+    assert plan["load"]["pairs"] == 2  # of 125 tokens each
+    assert plan["accumulation"] == 3
+
+
 def test_an_adapters_folder_is_planned_as_its_base_with_it(config, tmp_path, capsys):
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "model"))
     adapter = LoraConfig(r=4, lora_dropout=0.2, target_modules=["q_proj"])
