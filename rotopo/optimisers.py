@@ -1,22 +1,31 @@
 """The settings of optimiser and schedule -> what Lightning steps."""
 
 import math
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import FSDPStrategy
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from rotopo.callbacks.monitors import follows_metric
 from rotopo.errors import InputError
-from rotopo.refusals import naming
-from rotopo.run.lightning import forget_train_loader
+from rotopo.refusals import line, naming
+from rotopo.run.lightning import forget_train_loader, without_wrappers
 from rotopo.run.rates import Given
+
+# Settings of an optimiser for the parameters in whose names a regular expression is found.
+Patterns = Mapping[str, Mapping[str, Any]]
+# Where nothing else is said: decay would pull rotations back to no rotation at all.
+DEFAULT: Patterns = {r"\.rotation_": {"weight_decay": 0.0}}
 
 
 class Warmup(LambdaLR):
@@ -68,8 +77,9 @@ class _Factor:
 def configured(
     make_optimizer: OptimizerCallable | None,
     make_scheduler: LRSchedulerCallable | None,
-    parameters: Iterator[tuple[str, Parameter]],
+    parameters: Iterable[tuple[str, Parameter]],
     trainer: Trainer | None,
+    patterns: Patterns | None = None,
 ) -> tuple[dict[str, Any], Given]:
     """What ``configure_optimizers`` returns, and what it is made of.
 
@@ -78,16 +88,23 @@ def configured(
         make_scheduler: builds a schedule of an optimiser; None keeps the learning rate.
         parameters: the module's, by name.
         trainer: says how many steps there are, to a schedule that asks.
+        patterns: settings of their own for some parameters, see :func:`groups_of`.
 
     Raises:
         InputError: a setting is missing, or does not go with the others.
     """
     if make_optimizer is None:
         raise InputError("model.optimizer is not set: name one, e.g. torch.optim.AdamW.")
-    groups = groups_of(parameters)
-    own = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-    optimizer = make_optimizer(groups)
-    given = Given(_name_of(optimizer), make_optimizer, own)
+    groups = groups_of(parameters, patterns)
+    _check(patterns or {}, make_optimizer)
+    make = partial(optimizer_of, make_optimizer)
+    optimizer = make(groups)
+    if isinstance(optimizer, Muon) and trainer and isinstance(trainer.strategy, FSDPStrategy):
+        raise InputError(
+            "model.optimizer (Muon) needs whole matrices, and torch's first FSDP holds parts of "
+            "flattened ones: take configs/strategies/fsdp2.yaml or ddp.yaml."
+        )
+    given = Given(_name_of(optimizer), make, groups)
     if make_scheduler is None:
         return {"optimizer": optimizer}, given
     settings = getattr(make_scheduler, "keywords", {})  # of the partial that the CLI makes
@@ -136,13 +153,236 @@ def _name_of(made: Any) -> str:
     return f"{type(made).__module__}.{type(made).__qualname__}"
 
 
-def groups_of(parameters: Iterator[tuple[str, Parameter]]) -> list[dict[str, Any]]:
-    """What trains, in groups of the optimiser's: rotations have no weight decay, which would pull
-    them back to no rotation at all."""
-    trained = [(name, p) for name, p in parameters if p.requires_grad]
-    rotation = [p for name, p in trained if ".rotation_" in name]
-    others = [p for name, p in trained if ".rotation_" not in name]
-    groups: list[dict[str, Any]] = [{"params": others}] if others else []
-    if rotation:
-        groups.append({"params": rotation, "weight_decay": 0.0})
+def groups_of(
+    parameters: Iterable[tuple[str, Parameter]], patterns: Patterns | None = None
+) -> list[dict[str, Any]]:
+    """What trains, in groups of the optimiser's.
+
+    Args:
+        parameters: by name; frozen ones are left out.
+        patterns: regular expressions, each with the settings of the parameters whose name it is
+            found in. Where several are found, each setting is that of the first that has it. The
+            last of all is :data:`DEFAULT`.
+
+    Returns:
+        Groups as optimisers take them, with the parameters' names; those that no pattern is found
+        in come first.
+
+    Raises:
+        InputError: a pattern is no regular expression, or is found in no name.
+    """
+    patterns = patterns or {}
+    trained = {without_wrappers(name): p for name, p in parameters if p.requires_grad}
+    for pattern in patterns:
+        _check_pattern(pattern, list(trained))
+    every = [*patterns.items(), *DEFAULT.items()]
+    found: dict[tuple[int, ...], list[str]] = {}
+    for name in trained:
+        matched = tuple(at for at, (pattern, _) in enumerate(every) if re.search(pattern, name))
+        found.setdefault(matched, []).append(name)
+    groups = []
+    for matched, names in sorted(found.items()):
+        own: dict[str, Any] = {}
+        for at in matched:
+            rate = {"lr", "lr_ratio"} if own.keys() & {"lr", "lr_ratio"} else set()
+            own |= {k: v for k, v in every[at][1].items() if k not in own.keys() | rate}
+        if any(at < len(patterns) for at in matched):
+            own["name"] = " and ".join(every[at][0] for at in matched)
+        groups.append({"params": [trained[n] for n in names], "param_names": names, **own})
     return groups
+
+
+def optimizer_of(make_optimizer: OptimizerCallable, groups: list[dict[str, Any]]) -> Optimizer:
+    """An optimiser of groups of :func:`groups_of`, each with its learning rate.
+
+    Raises:
+        InputError: a group's ``lr_ratio`` has no learning rate to multiply.
+    """
+    optimizer = make_optimizer([dict(group) for group in groups])
+    for group in optimizer.param_groups:
+        group.pop("param_names", None)  # checkpoints know them otherwise
+        ratio = group.pop("lr_ratio", None)
+        if ratio is not None and group.get("lr") is None:
+            raise InputError(
+                f"model.parameter_groups: {type(optimizer).__name__} has no lr for lr_ratio to "
+                "multiply: set model.optimizer.lr."
+            )
+        if ratio is not None:
+            group["lr"] *= ratio
+    return optimizer
+
+
+def _check_pattern(pattern: str, names: list[str]) -> None:
+    try:
+        matches = any(re.search(pattern, name) for name in names)
+    except re.error as error:
+        raise InputError(
+            f"model.parameter_groups: {pattern!r} is no regular expression: {error}. It is looked "
+            "for anywhere in a name, so lora_B is all whose name has lora_B in it."
+        ) from error
+    if not matches:
+        some = names[:: max(1, len(names) // 6)][:6]
+        raise InputError(
+            f"model.parameter_groups: {pattern!r} is in no name of a parameter that trains. Some "
+            f"of these {len(names)}: {', '.join(some)}."
+        )
+
+
+def _check(patterns: Patterns, make_optimizer: OptimizerCallable) -> None:
+    """Refuse settings of groups that the optimiser would ignore, or not take as its own."""
+
+    def made(**settings: Any) -> Optimizer:
+        one = {"params": [Parameter(torch.zeros(1, 1))], "param_names": [""]}
+        return make_optimizer([one], **settings)
+
+    for pattern, own in patterns.items():
+        place = f"model.parameter_groups: {pattern!r}"
+        optimizer = made()
+        for name in own.keys() - optimizer.defaults.keys() - {"lr_ratio"}:
+            known = ", ".join(sorted([*optimizer.defaults, "lr_ratio"]))
+            raise InputError(
+                f"{place}: {type(optimizer).__name__} has no setting {name} for some of the "
+                f"parameters. It has {known}."
+            )
+        if "lr_ratio" in own and "lr" in own:
+            raise InputError(f"{place}: lr and lr_ratio say two things: leave one of them out.")
+        ratio = own.get("lr_ratio", 1.0)
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or ratio < 0:
+            raise InputError(f"{place}: lr_ratio is {ratio!r}: it is a number, 0 or above.")
+        if getattr(make_optimizer, "keywords", None) is None:
+            continue  # a function of the user's own, which takes no settings
+        try:  # its class refuses what it would not take for all of them
+            made(**{name: value for name, value in own.items() if name != "lr_ratio"})
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{place}: {line(error)}") from error
+
+
+class Muon(Optimizer):
+    """Muon for matrices and AdamW for all else, as one optimiser: each computed by torch's class.
+
+    Muon (Jordan 2024) takes the matrices of layers, LoRA's A and B among them. AdamW takes vectors,
+    tensors of three dimensions and more (experts in one tensor), and what ``adamw`` names:
+    embeddings, the output head, and adapters' parameters of two dimensions that are no matrices but
+    stacks of angles or of vectors: those of the rotation, OFT, BOFT and HRA.
+
+    Args:
+        params: with their names, ``model.named_parameters()``, or groups of them. A group may have
+            any of the settings below.
+        lr: Muon's learning rate, before ``adjust_lr_fn``.
+        weight_decay: of both, decoupled.
+        momentum: Muon's.
+        nesterov: whether Muon's momentum is.
+        ns_coefficients: of Muon's Newton-Schulz iteration.
+        eps: Muon's, against division by zero.
+        ns_steps: of that iteration.
+        adjust_lr_fn: what ``lr`` is multiplied by for a matrix of A rows and B columns, as torch's:
+            ``match_rms_adamw`` 0.2 √max(A, B) (arXiv 2502.16982), which makes steps as large as
+            AdamW's, so that one rate serves both and one that was found for AdamW is a good start;
+            ``original`` √max(1, A/B), for rates of about 0.02, beside which ``adamw_lr`` has to be
+            set. (torch's own default is ``original``.)
+        adamw_lr: AdamW's learning rate; None is ``lr``.
+        adamw_betas: AdamW's.
+        adamw_eps: AdamW's.
+        adamw: regular expression, looked for in names: matrices that AdamW takes.
+
+    Raises:
+        InputError: parameters without names, none for Muon, or no learning rate for AdamW.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw",
+        adamw_lr: float | None = None,
+        adamw_betas: tuple[float, float] = (0.9, 0.999),
+        adamw_eps: float = 1e-8,
+        adamw: str = "embed|wte|wpe|lm_head|score|rotation_|oft_|boft_|hra_",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": tuple(ns_coefficients),
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+            "adamw_lr": adamw_lr,
+            "adamw_betas": adamw_betas,
+            "adamw_eps": adamw_eps,
+            "adamw": adamw,
+        }
+        super().__init__(params, defaults)
+        if not any(group["algorithm"] == "Muon" for group in self.param_groups):
+            raise InputError(
+                "model.optimizer (Muon): of what trains nothing is a matrix for it, all is "
+                "AdamW's: take torch.optim.AdamW."
+            )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take parameters, each for the algorithm that is its own."""
+        group = dict(param_group)
+        params = group.pop("params")
+        names = group.pop("param_names", None)
+        named = list(zip(names, params, strict=True)) if names is not None else list(params)
+        if not all(isinstance(one, tuple) for one in named):
+            raise InputError(
+                "Muon tells embeddings and heads by their names: give it model.named_parameters()."
+            )
+        own = {name: group.pop(name, default) for name, default in self.defaults.items()}
+        label = group.pop("name", f"pg{1 + len({g['of'] for g in self.param_groups})}")
+        group |= {"of": label}
+        matrices = [
+            (name, p) for name, p in named if p.ndim == 2 and not re.search(own["adamw"], name)
+        ]
+        taken = {name for name, _ in matrices}
+        shares = {"Muon": matrices, "AdamW": [one for one in named if one[0] not in taken]}
+        for algorithm, share in shares.items():
+            if share:
+                settings = self._settings(algorithm, own)
+                whole = {**group, "params": share, **settings, "algorithm": algorithm}
+                super().add_param_group(whole | {"name": f"{label}/{algorithm}"})
+
+    @staticmethod
+    def _settings(algorithm: str, own: dict[str, Any]) -> dict[str, Any]:
+        """What a group has for torch's class; it says what the class will not take."""
+        probe = [Parameter(torch.zeros(1, 1))]
+        if algorithm == "Muon":
+            made: Optimizer = torch.optim.Muon(
+                probe, **{k: v for k, v in own.items() if not k.startswith("adamw")}
+            )
+        else:
+            if own["adamw_lr"] is None and own["adjust_lr_fn"] == "original":
+                raise InputError(
+                    "model.optimizer (Muon): with adjust_lr_fn original its lr is of another kind "
+                    "than AdamW's, which takes what is no matrix: set adamw_lr."
+                )
+            made = torch.optim.AdamW(
+                probe,
+                lr=own["lr"] if own["adamw_lr"] is None else own["adamw_lr"],
+                betas=own["adamw_betas"],
+                eps=own["adamw_eps"],
+                weight_decay=own["weight_decay"],
+            )
+        return {k: v for k, v in made.param_groups[0].items() if k != "params"}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for kind in (torch.optim.Muon, torch.optim.AdamW):
+            groups = [g for g in self.param_groups if g["algorithm"] == kind.__name__]
+            if groups:
+                part = kind(groups)  # of the same groups and states, not of copies
+                part.state = self.state
+                part.step()
+        return loss
