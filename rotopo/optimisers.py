@@ -35,8 +35,9 @@ class Warmup(LambdaLR):
     Args:
         optimizer: the optimiser.
         warmup: share of all steps that the warm-up takes.
-        decay: the shape of the rest; ``linear`` and ``cosine`` end at zero.
+        decay: the shape of the rest; ``linear`` and ``cosine`` end at ``floor``.
         total_steps: optimiser steps in all; None takes the Trainer's number.
+        floor: the share of the learning rate that the decay ends at.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Warmup(LambdaLR):
         warmup: float = 0.1,
         decay: Literal["constant", "linear", "cosine"] = "cosine",
         total_steps: int | None = None,
+        floor: float = 0.0,
     ) -> None:
         if total_steps is None:
             raise InputError("Warmup: total_steps is not set and there is no Trainer to ask.")
@@ -52,10 +54,14 @@ class Warmup(LambdaLR):
             raise InputError(
                 f"model.scheduler.warmup is {warmup}: it is a share of all steps, from 0 to 1."
             )
+        if not 0 <= floor <= 1:
+            raise InputError(
+                f"model.scheduler.floor is {floor}: it is a share of the rate, from 0 to 1."
+            )
         warm_steps = math.ceil(warmup * total_steps)
         rest = max(1, total_steps - warm_steps)
 
-        super().__init__(optimizer, _Factor(warm_steps, rest, decay))
+        super().__init__(optimizer, _Factor(warm_steps, rest, decay, floor))
 
 
 @dataclass
@@ -65,14 +71,16 @@ class _Factor:
     warm_steps: int
     rest: int
     decay: str
+    floor: float = 0.0
 
     def __call__(self, step: int) -> float:
         if step < self.warm_steps:
             return (step + 1) / (self.warm_steps + 1)
         done = min(1.0, (step - self.warm_steps) / self.rest)
-        if self.decay == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * done))
-        return 1 - done if self.decay == "linear" else 1.0
+        if self.decay == "constant":
+            return 1.0
+        left = 0.5 * (1 + math.cos(math.pi * done)) if self.decay == "cosine" else 1 - done
+        return self.floor + (1 - self.floor) * left
 
 
 def configured(
