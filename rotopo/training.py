@@ -67,7 +67,7 @@ def _settings(value: Any) -> Any:
 
 
 class PairwiseModule(LightningModule):
-    """Parent of preference objectives and reward models.
+    r"""Parent of preference objectives and reward models.
 
     Checkpoints hold what trains, with the optimiser, the loops, the data position and the random
     state, but not the frozen base model, which is named by its fingerprint.
@@ -79,6 +79,11 @@ class PairwiseModule(LightningModule):
             follows a metric, ``lightning.pytorch.cli.ReduceLROnPlateau`` with its ``monitor``, is
             stepped after each validation, or for a metric that is not under ``val/`` at the end
             of each epoch. None keeps the learning rate.
+        parameter_groups: settings of the optimiser for some parameters, by a regular expression
+            that is looked for in their names: ``{lora_B: {lr_ratio: 16}}`` is LoRA+. Any setting
+            of the optimiser, or ``lr_ratio``, a multiple of its ``lr``. Where several expressions
+            are found in a name, each setting is that of the first that has it; the last of all is
+            ``\.rotation_: {weight_decay: 0}``.
     """
 
     # Whether a pair's loss depends on the other pairs of its micro-batch, as KTO's does.
@@ -92,10 +97,12 @@ class PairwiseModule(LightningModule):
         self,
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
+        parameter_groups: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self.parameter_groups = parameter_groups
         self.strict_loading = False  # on_load_checkpoint is stricter about what matters
         self._resumption = Resumption()
         self._accumulation = Accumulation(self._resumption)
@@ -228,7 +235,11 @@ class PairwiseModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         made, given = configured(
-            self.optimizer, self.scheduler, self.named_parameters(), trainer_of(self)
+            self.optimizer,
+            self.scheduler,
+            self.named_parameters(),
+            trainer_of(self),
+            self.parameter_groups,
         )
         self._rates.take(given)
         return made

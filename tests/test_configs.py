@@ -16,8 +16,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     LlamaConfig,
     MistralConfig,
+    Olmo3Config,
     PretrainedConfig,
     Qwen2Config,
+    SmolLM3Config,
 )
 
 import rotopo.models.loading
@@ -76,11 +78,40 @@ QWEN_2_5_HALF_B = Qwen2Config(
     num_key_value_heads=2,
     tie_word_embeddings=True,
 )
+SMOLLM_3_3B = SmolLM3Config(
+    vocab_size=128256,
+    hidden_size=2048,
+    intermediate_size=11008,
+    num_hidden_layers=36,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    tie_word_embeddings=True,
+    pad_token_id=128004,
+)
+OLMO_3_7B = Olmo3Config(
+    vocab_size=100278,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    tie_word_embeddings=False,
+    pad_token_id=100277,
+    bos_token_id=None,
+    eos_token_id=100257,
+)
 # The models that the papers' files name, and their parameters.
 MODELS: dict[str, tuple[PretrainedConfig, int]] = {
     "princeton-nlp/Llama-3-Base-8B-SFT": (LLAMA_3_8B, 8_030_261_248),
     "alignment-handbook/zephyr-7b-sft-full": (MISTRAL_7B, 7_241_732_096),
     "Qwen/Qwen2.5-0.5B-Instruct": (QWEN_2_5_HALF_B, 494_032_768),
+    "mistralai/Mistral-7B-v0.1": (MISTRAL_7B, 7_241_732_096),
+    "RLHFlow/LLaMA3-SFT": (LLAMA_3_8B, 8_030_261_248),
+    "meta-llama/Meta-Llama-3-8B-Instruct": (LLAMA_3_8B, 8_030_261_248),
+    # But for the rows that Tulu's padding token has added.
+    "allenai/Llama-3.1-Tulu-3-8B-SFT": (LLAMA_3_8B, 8_030_261_248),
+    "models/SmolLM3-3B-it-SFT": (SMOLLM_3_3B, 3_075_098_624),
+    "allenai/Olmo-3-7B-Instruct-SFT": (OLMO_3_7B, 7_298_011_136),
 }
 # 32 layers of q (4096 → 4096) and v (4096 → 1024), each with two sweeps of 4095 angles and two
 # Householder vectors, and a magnitude per output.
@@ -116,7 +147,13 @@ def settings_in(file: Path) -> dict:
 def build(tmp_path_factory) -> Iterator[Build]:
     """What the command line builds of files, without running it and whatever the machine."""
     folder = tmp_path_factory.mktemp("runs")
-    machine = ["accelerator=cpu", "devices=1", "strategy=auto", f"default_root_dir={folder}"]
+    machine = [
+        "accelerator=cpu",
+        "devices=1",
+        "num_nodes=1",
+        "strategy=auto",
+        f"default_root_dir={folder}",
+    ]
 
     def built(*files: Path) -> RotopoCLI:
         return run(
@@ -359,8 +396,8 @@ def test_a_papers_file_builds_on_the_meta_device(file, build, without_weights):
     settings = cli.model.backbone_config if rewards else cli.model.policy_config
     config, size = MODELS[settings.path]
     if rewards:  # a number from each hidden state, and no word
-        assert config.tie_word_embeddings
-        size += config.hidden_size
+        head = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+        size += config.hidden_size - head
     parameters = list(model.model.parameters())
     assert all(p.is_meta for p in parameters)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
@@ -402,13 +439,15 @@ def test_a_papers_file_leaves_nothing_important_to_a_default(file):
     trainer = config["trainer"]
     policy = "backbone" if config["model"]["class_path"].endswith("RewardModule") else "policy"
     loss = {"margin", "centering", "l2"} if policy == "backbone" else {"beta"}
+    loss = set() if config["model"]["class_path"].endswith("SFT") else loss
     assert model.keys() >= {policy, "optimizer", "scheduler"} | loss
     assert {"path", "adapter", "dtype"} <= model[policy].keys()
     assert {"lr", "weight_decay"} <= model["optimizer"]["init_args"].keys()
     assert {"source", "format", "validation", "pairs_per_step", "max_length"} <= data.keys()
     assert {"devices", "strategy", "max_epochs", "gradient_clip_val"} <= trainer.keys()
     assert "precision" not in trainer  # the dtype is the policy's
-    assert data["pairs_per_step"] % (trainer["devices"] * trainer["accumulate_grad_batches"]) == 0
+    ranks = trainer["devices"] * trainer.get("num_nodes", 1)
+    assert data["pairs_per_step"] % (ranks * trainer["accumulate_grad_batches"]) == 0
     checkpoint, *others = (callback["class_path"] for callback in trainer["callbacks"])
     assert checkpoint.endswith(".ModelCheckpoint")
     assert others == (["rotopo.robust.Alternation"] if "ropo_robust" in file.stem else [])
@@ -423,7 +462,9 @@ def test_a_papers_file_says_which_values_are_ours_and_where_the_others_come_from
     assert marks == explained
 
 
-@pytest.mark.parametrize("file", [*OBJECTIVES, *PAPERS, REWARD_MODEL, NOISE], ids=name_of)
+@pytest.mark.parametrize(
+    "file", [*OBJECTIVES, *PAPERS, REWARD_MODEL, NOISE, CONFIGS / "small.yaml"], ids=name_of
+)
 def test_a_file_begins_with_what_it_is_and_its_lines_are_short(file):
     lines = file.read_text("utf-8").splitlines()
     assert lines[0].startswith("# ")

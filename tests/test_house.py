@@ -16,7 +16,7 @@ FLOORS = (
     ("models",),
     ("run",),
     ("metrics",),
-    ("callbacks", "optimisers", "training", "trainer", "strategies"),
+    ("callbacks", "muon", "optimisers", "training", "trainer", "strategies"),
     ("objectives", "reward", "robust"),
     ("parsing", "lightning_cli", "load"),
     ("judge", "report", "export", "plan"),

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 from lightning.pytorch import Callback
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from rotopo.cli import run
 from rotopo.errors import InputError
@@ -204,6 +205,26 @@ def test_warmup_rises_and_decays():
     assert rates[6] == pytest.approx(1.0)
     with pytest.raises(InputError, match="total_steps"):
         Warmup(optimizer)
+    with pytest.raises(InputError, match="floor is 2"):
+        Warmup(optimizer, total_steps=10, floor=2)
+
+
+def test_a_decay_to_a_floor_is_transformers():
+    def rates(make):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+        schedule = make(optimizer)
+        found = []
+        for _ in range(12):
+            found.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+        return found
+
+    ours = rates(lambda o: Warmup(o, warmup=0.0, total_steps=10, floor=0.1))
+    theirs = get_cosine_with_min_lr_schedule_with_warmup
+    expected = rates(lambda o: theirs(o, 0, 10, min_lr_rate=0.1))
+    assert ours[:11] == pytest.approx(expected[:11])
+    assert ours[11] == pytest.approx(0.2)
 
 
 def test_the_schedule_is_stepped_per_optimiser_step(config):

@@ -171,6 +171,18 @@ def kto(row: Row) -> Preference:
     return Preference(prompt, completion, None) if label else Preference(prompt, None, completion)
 
 
+def messages(row: Row) -> Preference:
+    """For supervised fine-tuning: ``messages``, a whole conversation, of which the assistant's last
+    turn is the response, and what comes before it the prompt. Unpaired, and desirable."""
+    turns = _conversation(row, "messages")
+    shared = len(turns)
+    while shared > 0 and turns[shared - 1]["role"] == "assistant":
+        shared -= 1
+    if shared == len(turns):
+        raise InputError("field 'messages': the last turn is not the assistant's.")
+    return Preference(turns[:shared], turns[shared:], None)
+
+
 def read_responses(row: Row, *fields: str, beside: str | None = None) -> list[list[Message]]:
     """Responses to one prompt. All of them are messages kept as text, or none: an answer may be
     JSON too.
@@ -351,6 +363,12 @@ FORMATS: dict[str, Format] = {
                 "completion": _RESPONSE,
                 "label": Kind("true or false", lambda v: truth(v) is not None),
             },
+        ),
+        Format(
+            "messages",
+            messages,
+            {"messages": _CONVERSATION},
+            without=(*_PAIR, "completion", "response"),
         ),
     )
 }

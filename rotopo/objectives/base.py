@@ -50,6 +50,8 @@ class PreferenceModule(PairwiseModule):
         optimizer: any optimiser by class path, with its settings.
         scheduler: any learning-rate scheduler by class path, stepped once per optimiser step.
         sampling: how ``predict`` generates.
+        parameter_groups: settings of the optimiser for some parameters, by regular expressions in
+            their names, see :class:`~rotopo.training.PairwiseModule`.
     """
 
     # The setting that holds the policy to its reference: what studies sweep.
@@ -65,8 +67,9 @@ class PreferenceModule(PairwiseModule):
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        parameter_groups: dict[str, dict[str, Any]] | None = None,
     ) -> None:
-        super().__init__(optimizer, scheduler)
+        super().__init__(optimizer, scheduler, parameter_groups)
         self.policy_config = policy
         self.sampling = sampling
         self.policy: Policy | None = None

@@ -43,11 +43,12 @@ class Mixture(PreferenceModule):
             )
         for part in objectives:
             own = (part.policy_config, part.optimizer, part.scheduler, part.sampling)
-            if own != (PolicyConfig(), None, None, Sampling()):
+            if own != (PolicyConfig(), None, None, Sampling()) or part.parameter_groups:
                 raise InputError(
-                    f"objectives: {type(part).__name__} has a policy, optimizer, scheduler or "
-                    "sampling of its own; they belong to the mixture: delete them from the part, "
-                    "also where an older release has saved them in a config.yaml."
+                    f"objectives: {type(part).__name__} has a policy, optimizer, scheduler, "
+                    "parameter_groups or sampling of its own; they belong to the mixture: delete "
+                    "them from the part, also where an older release has saved them in a "
+                    "config.yaml."
                 )
         self.parts = list(objectives)
         self.paired_rewards = objectives[0].paired_rewards

@@ -17,7 +17,7 @@ from rotopo.errors import InputError
 from rotopo.models import head, segment_attention
 from rotopo.models.beside import embeddings
 from rotopo.models.sharding import decoder_layers
-from rotopo.optimisers import groups_of
+from rotopo.optimisers import groups_of, optimizer_of
 from rotopo.plan.fakes import Device, materialise
 from rotopo.plan.ledger import Ledger, Moment, Parts, places
 from rotopo.plan.load import Load
@@ -112,7 +112,9 @@ class Stepper:
     def _optimizer(self) -> Optimizer:
         if self.module.optimizer is None:
             raise InputError("model.optimizer is not set: name one, e.g. torch.optim.AdamW.")
-        optimizer = self.module.optimizer(groups_of(self.module.named_parameters()))
+        module = self.module
+        groups = groups_of(module.named_parameters(), module.parameter_groups)
+        optimizer = optimizer_of(self.module.optimizer, groups)
         for group in optimizer.param_groups:
             # What torch chooses on a GPU.
             if self.device == "cuda" and "foreach" in group and not group.get("fused"):

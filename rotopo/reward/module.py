@@ -51,6 +51,8 @@ class RewardModule(PairwiseModule):
         length_target: L0, in tokens.
         optimizer: any optimiser by class path, with its settings.
         scheduler: any learning-rate scheduler by class path, stepped once per optimiser step.
+        parameter_groups: settings of the optimiser for some parameters, by regular expressions in
+            their names, see :class:`~rotopo.training.PairwiseModule`.
 
     Raises:
         InputError: a setting out of its range.
@@ -69,8 +71,9 @@ class RewardModule(PairwiseModule):
         length_target: float = 0.0,
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
+        parameter_groups: dict[str, dict[str, Any]] | None = None,
     ) -> None:
-        super().__init__(optimizer, scheduler)
+        super().__init__(optimizer, scheduler, parameter_groups)
         for name, value in (
             ("margin", margin),
             ("centering", centering),

@@ -131,6 +131,13 @@ TABLE = _rows(
         "the place in the schedule is the checkpoint's",
     ),
     (
+        "model.parameter_groups",
+        "applied",
+        "harmless",
+        "how weights are learned; which parameters a group has is compared with the checkpoint, "
+        "see rotopo.run.rates",
+    ),
+    (
         "model.optimizer.* model.scheduler.*",
         "applied",
         "harmless",

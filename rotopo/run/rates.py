@@ -34,7 +34,7 @@ class Given:
     Attributes:
         optimizer: class path.
         make_optimizer: makes one of groups of parameters.
-        groups: what these groups have of their own, each.
+        groups: these, with the parameters' names (``param_names``).
         scheduler: class path; None without a schedule.
         make_scheduler: makes it of an optimiser, and of a length where it has one.
         follows_metric: whether the schedule does.
@@ -81,11 +81,15 @@ class Given:
             "total_steps": self.total_steps,
             "groups": plain(groups),
             "schedule": plain(state),
+            "parameters": [list(group["param_names"]) for group in self.groups],
         }
 
     def _made(self, total_steps: int | None) -> tuple[Optimizer, Any]:
         """An optimiser of the same groups that trains nothing, and the schedule on it."""
-        groups = [group | {"params": [Parameter(torch.zeros(1, 1))]} for group in self.groups]
+        groups = [
+            group | {"params": [Parameter(torch.zeros([1] * p.ndim)) for p in group["params"]]}
+            for group in self.groups
+        ]
         optimizer = self.make_optimizer(groups)
         if self.make_scheduler is None:
             return optimizer, None
@@ -211,6 +215,7 @@ class Rates:
                     f"model.{name} is {ours} here and {then[name]} in the checkpoint: the state of "
                     "one means nothing to another. Set it as in the checkpoint, or begin a new fit."
                 )
+        self._check_groups(given, then)
         if given.total_steps is None or not given.from_trainer:
             return
         old, new, done = then.get("total_steps"), given.total_steps, self._steps
@@ -230,6 +235,23 @@ class Rates:
                     f"Ask for the one with --model.scheduler.total_steps {old}, for the other with "
                     f"--model.scheduler.total_steps {new}."
                 )
+
+    def _check_groups(self, given: Given, then: Mapping[str, Any]) -> None:
+        """Refuse other groups of parameters, whose states are kept by their number."""
+        ours = [list(group["param_names"]) for group in given.groups]
+        theirs = then.get("parameters")
+        if theirs is None:  # an earlier release's
+            same = not self._groups or [len(group) for group in ours] == [
+                len(group["params"]) for group in self._groups
+            ]
+        else:
+            same = ours == theirs
+        if not same:
+            raise InputError(
+                "model.parameter_groups: the patterns divide the parameters otherwise here than in "
+                "the checkpoint, and the optimiser's state is kept by group. Keep the patterns "
+                "(the settings of each may change), or begin a new fit."
+            )
 
     def _check_rate(self, rate: float, expected: float) -> None:
         """As much as can be seen of another length in a checkpoint that does not tell it."""

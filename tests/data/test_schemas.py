@@ -54,6 +54,7 @@ ROWS = {
         "rejected": {"from": "gpt", "value": "bad"},
     },
     "kto": {"prompt": "q", "completion": "good", "label": True},
+    "messages": {"messages": [user("q"), assistant("good")]},
 }
 
 
@@ -63,7 +64,7 @@ def test_each_format_is_detected_and_read(name):
     found = resolve_format(None, rows)
     assert found.name == name
     unpaired = Preference([user("q")], [assistant("good")], None)
-    assert read_row(found, rows[0]) == (unpaired if name == "kto" else EXPECTED)
+    assert read_row(found, rows[0]) == (unpaired if name in ("kto", "messages") else EXPECTED)
 
 
 @pytest.mark.parametrize("label", [False, 0])
@@ -178,6 +179,11 @@ BAD_ROWS = {
     "unknown speaker": ("sharegpt", {"chosen": {"from": "bot", "value": "x"}}, "'chosen'.*human"),
     "kto without a label": ("kto", {"label": None}, "'label'.*None"),
     "kto label of words": ("kto", {"label": "yes"}, "'label'.*'yes'"),
+    "messages to answer": (
+        "messages",
+        {"messages": [user("q")]},
+        "'messages'.*not the assistant's",
+    ),
     "kto empty": ("kto", {"completion": " "}, "'completion'.*empty"),
     "tools that are none": ("sharegpt", {"tools": "sheds"}, "'tools'.*JSON schemas.*sheds"),
     "turns that are none": ("sharegpt", {"conversations": 5}, "'conversations'.*found 5"),

@@ -32,7 +32,7 @@ from rotopo.models.policy import Policy
 from rotopo.models.settings import PolicyConfig
 from rotopo.models.sharding import Sharding
 from rotopo.objectives import DPO
-from rotopo.optimisers import groups_of
+from rotopo.optimisers import groups_of, optimizer_of
 from rotopo.plan.load import Load
 from rotopo.plan.memory import Strategy, planner
 from rotopo.rotation import RotationConfig
@@ -93,7 +93,7 @@ def measure(
     ).chosen.sum().backward()
     start = own_memory()  # with what the libraries keep, once they have worked
     module.policy = _policy(module, config, sharding)
-    optimizer = module.optimizer(groups_of(module.named_parameters()))
+    optimizer = optimizer_of(module.optimizer, groups_of(module.named_parameters()))
     step: Any = module
     step.forward = lambda batch: module._step(batch)["loss"]
     if way == "ddp":
