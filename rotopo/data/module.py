@@ -79,6 +79,9 @@ class PairwiseDataModule(LightningDataModule):
         pairs_per_step: pairs of one optimiser step, over all micro-batches and ranks.
         score: a jsonl file of responses, see :class:`rotopo.data.responses.Responses`, which
             ``predict`` scores; None has it generate a response to each held-out prompt instead.
+        prompts: a file of prompts that ``predict`` responds to instead of the held-out ones, and of
+            which evaluation's shape it writes the answers, see :class:`rotopo.data.prompts.Prompts`.
+        answers_as: the model's name in these; None takes that of its files and its objective.
         eval_pairs_per_batch: pairs of a validation, test or prediction batch at most.
         token_budget: tokens of a micro-batch at most, padding included; None for no limit.
         layout: ``packed`` computes a prompt once for both responses, and no padding;
@@ -137,6 +140,8 @@ class PairwiseDataModule(LightningDataModule):
         accuracy_by: str | None = None,
         pairs_per_step: int = 32,
         score: str | None = None,
+        prompts: str | None = None,
+        answers_as: str | None = None,
         eval_pairs_per_batch: int = 16,
         token_budget: int | None = None,
         layout: Layout = "packed",
@@ -207,7 +212,7 @@ class PairwiseDataModule(LightningDataModule):
             num_workers=num_workers,
             seed=seed,
         )
-        self.score = score
+        self.score, self.prompts, self.answers_as = score, prompts, answers_as
         self.doctor = doctor
         self.changed: Sequence[str] = ()  # settings that are not a checkpoint's, for messages
         self._asked: Ask | None = None
@@ -250,7 +255,7 @@ class PairwiseDataModule(LightningDataModule):
     @cached_property
     def predicted(self) -> Predicted:
         """The rows of :meth:`predict_dataloader`, and what is written beside their predictions."""
-        return Predicted(self.pairs, self.score)
+        return Predicted(self.pairs, self.score, self.prompts, self.answers_as)
 
     def prediction_fingerprint(self) -> str:
         """Hash of what :meth:`predict_dataloader` gives: rows and their division into batches."""
@@ -261,14 +266,14 @@ class PairwiseDataModule(LightningDataModule):
         return positions(self.pairs.tokenizer_path)
 
     def prepare_data(self) -> None:
-        if not self.pairs.of and not self._only_scores():
+        if not self.pairs.of and not self._needs_no_source():
             self.pairs.load()
 
     def setup(self, stage: str | None = None) -> None:
         self._asked, self._rows_of = None, {}  # another module may be next
         if stage == "fit":
             self._selector = None  # that of another run; this one's callbacks come next
-        if not self.pairs.of and not self._only_scores():
+        if not self.pairs.of and not self._needs_no_source():
             self._agree_on_clock()
             self.pairs.divide()
             if stage != "doctor":  # which finds it among other things
@@ -386,7 +391,7 @@ class PairwiseDataModule(LightningDataModule):
         if time is not None:
             self.pairs.set_clock(time)
 
-    def _only_scores(self) -> bool:
+    def _needs_no_source(self) -> bool:
         """Whether the run has no use for the source."""
         predicting = self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING
-        return predicting and self.score is not None
+        return predicting and (self.score or self.prompts) is not None
