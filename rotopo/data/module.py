@@ -79,9 +79,9 @@ class PairwiseDataModule(LightningDataModule):
         pairs_per_step: pairs of one optimiser step, over all micro-batches and ranks.
         score: a jsonl file of responses, see :class:`rotopo.data.responses.Responses`, which
             ``predict`` scores; None has it generate a response to each held-out prompt instead.
-        prompts: a file of prompts that ``predict`` responds to instead of the held-out ones, and of
-            which evaluation's shape it writes the answers, see :class:`rotopo.data.prompts.Prompts`.
-        answers_as: the model's name in these; None takes that of its files and its objective.
+        prompts: a file of prompts, or of an evaluation's questions, that ``predict`` responds to
+            instead of the held-out prompts, see :class:`rotopo.data.prompts.Prompts`.
+        answers_as: the model's name there; None takes that of its files and its objective.
         eval_pairs_per_batch: pairs of a validation, test or prediction batch at most.
         token_budget: tokens of a micro-batch at most, padding included; None for no limit.
         layout: ``packed`` computes a prompt once for both responses, and no padding;

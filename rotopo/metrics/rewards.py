@@ -14,6 +14,7 @@ from rotopo.errors import InputError
 from rotopo.metrics.bootstrap import mean_interval
 from rotopo.metrics.calibration import calibration_error
 from rotopo.metrics.ranking import auroc, correlation, mean_ranks
+from rotopo.metrics.reward_bench_2 import reward_bench_2
 from rotopo.metrics.rewardbench import section_scores
 
 # Of the longer response: lengths that differ by no more are matched.
@@ -55,6 +56,7 @@ class RewardMetrics(Metric):
         clusters: what each row belongs to, for the interval; None where rows are independent.
         sets: the name of each row's set, where the pairs are of several; each has metrics of its
             own, under ``sets``.
+        places: which of RewardBench 2's responses a row holds, of its rows.
     """
 
     full_state_update = False
@@ -65,11 +67,13 @@ class RewardMetrics(Metric):
         groups: Mapping[int, str] | None = None,
         clusters: Mapping[int, Hashable] | None = None,
         sets: Mapping[int, str] | None = None,
+        places: Mapping[int, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         self.sets = sets
         self.groups = groups
         self.clusters = clusters
+        self.places = places or {}
         # One state, so that ranks exchange it at once; float64 holds rows and lengths exactly.
         self.add_state("table", [], "cat")
         self.set_dtype(torch.float64)  # of what a rank without pairs contributes
@@ -96,7 +100,8 @@ class RewardMetrics(Metric):
         return ScoredPairs(rows.astype(np.int64), chosen, rejected, *lengths)
 
     def compute(self) -> dict[str, Any]:
-        """:func:`reward_metrics`; empty where there is no pair."""
+        """:func:`reward_metrics`, and for RewardBench 2's pairs ``reward_bench_2``, see
+        :func:`rotopo.metrics.reward_bench_2.reward_bench_2`; empty where there is no pair."""
         pairs = self.pairs()
         if not len(pairs.rows):
             return {}
@@ -107,6 +112,11 @@ class RewardMetrics(Metric):
                 str(name): reward_metrics(pairs.only(names == name), self.groups, self.clusters)
                 for name in dict.fromkeys(names.tolist())
             }
+        if own := [row for row in pairs.rows.tolist() if row in self.places]:
+            part = pairs.only(np.isin(pairs.rows, own))
+            found["reward_bench_2"] = reward_bench_2(
+                [self.places[row] for row in own], part.chosen.tolist(), part.rejected.tolist()
+            )
         return found
 
 
