@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from rotopo.errors import InputError
 from rotopo.files import to_jsonl, write_whole
@@ -127,9 +127,9 @@ class PredictionWriter(Callback):
                 most in (line["tokens"], *line.get("earlier_tokens", ())) for line in found
             )
             if reached:
-                rank_zero_warn(
-                    f"model.sampling.max_new_tokens: {reached} of {len(found)} answers reach "
-                    f"{most} tokens, at which they are cut off."
+                print(
+                    f"{reached} of {len(found)} answers reach model.sampling.max_new_tokens "
+                    f"({most}), at which they are cut off."
                 )
 
     def _file(self, rank: int) -> Path:
