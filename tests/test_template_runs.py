@@ -58,7 +58,7 @@ def test_the_hour_of_the_first_fit_is_that_of_all_that_follows(config, tmp_path,
         ]
     ).datamodule
     prompt = json.loads(responses.read_text().splitlines()[0])["prompt"]
-    assert scored.predicted.responses.tokens[0]["prompt"] == first.datamodule.encoder.encode_prompt(
+    assert scored.predicted.given.tokens[0]["prompt"] == first.datamodule.encoder.encode_prompt(
         prompt
     )
 

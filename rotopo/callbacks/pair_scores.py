@@ -6,6 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rotopo.callbacks.yardstick import yardstick_rows
 from rotopo.data.batch import PairBatch, Role
+from rotopo.data.formats import PLACE
 from rotopo.data.messages import Message, text_of
 from rotopo.files import to_json, to_jsonl, write_whole
 from rotopo.metrics.rewards import RewardMetrics
@@ -64,6 +65,7 @@ class PairScores(Callback):
             parts.groups(rows),
             parts.labels(rows),
             pl_module.compared,
+            parts.known(rows, PLACE),
         )
         self.metrics = metrics.to(pl_module.device)
 
@@ -161,6 +163,7 @@ def _table(found: dict[str, Any]) -> str:
         rows.append((f"accuracy, {name}", f"{_accuracy(values)}  ({values['pairs']} pairs)"))
     for section, value in found.get("sections", {}).items():
         rows.append((f"RewardBench, {section}", f"{value:.4f}"))
+    rows += _second_version(found["reward_bench_2"]) if "reward_bench_2" in found else []
     width = max(len(title) for title, _ in rows)
     return "\n".join(f"{title:<{width}}  {text}" for title, text in rows)
 
@@ -168,6 +171,18 @@ def _table(found: dict[str, Any]) -> str:
 def _accuracy(found: dict[str, Any]) -> str:
     low, high = found["accuracy_interval"]
     return f"{found['accuracy']:.4f}  (95 % interval {low:.4f} to {high:.4f})"
+
+
+def _second_version(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """RewardBench 2's scores, as names and numbers."""
+    rows = []
+    for name, value in found["scores"].items():
+        prompts = found["prompts"].get(name)
+        count = "" if prompts is None else f"  ({prompts} prompts)"
+        rows.append((f"RewardBench 2, {name}", f"{value:.4f}{count}"))
+    if found["left_out"]:
+        rows.append(("RewardBench 2, left out", f"{found['left_out']} prompts lack responses"))
+    return rows
 
 
 def _sample(lines: list[dict[str, Any]], n: int) -> str:

@@ -25,7 +25,8 @@ class PredictionWriter(Callback):
 
     A line holds ``row``, ``prompt``, ``response`` and ``tokens`` (of the response), and a score
     where the responses were given. Lines are in the rows' order, and the file appears under its
-    name only when it is complete. Until then, finished batches are kept in the folder
+    name only when it is complete; beside it lies what an evaluation reads, where ``data.prompts``
+    holds its questions. Until then, finished batches are kept in the folder
     ``.unfinished`` beside the run's, under a hash of everything that the predictions follow from:
     weights, rows, settings, batches and ranks. The same run, started again, finds and keeps them.
 
@@ -109,15 +110,36 @@ class PredictionWriter(Callback):
                 f"{self.folder} holds {len(lines)} of {int(rows)} rows: let "
                 "trainer.default_root_dir be a folder that all nodes share."
             )
-        write_whole(target, to_jsonl([lines[row] for row in sorted(lines)]))
+        found = [lines[row] for row in sorted(lines)]
+        write_whole(target, to_jsonl(found))
+        answers = data.predicted.answers(found, _name_of(trainer, pl_module))
+        if answers is not None:
+            write_whole(target.parent / answers.file, answers.text)
         shutil.rmtree(self.folder)
         with contextlib.suppress(OSError):  # other runs may be unfinished
             self.folder.parent.rmdir()
         self.part.close()  # and with it the lock
         print(f"{len(lines)} lines in {target}")
+        if answers is not None:
+            print(f"For {answers.evaluation} in {target.parent / answers.file}")
+            most = pl_module.sampling.max_new_tokens
+            reached = sum(
+                most in (line["tokens"], *line.get("earlier_tokens", ())) for line in found
+            )
+            if reached:
+                print(
+                    f"{reached} of {len(found)} answers reach model.sampling.max_new_tokens "
+                    f"({most}), at which they are cut off."
+                )
 
     def _file(self, rank: int) -> Path:
         return self.folder / f"part-{rank}.jsonl"
+
+
+def _name_of(trainer: Trainer, module: Any) -> str:
+    """What evaluations call a model: its path's last part, and the objective that trained it."""
+    name = Path(module.model_config.path).name.removesuffix(".gguf")
+    return f"{name}-{type(module).__name__}" if trainer.ckpt_path else name
 
 
 def _whole_lines(file: Path) -> dict[int, Any]:

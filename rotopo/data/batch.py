@@ -148,11 +148,13 @@ class PairBatch(_Transferable):
 
 @dataclass(frozen=True)
 class PromptBatch(_Transferable):
-    """Prompts to generate from: left-padded ids and mask [B, T], source rows [B]."""
+    """Prompts to generate from: left-padded ids and mask [B, T], source rows [B]; and the sampling
+    temperature of each [B], where it is the prompt's and not a setting."""
 
     input_ids: Tensor
     attention_mask: Tensor
     rows: Tensor
+    temperatures: Tensor | None = None
 
 
 class Sizes:

@@ -28,6 +28,8 @@ from rotopo.errors import InputError
 
 # Columns that every format reads beside its own.
 COMMON_COLUMNS = ("tools", "chat_template_kwargs")
+# Which responses of a prompt a pair holds, see rotopo.data.reward_bench_2; the test reads it.
+PLACE = "reward_bench_2"
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Format:
         """Those of the source's columns that have no meaning to it; none for a user's function,
         of which nobody knows what it reads."""
         known = self.known
-        return [c for c in columns if c not in (*known, *MEDIA)] if known else []
+        return [c for c in columns if c not in (*known, PLACE, *MEDIA)] if known else []
 
     @property
     def known(self) -> list[str]:

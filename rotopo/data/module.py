@@ -31,7 +31,6 @@ from rotopo.data.selector import Selector
 from rotopo.data.tokenized import Truncation
 from rotopo.data.tokens import OnBadRow, OnUnwritten, PairEncoder
 from rotopo.errors import InputError
-from rotopo.pretrained import Positions, positions
 from rotopo.pretrained import cache_dir as default_cache_dir
 
 
@@ -79,6 +78,9 @@ class PairwiseDataModule(LightningDataModule):
         pairs_per_step: pairs of one optimiser step, over all micro-batches and ranks.
         score: a jsonl file of responses, see :class:`rotopo.data.responses.Responses`, which
             ``predict`` scores; None has it generate a response to each held-out prompt instead.
+        prompts: a file of prompts, or of an evaluation's questions, that ``predict`` responds to
+            instead of the held-out prompts, see :class:`rotopo.data.prompts.Prompts`.
+        answers_as: the model's name there; None takes that of its files and its objective.
         eval_pairs_per_batch: pairs of a validation, test or prediction batch at most.
         token_budget: tokens of a micro-batch at most, padding included: steps are cut into as many
             micro-batches as that takes, see :mod:`rotopo.run.accumulation`. None for no limit.
@@ -138,6 +140,8 @@ class PairwiseDataModule(LightningDataModule):
         accuracy_by: str | None = None,
         pairs_per_step: int = 32,
         score: str | None = None,
+        prompts: str | None = None,
+        answers_as: str | None = None,
         eval_pairs_per_batch: int = 16,
         token_budget: int | None = None,
         layout: Layout = "packed",
@@ -208,7 +212,7 @@ class PairwiseDataModule(LightningDataModule):
             num_workers=num_workers,
             seed=seed,
         )
-        self.score = score
+        self.score, self.prompts, self.answers_as = score, prompts, answers_as
         self.doctor = doctor
         self.changed: Sequence[str] = ()  # settings that are not a checkpoint's, for messages
         self._asked: Ask | None = None
@@ -252,18 +256,14 @@ class PairwiseDataModule(LightningDataModule):
     @cached_property
     def predicted(self) -> Predicted:
         """The rows of :meth:`predict_dataloader`, and what is written beside their predictions."""
-        return Predicted(self.pairs, self.score)
+        return Predicted(self.pairs, self.score, self.prompts, self.answers_as)
 
     def prediction_fingerprint(self) -> str:
         """Hash of what :meth:`predict_dataloader` gives: rows and their division into batches."""
         return self.predicted.fingerprint(self.batching.eval_pairs_per_batch, self.batching.layout)
 
-    @cached_property
-    def _positions(self) -> Positions | None:
-        return positions(self.pairs.tokenizer_path)
-
     def prepare_data(self) -> None:
-        if not self.pairs.of and not self._only_scores():
+        if not self.pairs.of and not self._needs_no_source():
             self.pairs.load()
 
     def setup(self, stage: str | None = None) -> None:
@@ -271,7 +271,7 @@ class PairwiseDataModule(LightningDataModule):
         if stage == "fit":
             # Those of another run; this one's come next.
             self._selector = self.accumulate = None
-        if not self.pairs.of and not self._only_scores():
+        if not self.pairs.of and not self._needs_no_source():
             self._agree_on_clock()
             self.pairs.divide()
             if stage != "doctor":  # which finds it among other things
@@ -286,7 +286,7 @@ class PairwiseDataModule(LightningDataModule):
         Raises:
             InputError: there is no pair to train on.
         """
-        return diagnose(patient(self.pairs, self._positions, needs is not None and needs.ends))
+        return diagnose(patient(self.pairs, self.pairs.positions, needs is not None and needs.ends))
 
     def train_dataloader(self) -> StatefulLoader:
         rows = self.rows("train")
@@ -317,7 +317,7 @@ class PairwiseDataModule(LightningDataModule):
         """
         rows = self.predicted.rows(self._asked is not None and self._asked.needs.ends)
         if self.score is not None:
-            refuse_beyond(rows, self._positions, f"data.score: {self.score}")
+            refuse_beyond(rows, self.pairs.positions, f"data.score: {self.score}")
         return self._loaders().prediction(rows, self.score is not None)
 
     def batches(self, rows: Rows, places: Sequence[int]) -> DataLoader:
@@ -350,7 +350,7 @@ class PairwiseDataModule(LightningDataModule):
         # Kept: loaders are made more than once, and mismatches and samples take their time.
         if name not in self._rows_of:
             made = rows_for(self.pairs, name, self._asked)
-            refuse_beyond(made, self._positions, name)
+            refuse_beyond(made, self.pairs.positions, name)
             self._rows_of[name] = made
         return self._rows_of[name]
 
@@ -390,7 +390,7 @@ class PairwiseDataModule(LightningDataModule):
         if time is not None:
             self.pairs.set_clock(time)
 
-    def _only_scores(self) -> bool:
+    def _needs_no_source(self) -> bool:
         """Whether the run has no use for the source."""
         predicting = self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING
-        return predicting and self.score is not None
+        return predicting and (self.score or self.prompts) is not None

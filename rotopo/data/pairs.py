@@ -23,7 +23,7 @@ from rotopo.data.settings import at_least, one_of
 from rotopo.data.tokenized import TokenizedPair
 from rotopo.data.tokens import OnBadRow, OnUnwritten, PairEncoder
 from rotopo.errors import InputError
-from rotopo.pretrained import load_tokenizer
+from rotopo.pretrained import Positions, load_tokenizer, positions
 
 if TYPE_CHECKING:  # else rotopo --help would wait for datasets, pandas and pyarrow
     from datasets import Dataset
@@ -103,6 +103,11 @@ class Pairs:
         """How preferences become tokens; its ``tokenizer`` is the one to save with a model."""
         settings = self.encoding | {"template_time": self.template_time}
         return PairEncoder(load_tokenizer(self.tokenizer_path), **settings)
+
+    @cached_property
+    def positions(self) -> Positions | None:
+        """How far the model counts; None where it has no limit, or is not at hand."""
+        return positions(self.tokenizer_path)
 
     @cached_property
     def fingerprint(self) -> str:

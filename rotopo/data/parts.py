@@ -115,6 +115,17 @@ class Parts:
                 found |= zip(own.tolist(), values, strict=True)
         return found
 
+    def known(self, rows: Sequence[int], column: str) -> dict[int, Any]:
+        """The values of a column by row, of the sources that have it.
+
+        Args:
+            rows: their numbers.
+            column: the column.
+        """
+        stored = [part.source.loaded[part.split].stored for part in self.parts]
+        columns = [column if column in one.column_names else None for one in stored]
+        return self.columns(rows, columns, column)
+
     def groups(self, rows: Sequence[int]) -> dict[int, str] | None:
         """What each row belongs to by its source's ``group_by``, rows without one to themselves;
         None where no source has any."""

@@ -213,6 +213,12 @@ class PairEncoder:
             tail if closed and any(tail) else None, bool(self._added_bos) and not self._writes_bos
         )
 
+    def without_control_tokens(self, text: str) -> str:
+        """A text without what spells a control token, as a model may write one, piece by piece."""
+        while self._control_tokens.search(text):  # what is left may spell another
+            text = self._control_tokens.sub("", text)
+        return text
+
     def truncate(self, pair: TokenizedPair) -> tuple[TokenizedPair, Outcome]:
         """The pair within ``max_length``, and what was done to it.
 

@@ -14,6 +14,7 @@ from rotopo.errors import InputError
 from rotopo.metrics.bootstrap import mean_interval
 from rotopo.metrics.calibration import calibration_error
 from rotopo.metrics.ranking import auroc, correlation, mean_ranks
+from rotopo.metrics.reward_bench_2 import reward_bench_2
 from rotopo.metrics.rewardbench import section_scores
 from rotopo.metrics.yardstick import COLUMNS, yardstick
 
@@ -65,6 +66,7 @@ class RewardMetrics(Metric):
             own, under ``sets``.
         compared: whether the pairs come with :data:`rotopo.metrics.yardstick.COLUMNS`, of a policy
             that is compared with its reference.
+        places: which of RewardBench 2's responses a row holds, of its rows.
     """
 
     full_state_update = False
@@ -76,12 +78,14 @@ class RewardMetrics(Metric):
         clusters: Mapping[int, Hashable] | None = None,
         sets: Mapping[int, str] | None = None,
         compared: bool = False,
+        places: Mapping[int, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         self.sets = sets
         self.groups = groups
         self.clusters = clusters
         self.beside = COLUMNS if compared else ()
+        self.places = places or {}
         # One state, so that ranks exchange it at once; float64 holds rows and lengths exactly.
         self.add_state("table", [], "cat")
         self.set_dtype(torch.float64)  # of what a rank without pairs contributes
@@ -112,8 +116,9 @@ class RewardMetrics(Metric):
         return ScoredPairs(rows, chosen, rejected, chosen_tokens, rejected_tokens, beside)
 
     def compute(self) -> dict[str, Any]:
-        """:func:`reward_metrics`, and ``yardstick``, :func:`rotopo.metrics.yardstick.yardstick`, of
-        a policy that is compared; empty where there is no pair."""
+        """:func:`reward_metrics`; of a policy that is compared also ``yardstick``, see
+        :func:`rotopo.metrics.yardstick.yardstick`, and of RewardBench 2's pairs ``reward_bench_2``,
+        see :func:`rotopo.metrics.reward_bench_2.reward_bench_2`. Empty where there is no pair."""
         pairs = self.pairs()
         if not len(pairs.rows):
             return {}
@@ -124,6 +129,11 @@ class RewardMetrics(Metric):
                 str(name): self._of(pairs.only(names == name))
                 for name in dict.fromkeys(names.tolist())
             }
+        if own := [row for row in pairs.rows.tolist() if row in self.places]:
+            part = pairs.only(np.isin(pairs.rows, own))
+            found["reward_bench_2"] = reward_bench_2(
+                [self.places[row] for row in own], part.chosen.tolist(), part.rejected.tolist()
+            )
         return found
 
     def _of(self, pairs: ScoredPairs) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def respond(
     Args:
         model: in evaluation mode.
         prompts: whose row numbers say which random numbers each response draws.
-        sampling: how to choose tokens.
+        sampling: how to choose tokens; prompts that have temperatures are sampled at theirs.
         stop_ids: tokens that end a response.
         together: all ranks respond at the same time, and a model that is divided among them needs
             each for every token: who has ended goes on until all have.
@@ -58,7 +58,7 @@ def respond(
         InputError: a logit is not finite.
     """
     device = prompts.input_ids.device
-    choose = _Choice(sampling, prompts.rows.tolist(), device)
+    choose = _Choice(sampling, prompts)
     # The place of each different prompt, and which of them each response follows.
     first: dict[tuple[int, ...], int] = {}
     lines = torch.cat([prompts.attention_mask, prompts.input_ids], dim=1).tolist()
@@ -207,13 +207,16 @@ class _Choice:
 
     Args:
         sampling: how.
-        rows: whose random numbers each response draws [B].
-        device: of the logits.
+        prompts: whose rows say which random numbers each response draws.
     """
 
-    def __init__(self, sampling: Sampling, rows: list[int], device: torch.device) -> None:
+    def __init__(self, sampling: Sampling, prompts: PromptBatch) -> None:
         self.temperature, self.top_p = sampling.temperature, sampling.top_p
-        if self.temperature:
+        self.temperatures = prompts.temperatures
+        own = self.temperatures
+        self.draws = bool(self.temperature if own is None else own.any())
+        if self.draws:
+            rows, device = prompts.rows.tolist(), prompts.input_ids.device
             # Of neighbouring numbers too NumPy makes states that have nothing in common.
             states = [np.random.default_rng([sampling.seed % 2**64, row]) for row in rows]
             drawn = np.stack([state.random(sampling.max_new_tokens) for state in states])
@@ -234,9 +237,15 @@ class _Choice:
         highest, likeliest = logits.max(-1)
         if not highest.isfinite().all():
             raise InputError("a logit is not finite: the model has diverged.")
-        if not self.temperature:
+        if not self.draws:
             return likeliest
-        p = ((logits / self.temperature).softmax(-1) * _WHOLE).long()
+        temperature: float | Tensor = self.temperature
+        greedy = None
+        if self.temperatures is not None:
+            own = self.temperatures[places]
+            greedy = own == 0
+            temperature = own.masked_fill(greedy, 1.0)[:, None]
+        p = ((logits / temperature).softmax(-1) * _WHOLE).long()
         tokens = None
         if self.top_p < 1:
             p, tokens = _likeliest(p, self.top_p)
@@ -245,7 +254,8 @@ class _Choice:
         total = reached[:, -1:]
         drawn = (self.uniform[places, step][:, None] * total).long().minimum(total - 1)
         index = torch.searchsorted(reached, drawn, right=True)
-        return (index if tokens is None else tokens.gather(1, index)).squeeze(1)
+        chosen = (index if tokens is None else tokens.gather(1, index)).squeeze(1)
+        return chosen if greedy is None else torch.where(greedy, likeliest, chosen)
 
 
 def _likeliest(p: Tensor, share: float) -> tuple[Tensor, Tensor]:

@@ -167,12 +167,8 @@ class PreferenceModule(PairwiseModule):
             # Responses of other kinds, which some objectives train on, have no say in a reward.
             log_probs = self.policy(batch, replace(self.needs, roles=()))
             return [{"score": reward} for reward in self.rewards(log_probs)[0].tolist()]
-        responses = self.policy.generate(batch, self.sampling, data.stop_ids)
-        decode = data.encoder.tokenizer.decode
-        return [
-            {"response": decode(ids, skip_special_tokens=True), "tokens": len(ids)}
-            for ids in responses
-        ]
+        generate = partial(self.policy.generate, sampling=self.sampling, stop_ids=data.stop_ids)
+        return data.predicted.respond(batch, generate)
 
     def sample_reference(
         self, prompts: Sequence[list[int]], data: PairwiseDataModule

@@ -176,8 +176,9 @@ TABLE = _rows(
         "the training pairs have to stay the same: their fingerprint is compared",
     ),
     (
-        "data.accuracy_by data.score data.eval_pairs_per_batch data.token_budget data.layout "
-        "data.num_workers data.num_proc data.cache_dir data.doctor data.tokenizer",
+        "data.accuracy_by data.score data.prompts data.answers_as data.eval_pairs_per_batch "
+        "data.token_budget data.layout data.num_workers data.num_proc data.cache_dir data.doctor "
+        "data.tokenizer",
         "harmless",
         "harmless",
         "how batches are made and held-out pairs are looked at, not what is learned",

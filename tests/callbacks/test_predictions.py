@@ -75,6 +75,24 @@ def test_a_killed_generation_goes_on_where_it_stopped(config, killed, monkeypatc
 
 
 @pytest.mark.slow
+def test_killed_answers_of_two_turns_go_on(config, killed):
+    file = config.parent / "question.jsonl"
+    turns = [f"Write of film {n}." for n in range(4)]
+    questions = [{"question_id": n, "turns": [turn, "Again."]} for n, turn in enumerate(turns)]
+    file.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    options = [f"--data.prompts={file}", "--data.eval_pairs_per_batch=1"]
+    whole = predict(config, "whole", *options)
+    assert len(killed(config, 2, *options).read_text().splitlines()) == 2
+    assert predict(config, "killed", *options) == whole
+
+    def choices(root: str) -> list:
+        (answers,) = (config.parent / root).rglob("model_answer/model.jsonl")
+        return [json.loads(line)["choices"] for line in answers.read_text().splitlines()]
+
+    assert choices("killed") == choices("whole")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [40, 1, 10_000])
 def test_a_torn_line_is_done_again(config, killed, cut):
     whole = predict(config, "whole", *SAMPLED)

@@ -3,6 +3,7 @@ and what an adapter's layers multiply by meanwhile."""
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -151,6 +152,18 @@ def test_a_sample_does_not_depend_on_the_others():
         assert found == [together[i] for i in rows]
     other = Sampling(8, temperature=1.0, top_p=0.9, seed=-4)
     assert respond(model, batch_of(PROMPTS), other, [7, 8, 9, 10]) != together
+
+
+def test_prompts_have_temperatures_of_their_own():
+    """Each response is that of a batch of its prompt alone, at its temperature."""
+    model = make("llama").eval()
+    own = [0.0, 1.5, 0.7, 0.0, 1.5]
+    batch = replace(batch_of(PROMPTS), temperatures=torch.tensor(own))
+    found = respond(model, batch, Sampling(8, temperature=0.2, seed=3), [7, 8, 9, 10])
+    for row, temperature in enumerate(own):
+        alone = Sampling(8, temperature=temperature, seed=3)
+        expected = respond(model, batch_of([PROMPTS[row]], [row]), alone, [7, 8, 9, 10])
+        assert found[row] == expected[0]
 
 
 def test_the_reference_responds_as_its_adapter_started():
