@@ -266,6 +266,16 @@ def test_the_strength_is_a_setting(name):
         assert getattr(objective, objective.strength) > 0
 
 
+def test_length_normalised_dpo_is_tulu_3s():
+    """dpo_norm of allenai/open-instruct, open_instruct/dpo_utils.py: DPO on mean log-probs."""
+    p = some()
+    policy = p.chosen / p.chosen_length - p.rejected / p.rejected_length
+    reference = p.reference_chosen / p.chosen_length - p.reference_rejected / p.rejected_length
+    expected = -torch.nn.functional.logsigmoid(5.0 * (policy - reference))
+    found = losses_of(objectives.DPO(beta=5.0, normalise_length=True), p)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 BAD: list[tuple[type[PreferenceModule], dict, str]] = [
     *(
         (getattr(objectives, name), {"beta": 0.0}, "beta is 0.0")
