@@ -181,6 +181,11 @@ def _detect(rows: "Dataset") -> Format:
         raise InputError(
             f"The rows (columns {columns}) fit several formats; set data.format to one of\n{listed}"
         )
+    if {"num_correct", "num_incorrect"} <= set(rows.column_names):
+        raise InputError(
+            "The rows are RewardBench 2's, with several responses of a kind: name them in "
+            "data.source as python:rotopo.data.reward_bench_2.pairs:FILE."
+        )
     listed = "\n".join(f"  {name}: {why}" for name, why in misfits.items())
     raise InputError(
         f"The rows (columns {columns}) fit no known format. Rename the columns, or set data.format "
