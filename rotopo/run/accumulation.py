@@ -49,7 +49,6 @@ class _Given:
         return cls(trainer.accumulate_grad_batches, limit, interval)
 
     def put_back(self, trainer: Trainer) -> None:
-        trainer.accumulate_grad_batches = self.accumulation
         trainer.limit_train_batches = self.limit
         trainer.val_check_interval = self.interval
 
@@ -122,7 +121,8 @@ class Accumulation:
                 "times data.pairs_per_step: leave it out. How many micro-batches a step has is "
                 "trainer.accumulate_grad_batches, or found by data.token_budget."
             )
-        if self._given is not None and self._trainer() is trainer:
+        if self._given is not None and self._trainer() is trainer:  # what an earlier fit found
+            self._resumption.recut(trainer, self._given.accumulation)
             self._given.put_back(trainer)
         self._trainer, self._given = weakref.ref(trainer), _Given.of(trainer)
         self._coupled = coupled

@@ -1,5 +1,6 @@
 """The accumulation that ``data.token_budget`` finds: the least, and the same run as without it."""
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -238,6 +239,19 @@ def test_a_round_of_fewer_pairs_has_fewer_micro_batches(config, seen):
         resumed, one = seen(config, "resumed", *options, f"--ckpt_path={file}")
         assert one.steps == within.steps[step:]
         assert_equal(weights(resumed), weights(whole), rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_the_same_trainer_goes_on(config, seen):
+    """From Python: what the first fit found is no setting of the second's."""
+    cli, one = seen(config, "parts", BUDGET, "--model.scheduler=null", "--trainer.max_epochs=1")
+    trainer = cli.trainer
+    trainer.fit_loop.max_epochs = 2
+    cli.datamodule.batching = replace(cli.datamodule.batching, token_budget=120)
+    trainer.fit(cli.model, cli.datamodule)
+    assert (trainer.accumulate_grad_batches, trainer.global_step) == (6, 6)
+    assert trainer.fit_loop.total_batch_idx + 1 == 6 * 6
+    assert one.steps == [3] * 3 + [6] * 3
 
 
 def test_what_cannot_be_is_refused_by_name(message):
