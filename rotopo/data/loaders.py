@@ -63,6 +63,7 @@ class Loaders:
         world_size, rank: how many ranks share the rows, and which of them this is.
         accumulation: micro-batches of an optimiser step on each rank.
         on_gpu: whether batches go to a GPU.
+        overfit: whether every epoch trains on the same batches.
     """
 
     settings: Batching
@@ -71,6 +72,7 @@ class Loaders:
     rank: int = 0
     accumulation: int = 1
     on_gpu: bool = False
+    overfit: bool = False
 
     @classmethod
     def of(cls, settings: Batching, pad_id: int, trainer: Trainer | None) -> "Loaders":
@@ -84,6 +86,7 @@ class Loaders:
             trainer.global_rank,
             trainer.accumulate_grad_batches,
             trainer.strategy.root_device.type == "cuda",
+            bool(trainer.overfit_batches),
         )
 
     def training(
@@ -108,6 +111,7 @@ class Loaders:
             self.settings.length_window,
             mixture,
         )
+        sampler.same_epoch = self.overfit
         if accumulate is not None:
             sampler.accumulation = accumulate(sampler)
         scale = sampler.accumulation * self.world_size / self.settings.pairs_per_step

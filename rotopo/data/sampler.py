@@ -89,6 +89,7 @@ class StepSampler(Sampler[list[int]]):
         self.token_budget = token_budget
         self.length_window = length_window
         self.epoch = 0
+        self.same_epoch = False  # whether all epochs are the first, for trainer.overfit_batches
         self.skip = 0  # micro-batches that the next epoch leaves out, see StatefulLoader
 
     @property
@@ -121,6 +122,7 @@ class StepSampler(Sampler[list[int]]):
 
     def steps_of(self, epoch: int) -> list[list[int]]:
         """The pairs of each optimiser step of an epoch [steps, G]."""
+        epoch = 0 if self.same_epoch else epoch
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = self._order(epoch, generator)
         G = self.pairs_per_step

@@ -438,3 +438,12 @@ def test_films(make):
     described = data.pairs.describe()
     assert 420 <= described["pairs/test"] <= 440
     assert sum(described[f"pairs/{name}"] for name in ("train", "validation", "test")) == 3226
+
+
+def test_overfitting_sees_the_same_pairs_in_every_epoch(make):
+    data = make(validation=0.0, test=0.0)
+    data.trainer = Trainer(accelerator="cpu", logger=False, overfit_batches=2)
+    loader = data.train_dataloader()
+    first = [batch.rows.tolist() for batch in loader]
+    loader.batch_sampler.set_epoch(1)
+    assert [batch.rows.tolist() for batch in loader] == first
