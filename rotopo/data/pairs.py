@@ -139,8 +139,14 @@ class Pairs:
             self.stop_clock,
             self.say,
         )
-        for source in self.all_sources:
+        for source in self.sources:
             source.load(reading)
+        for name, sets in self.sets.items():
+            for one in sets:
+                try:
+                    one.load(reading)
+                except InputError as error:
+                    raise InputError(f"data.{name}.{one.name}: {error}") from error
 
     def divide(self) -> None:
         """Divide the rows into ``of``, and label the training pairs.

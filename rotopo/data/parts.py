@@ -59,13 +59,18 @@ class Parts:
         (place,) = self.of_rows([row])
         return self.parts[place]
 
+    @property
+    def names(self) -> list[str]:
+        """The labels that there are, each once."""
+        return list(dict.fromkeys(part.label for part in self.parts if part.label is not None))
+
     def labelled(self, rows: Tensor) -> dict[str, Tensor]:
         """Which rows have each label [N]; empty where no part has one.
 
         Args:
             rows: their numbers [N].
         """
-        labels = dict.fromkeys(part.label for part in self.parts if part.label is not None)
+        labels = self.names
         if not labels:
             return {}
         firsts = torch.tensor([part.first for part in self.parts[1:]], device=rows.device)
@@ -78,7 +83,7 @@ class Parts:
 
     def labels(self, rows: Sequence[int]) -> dict[int, str]:
         """The label of each row; empty where no part has one."""
-        if all(part.label is None for part in self.parts):
+        if not self.names:
             return {}
         places = self.of_rows(rows).tolist()
         return {row: str(self.parts[at].label) for row, at in zip(rows, places, strict=True)}
@@ -187,7 +192,7 @@ def join(
     kinds = {unpaired_rows(table) > 0: part for part, table in zip(parts, tables, strict=True)}
     if len(kinds) > 1:
         raise InputError(
-            f"data: {kinds[True].source.name} has rows with a single response, and "
-            f"{kinds[False].source.name} pairs alone ({name}): give sources of one kind."
+            f"data ({name}): {kinds[True].source.name!r} has rows with a single response, and "
+            f"{kinds[False].source.name!r} only pairs: give sources of one kind."
         )
     return Parts(parts), concatenate_datasets(tables) if len(tables) > 1 else tables[0]

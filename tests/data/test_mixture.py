@@ -219,6 +219,9 @@ def test_what_is_no_mixture_is_refused(make, three):
         (films.source, {"validation": {"a": 0.1, "b": 0.2}}, "has 2 shares"),
         (films.source, {"test": {"a": Source(qa.source, weight=1.0)}}, "data.test.a.weight"),
         (films.source, {"test": {"a/b": qa}}, "the name 'a/b'"),
+        (films.source, {"test": {"rewards": qa}}, "the name 'rewards'"),
+        (films.source, {"test": {"a b": 0.1}}, "the name 'a b'"),
+        (films.source, {"test": {"a": "none.jsonl"}}, "data.test.a: .*no file 'none.jsonl'"),
         (films.source, {"test": {"a": Source()}}, "data.test.a: name a split of data.source"),
         ([films, qa], {"test": {"a": Source(split="x")}}, "data.test.a has no source"),
         (films.source, {"columns": {"prompt": "question"}}, "has no column 'question' to be"),
@@ -231,8 +234,10 @@ def test_what_is_no_mixture_is_refused(make, three):
 def test_paired_and_unpaired_sources_are_refused(make, three, tmp_path):
     file = tmp_path / "single.jsonl"
     file.write_text('{"prompt": "p", "completion": "c", "label": true}\n' * 20)
-    with pytest.raises(InputError, match="single has rows with a single response, and films pairs"):
-        make([three[0], Source(str(file))])
+    with pytest.raises(
+        InputError, match="'single' has rows with a single response, and 'films' only pairs"
+    ):
+        make([three[0], str(file)])
 
 
 def test_columns_cover_others_of_the_format_s_names(make, tmp_path):
