@@ -26,8 +26,8 @@ class Trainer(pytorch.Trainer):
     no metric has is refused before the first step; and rotopo's samplers, which know the ranks, are
     left in place. With Lightning's own Trainer a module trains to the same weights.
 
-    What only the command knows stays out: checkpoints hold no settings, so that a script, and no
-    command, goes on from them; and nothing seeds, catches errors or takes SLURM's signals.
+    What only the command knows stays out: checkpoints hold no settings, so that a command goes on
+    from them only with ``--config``; and nothing seeds, catches errors or takes SLURM's signals.
 
     Args:
         default_root_dir: folder of the runs' folders.

@@ -86,7 +86,7 @@ class Loaders:
             trainer.global_rank,
             trainer.accumulate_grad_batches,
             trainer.strategy.root_device.type == "cuda",
-            bool(trainer.overfit_batches),
+            bool(trainer.overfit_batches),  # type: ignore[attr-defined]
         )
 
     def training(

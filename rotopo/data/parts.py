@@ -35,6 +35,12 @@ class Part(NamedTuple):
     first: int
     end: int
 
+    @property
+    def name(self) -> str:
+        """The source's, with the label before it where that is another: held_out/films."""
+        own = self.source.name
+        return own if self.label in (None, own) else f"{self.label}/{own}"
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -90,12 +96,12 @@ class Parts:
 
     def in_words(self) -> str:
         """Which numbers are whose rows."""
-        return ", ".join(f"{p.source.name} from {p.first} to {p.end - 1}" for p in self.parts)
+        return ", ".join(f"{p.name} from {p.first} to {p.end - 1}" for p in self.parts)
 
     def counts(self, rows: "Sequence[int] | np.ndarray") -> dict[str, int]:
-        """How many of some rows each source has."""
+        """How many of some rows each part has, by its name."""
         counts = np.bincount(self.of_rows(rows), minlength=len(self)).tolist()
-        return {part.source.name: n for part, n in zip(self.parts, counts, strict=True)}
+        return {part.name: n for part, n in zip(self.parts, counts, strict=True)}
 
     def columns(
         self, rows: Sequence[int], columns: Sequence[str | None], setting: str

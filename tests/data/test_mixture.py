@@ -199,6 +199,16 @@ def test_evaluation_sets(make, three):
     }
 
 
+def test_a_set_may_be_called_as_a_source_or_as_a_set_of_another_split(make, three):
+    films, qa, code = three
+    data = make(films.source, validation={"held_out": 0.1, "films": qa}, test={"films": code})
+    found = data.pairs.describe()
+    assert found["pairs/validation/held_out/films"] == 12
+    assert found["pairs/validation/films"] == found["rows/validation/films/train/whole"] == 90
+    assert found["rows/test/films/train/whole"] == 60
+    assert found["rows/films/train/whole"] == 120
+
+
 def test_what_is_no_mixture_is_refused(make, three):
     films, qa, _ = three
     for source, settings, words in (
