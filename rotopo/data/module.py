@@ -90,6 +90,7 @@ class PairwiseDataModule(LightningDataModule):
             attention mask (``policy.attention`` sdpa or eager); ``padded`` a prompt twice.
         length_window: make the pairs of a step similar in length: those of so many steps are
             sorted before they are cut into steps. 1 leaves a step's pairs to chance, as papers do.
+            Of a mixture a window has the sources' shares then, and not each of its steps.
         chat_template: Jinja text, a file that holds it, or the name of one of the tokenizer's,
             where it has several; None takes the tokenizer's.
         chat_template_kwargs: arguments of the chat template, ``{enable_thinking: false}`` say, the
