@@ -43,8 +43,8 @@ class Source:
         margin: as ``data.margin``.
         chat_template_kwargs: arguments of the chat template, laid over ``data``'s and under the
             rows' own.
-        rows: use only so many of its training pairs, drawn by ``data.split_seed``; of a set, of
-            its pairs. None for all.
+        rows: use only so many of its training pairs, drawn by ``data.split_seed``; of its pairs
+            where none is for training: of a set, or with ``data.test`` 1. None for all.
         weight: its share of the pairs of every step, in relation to the other sources' weights.
             An epoch ends as the first source has been through all of its pairs, and the others go
             on in the next where they stopped. None, then for all sources, mixes whole sources.
