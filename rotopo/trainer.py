@@ -26,13 +26,13 @@ class Trainer(pytorch.Trainer):
     no metric has is refused before the first step; and rotopo's samplers, which know the ranks, are
     left in place. With Lightning's own Trainer a module trains to the same weights.
 
-    What only the command knows stays out: checkpoints hold no settings, so that a script, and no
-    command, goes on from them; and nothing seeds, catches errors or takes SLURM's signals.
+    What only the command knows stays out: checkpoints hold no settings, so that a command goes on
+    from them only with ``--config``; and nothing seeds, catches errors or takes SLURM's signals.
 
     Args:
         default_root_dir: folder of the runs' folders.
-        logger: as of Lightning's: true is TensorBoard beside ``metrics.csv``, false that table
-            alone, and others come beside it.
+        logger: as of Lightning's: None and true are TensorBoard beside ``metrics.csv``, false that
+            table alone, and others come beside it.
         callbacks: as of Lightning's.
         plugins: as of Lightning's.
         **settings: of Lightning's Trainer.
@@ -45,16 +45,18 @@ class Trainer(pytorch.Trainer):
         self,
         *,
         default_root_dir: str | Path = "runs",
-        logger: Logger | Sequence[Logger] | bool = True,
-        callbacks: Callback | Sequence[Callback] = (),
-        plugins: Any = (),
+        logger: Logger | Sequence[Logger] | bool | None = None,
+        callbacks: Callback | Sequence[Callback] | None = None,
+        plugins: Any = None,
         **settings: Any,
     ) -> None:
         folder = RunFolder(root_of(default_root_dir))
         quiet()
         loggers = loggers_in(folder, list(logger) if isinstance(logger, Sequence) else logger)
-        given = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+        given = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or ())
         flatten_names(given)
+        if plugins is None:
+            plugins = ()
         plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(WholeCheckpointIO())

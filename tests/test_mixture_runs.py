@@ -51,7 +51,11 @@ def test_a_mixture_goes_on_in_the_middle_and_sets_have_metrics(config, tmp_path)
     file.write_text(yaml.safe_dump(settings(config, tmp_path)))
     keep = {
         "class_path": "ModelCheckpoint",
-        "init_args": {"every_n_train_steps": 3, "save_top_k": -1},
+        "init_args": {
+            "every_n_train_steps": 3,
+            "save_top_k": -1,
+            "monitor": "train/others/loss",  # a name that no validation has
+        },
     }
     args = ["fit", "--config", str(file), "--trainer.max_steps=8", "--trainer.val_check_interval=5"]
     whole = run([*args, f"--trainer.callbacks={json.dumps([keep])}"])

@@ -67,6 +67,9 @@ class Generations(Callback):
         self.asked: list[Preference] = []
         self.tokens: list[list[int]] = []
 
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self.asked, self.tokens = [], []  # the next run may have another tokenizer
+
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.limit_val_batches == 0 or not data_of(trainer).has("validation"):
             raise InputError(
@@ -193,7 +196,7 @@ class Generations(Callback):
 
 
 def _keep(file: Path, lines: list[dict[str, Any]]) -> None:
-    """Put lines behind those of other steps that are there."""
+    """Add lines after those of other steps that are there."""
     there = [line for _, line in read_jsonl(file)] if file.exists() else []
     kept = [line for line in there if line.get("step") != lines[0]["step"]]
     write_whole(file, to_jsonl([*kept, *lines]))

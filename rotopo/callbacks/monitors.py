@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
+from rotopo.data.module import PairwiseDataModule
 from rotopo.errors import InputError
 from rotopo.run.lightning import callbacks_of, data_if_any
 
@@ -25,10 +26,11 @@ class Monitors(Callback):
     """Refuses a ``monitor`` that no metric has, of callbacks and of the scheduler, before step 1.
 
     Names are not kept in a list: those under ``val/`` are what the sanity validation has seen,
-    and the same callbacks log them under ``train/`` too; other callbacks of ours say theirs in
-    ``metric_names``. Without a sanity validation the first step's names stand for it. A module or
-    a callback of the user's own may log what it likes when it likes: with one in the run a name
-    that is unknown is left to whoever monitors it, who looks for it when it is due.
+    and the same callbacks log them under ``train/`` too, of sources and sets by the names that the
+    data has; other callbacks of ours say theirs in ``metric_names``. Without a sanity validation
+    the first step's names stand for it. A module or a callback of the user's own may log what it
+    likes when it likes: with one in the run a name that is unknown is left to whoever monitors it,
+    who looks for it when it is due.
 
     Also flattens names of checkpoints: ``{val/loss}`` would make a folder.
     """
@@ -87,8 +89,13 @@ class Monitors(Callback):
         callbacks = callbacks_of(trainer)
         known = {*trainer.callback_metrics}
         pairs = {name for one in callbacks for name in getattr(one, "pair_metric_names", ())}
-        stages = ("train", "val") if self.validates else ("train",)
-        known |= {f"{stage}/{name}" for stage in stages for name in pairs}
+        stages = {"train": "train"} | ({"val": "validation"} if self.validates else {})
+        data = data_if_any(trainer)
+        for stage, split in stages.items():
+            parts = data.pairs.parts if isinstance(data, PairwiseDataModule) else {}
+            labels = parts[split].names if split in parts else []
+            known |= {f"{stage}/{name}" for name in pairs}
+            known |= {f"{stage}/{label}/{name}" for label in labels for name in pairs}
         known |= {name for one in callbacks for name in getattr(one, "metric_names", ())}
         if any(_is_the_users(part) for part in (module, *callbacks)):
             return

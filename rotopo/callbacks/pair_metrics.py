@@ -31,7 +31,7 @@ class PairMetricsCallback(Callback):
     def __init__(self) -> None:
         self.training: PairMeans | None = None
         self.evaluation: PairMeans | None = None
-        self.pair_metric_names: set[str] = set()  # of what it has seen, without the stage
+        self.pair_metric_names: set[str] = set()  # of what it has seen, without the stage or a set
 
     @abstractmethod
     def values(self, output: StepOutput) -> Values | None:
@@ -47,8 +47,8 @@ class PairMetricsCallback(Callback):
         module = trainer.lightning_module
         values = self.values(outputs)
         if values is not None:
-            values = {**values, **_by_label(trainer, values, batch, name)}
             self.pair_metric_names |= values.keys()
+            values = {**values, **_by_label(trainer, values, batch, name)}
             means = means or PairMeans(tuple(values))
             means.to(module.device).update(values)
         return means

@@ -15,6 +15,8 @@ from rotopo.errors import InputError
 # each of them a share, a place where rows are, or all that there is to say of a source.
 HeldOut = float | str | Mapping[str, float | str | Source]
 _ONLY_FOR_TRAINING = ("name", "weight", "repetitions")
+# Sets of these names would have metrics whose names others have: test/rewards/accuracy.
+_TAKEN = ("rewards", "yardstick")
 
 
 class Arranged(NamedTuple):
@@ -27,7 +29,7 @@ class Arranged(NamedTuple):
 
 
 def arranged(
-    source: str | Sequence[Source], common: Source, held_out: Mapping[str, HeldOut], seed: int
+    source: str | Sequence[str | Source], common: Source, held_out: Mapping[str, HeldOut], seed: int
 ) -> Arranged:
     """The sources and sets that settings name.
 
@@ -40,8 +42,8 @@ def arranged(
     Raises:
         InputError: a setting is missing, out of its range, or does not go with the others.
     """
-    listed = [Source(source)] if isinstance(source, str) else list(source)
-    whole = [one.over(common) for one in listed]
+    listed = [source] if isinstance(source, str) else source
+    whole = [(Source(one) if isinstance(one, str) else one).over(common) for one in listed]
     _check(whole)
     shares = {name: _share(name, value) for name, value in held_out.items()}
     sources = [
@@ -77,6 +79,7 @@ def arranged(
             ]
             for one in sets[name]:
                 _refuse_trained_on(f"data.{name}.{one.name}", one, sources)
+    _check_names([*names, *(k for v in held_out.values() if isinstance(v, Mapping) for k in v)])
     return Arranged(sources, sets, labels)
 
 
@@ -101,6 +104,16 @@ def _check(whole: Sequence[Source]) -> None:
                     f"data.source: the {name} of {one.source} is {value}: it has to be above zero."
                 )
         at_least("source.rows", one.rows, 1)
+
+
+def _check_names(names: Sequence[str | None]) -> None:
+    for name in names:
+        if name is not None and (name in _TAKEN or not re.fullmatch(r"[\w.-]+", name)):
+            raise InputError(
+                f"data: the name {name!r} of a source or a set becomes a part of metrics' names: "
+                "write it with letters, digits, '_', '-' and '.', and other than "
+                f"{' and '.join(_TAKEN)}."
+            )
 
 
 def _share(name: str, value: HeldOut) -> float | str:

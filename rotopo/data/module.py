@@ -46,8 +46,9 @@ class PairwiseDataModule(LightningDataModule):
         source: a data set on the Hub (``name`` or ``name:config``), a json, jsonl, csv, parquet
             or arrow file, a glob or folder of them, ``package:PACKAGE/FILE``, or
             ``python:package.module.function`` (``:ARGUMENT`` behind it, if it takes one). Or
-            several, as a list of :class:`rotopo.data.one_source.Source`, each with settings of its
-            own and its share of every epoch, see :class:`rotopo.data.mixture.Mixture`.
+            several, as a list of these or of :class:`rotopo.data.one_source.Source`, each with
+            settings of its own and its share of every epoch, see
+            :class:`rotopo.data.mixture.Mixture`.
         format: the rows' format by name (explicit, implicit, ultrafeedback, hh, align_anything,
             sharegpt, kto), or the dotted path of a function row -> Preference; None detects it.
         columns: the source's columns by the format's names for them, ``{prompt: instruction}``.
@@ -89,6 +90,7 @@ class PairwiseDataModule(LightningDataModule):
             attention mask (``policy.attention`` sdpa or eager); ``padded`` a prompt twice.
         length_window: make the pairs of a step similar in length: those of so many steps are
             sorted before they are cut into steps. 1 leaves a step's pairs to chance, as papers do.
+            Of a mixture a window has the sources' shares then, and not each of its steps.
         chat_template: Jinja text, a file that holds it, or the name of one of the tokenizer's,
             where it has several; None takes the tokenizer's.
         chat_template_kwargs: arguments of the chat template, ``{enable_thinking: false}`` say, the
@@ -124,7 +126,7 @@ class PairwiseDataModule(LightningDataModule):
     def __init__(
         self,
         tokenizer: str,
-        source: str | list[Source],
+        source: str | list[str | Source],
         format: str | None = None,
         columns: dict[str, str] | None = None,
         filter: RowFilter | None = None,

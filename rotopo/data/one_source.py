@@ -1,6 +1,5 @@
 """One source: how it is read, and its splits as they are stored, as rows and as tokens."""
 
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -44,8 +43,8 @@ class Source:
         margin: as ``data.margin``.
         chat_template_kwargs: arguments of the chat template, laid over ``data``'s and under the
             rows' own.
-        rows: use only so many of its training pairs, drawn by ``data.split_seed``; of a set, of
-            its pairs. None for all.
+        rows: use only so many of its training pairs, drawn by ``data.split_seed``; of its pairs
+            where none is for training: of a set, or with ``data.test`` 1. None for all.
         weight: its share of the pairs of every step, in relation to the other sources' weights.
             An epoch ends as the first source has been through all of its pairs, and the others go
             on in the next where they stopped. None, then for all sources, mixes whole sources.
@@ -114,11 +113,6 @@ class OneSource:
 
     def __post_init__(self) -> None:
         at_least("source.rows", self.settings.rows, 1)
-        if not re.fullmatch(r"[\w.-]+", self.name):
-            raise InputError(
-                f"data: the name {self.name!r} of a source or a set becomes a part of metrics' "
-                "names: write it with letters, digits, '_', '-' and '.'."
-            )
 
     @property
     def path(self) -> str:
@@ -215,7 +209,8 @@ class OneSource:
         kept = np.flatnonzero(np.isin(pairs.with_format("numpy")["row"][:], numbers))
         if len(kept) == 0:
             raise InputError(
-                f"No {name} pair is left of {self.path}: every one of them was dropped."
+                f"No {name} pair is left of {self.path}: every one of them was dropped"
+                f"{'' if self.settings.filter is None else ', or not kept by data.filter'}."
             )
         wanted = self.settings.rows
         if wanted is not None and (name == "train" or "train" not in self.chosen):

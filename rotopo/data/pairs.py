@@ -139,8 +139,14 @@ class Pairs:
             self.stop_clock,
             self.say,
         )
-        for source in self.all_sources:
+        for source in self.sources:
             source.load(reading)
+        for name, sets in self.sets.items():
+            for one in sets:
+                try:
+                    one.load(reading)
+                except InputError as error:
+                    raise InputError(f"data.{name}.{one.name}: {error}") from error
 
     def divide(self) -> None:
         """Divide the rows into ``of``, and label the training pairs.
@@ -314,6 +320,9 @@ class Pairs:
         """What a run should log about its data: pairs per split, flipped labels, what truncation
         touched, hash."""
         flipped, unread = self.flipped(), self.unread_columns()
+        named = {one.name: one for one in self.sources}
+        for name, sets in self.sets.items():
+            named |= {f"{name}/{one.name}": one for one in sets}
         return {
             **({"columns/unread": ", ".join(unread)} if unread else {}),
             **({"template_time": self.clock} if self.clock else {}),
@@ -324,9 +333,8 @@ class Pairs:
             **self._contributions(),
             **({} if flipped is None else {"noise/flipped": int(flipped.sum())}),
             **{
-                f"rows/{split if len(self.all_sources) == 1 else source.name + '/' + split}"
-                f"/{outcome}": count
-                for source in self.all_sources
+                f"rows/{split if len(named) == 1 else name + '/' + split}/{outcome}": count
+                for name, source in named.items()
                 for split, one in source.loaded.items()
                 for outcome, count in one.tokenized.counts.items()
             },

@@ -35,6 +35,12 @@ class Part(NamedTuple):
     first: int
     end: int
 
+    @property
+    def name(self) -> str:
+        """The source's, with the label before it where that is another: held_out/films."""
+        own = self.source.name
+        return own if self.label in (None, own) else f"{self.label}/{own}"
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -59,13 +65,18 @@ class Parts:
         (place,) = self.of_rows([row])
         return self.parts[place]
 
+    @property
+    def names(self) -> list[str]:
+        """The labels that there are, each once."""
+        return list(dict.fromkeys(part.label for part in self.parts if part.label is not None))
+
     def labelled(self, rows: Tensor) -> dict[str, Tensor]:
         """Which rows have each label [N]; empty where no part has one.
 
         Args:
             rows: their numbers [N].
         """
-        labels = dict.fromkeys(part.label for part in self.parts if part.label is not None)
+        labels = self.names
         if not labels:
             return {}
         firsts = torch.tensor([part.first for part in self.parts[1:]], device=rows.device)
@@ -78,19 +89,19 @@ class Parts:
 
     def labels(self, rows: Sequence[int]) -> dict[int, str]:
         """The label of each row; empty where no part has one."""
-        if all(part.label is None for part in self.parts):
+        if not self.names:
             return {}
         places = self.of_rows(rows).tolist()
         return {row: str(self.parts[at].label) for row, at in zip(rows, places, strict=True)}
 
     def in_words(self) -> str:
         """Which numbers are whose rows."""
-        return ", ".join(f"{p.source.name} from {p.first} to {p.end - 1}" for p in self.parts)
+        return ", ".join(f"{p.name} from {p.first} to {p.end - 1}" for p in self.parts)
 
     def counts(self, rows: "Sequence[int] | np.ndarray") -> dict[str, int]:
-        """How many of some rows each source has."""
+        """How many of some rows each part has, by its name."""
         counts = np.bincount(self.of_rows(rows), minlength=len(self)).tolist()
-        return {part.source.name: n for part, n in zip(self.parts, counts, strict=True)}
+        return {part.name: n for part, n in zip(self.parts, counts, strict=True)}
 
     def columns(
         self, rows: Sequence[int], columns: Sequence[str | None], setting: str
@@ -187,7 +198,7 @@ def join(
     kinds = {unpaired_rows(table) > 0: part for part, table in zip(parts, tables, strict=True)}
     if len(kinds) > 1:
         raise InputError(
-            f"data: {kinds[True].source.name} has rows with a single response, and "
-            f"{kinds[False].source.name} pairs alone ({name}): give sources of one kind."
+            f"data ({name}): {kinds[True].source.name!r} has rows with a single response, and "
+            f"{kinds[False].source.name!r} only pairs: give sources of one kind."
         )
     return Parts(parts), concatenate_datasets(tables) if len(tables) > 1 else tables[0]

@@ -25,7 +25,9 @@ def position(pairs: Pairs, batching: Batching, selection: str | None) -> dict[st
         "pairs_per_step": batching.pairs_per_step,
         "length_window": batching.length_window,
         "margin": margins[0] if len(margins) == 1 else margins,
-        "mixture": [[one.weight, one.repetitions] for one in settings] if mixed else None,
+        "weights_and_repetitions": [[one.weight, one.repetitions] for one in settings]
+        if mixed
+        else None,
         "template_time": pairs.clock,
         "selection": selection,
     }

@@ -153,8 +153,9 @@ class StepSampler(Sampler[list[int]]):
         needed = -(-parts_needed(self.sizes, steps, self.token_budget) // self.world_size)
         if needed > self.accumulation:
             raise InputError(
-                f"A micro-batch would be over data.token_budget ({self.token_budget}): set "
-                f"trainer.accumulate_grad_batches to {needed} or more, or lower data.max_length."
+                f"A micro-batch would be over data.token_budget ({self.token_budget}): raise it, "
+                f"set trainer.accumulate_grad_batches to {needed} or more, or lower "
+                "data.max_length."
             )
 
     def _split(self, pairs: list[int]) -> list[list[int]]:

@@ -188,8 +188,9 @@ def _detect(rows: "Dataset") -> Format:
         )
     listed = "\n".join(f"  {name}: {why}" for name, why in misfits.items())
     raise InputError(
-        f"The rows (columns {columns}) fit no known format. Rename the columns, or set data.format "
-        f"to the dotted path of a function row -> Preference. Of the known formats\n{listed}"
+        f"The rows (columns {columns}) fit no known format. Say in data.columns which is which, or "
+        "set data.format to the dotted path of a function row -> Preference. Of the known formats\n"
+        f"{listed}"
     )
 
 

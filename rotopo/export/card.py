@@ -130,11 +130,10 @@ def _front_matter(card: Card) -> str:
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
 
 
-def _sources(source: str | list[dict[str, Any]]) -> str:
+def _sources(source: str | list[str | dict[str, Any]]) -> str:
     """Where the pairs are from: one source, or several."""
-    if isinstance(source, str):
-        return _code(source)
-    return ", ".join(_code(one["source"]) for one in source)
+    listed = [source] if isinstance(source, str) else source
+    return ", ".join(_code(one if isinstance(one, str) else one["source"]) for one in listed)
 
 
 def _subject(card: Card) -> list[tuple[str, str]]:

@@ -92,7 +92,8 @@ class KTO(ReferenceObjective):
             raise InputError(
                 f"KTO: data.pairs_per_step ({data.batching.pairs_per_step}) over "
                 f"trainer.accumulate_grad_batches ({accumulation}) leaves fewer than two rows at a "
-                "time, from which z0 cannot be estimated: raise the one or lower the other."
+                "time, from which z0 cannot be estimated: raise the one or lower the other, "
+                "which data.token_budget finds where it is set: raise that."
             )
 
 

@@ -37,7 +37,13 @@ class Difference:
 
 
 def shown(value: Any) -> str:
-    """A value as a command line has it."""
+    """A value as a command line has it; of several sources without what they leave to others."""
+    if isinstance(value, list):
+        given = (
+            {k: v for k, v in one.items() if v is not None} if isinstance(one, Mapping) else one
+            for one in value
+        )
+        return str(list(given))
     return "null" if value is None else str(value)
 
 

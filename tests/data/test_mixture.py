@@ -199,6 +199,16 @@ def test_evaluation_sets(make, three):
     }
 
 
+def test_a_set_may_be_called_as_a_source_or_as_a_set_of_another_split(make, three):
+    films, qa, code = three
+    data = make(films.source, validation={"held_out": 0.1, "films": qa}, test={"films": code})
+    found = data.pairs.describe()
+    assert found["pairs/validation/held_out/films"] == 12
+    assert found["pairs/validation/films"] == found["rows/validation/films/train/whole"] == 90
+    assert found["rows/test/films/train/whole"] == 60
+    assert found["rows/films/train/whole"] == 120
+
+
 def test_what_is_no_mixture_is_refused(make, three):
     films, qa, _ = three
     for source, settings, words in (
@@ -219,6 +229,9 @@ def test_what_is_no_mixture_is_refused(make, three):
         (films.source, {"validation": {"a": 0.1, "b": 0.2}}, "has 2 shares"),
         (films.source, {"test": {"a": Source(qa.source, weight=1.0)}}, "data.test.a.weight"),
         (films.source, {"test": {"a/b": qa}}, "the name 'a/b'"),
+        (films.source, {"test": {"rewards": qa}}, "the name 'rewards'"),
+        (films.source, {"test": {"a b": 0.1}}, "the name 'a b'"),
+        (films.source, {"test": {"a": "none.jsonl"}}, "data.test.a: .*no file 'none.jsonl'"),
         (films.source, {"test": {"a": Source()}}, "data.test.a: name a split of data.source"),
         ([films, qa], {"test": {"a": Source(split="x")}}, "data.test.a has no source"),
         (films.source, {"columns": {"prompt": "question"}}, "has no column 'question' to be"),
@@ -231,8 +244,10 @@ def test_what_is_no_mixture_is_refused(make, three):
 def test_paired_and_unpaired_sources_are_refused(make, three, tmp_path):
     file = tmp_path / "single.jsonl"
     file.write_text('{"prompt": "p", "completion": "c", "label": true}\n' * 20)
-    with pytest.raises(InputError, match="single has rows with a single response, and films pairs"):
-        make([three[0], Source(str(file))])
+    with pytest.raises(
+        InputError, match="'single' has rows with a single response, and 'films' only pairs"
+    ):
+        make([three[0], str(file)])
 
 
 def test_columns_cover_others_of_the_format_s_names(make, tmp_path):
