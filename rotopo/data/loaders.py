@@ -17,7 +17,7 @@ from rotopo.data.batch import (
     collate,
     collate_prompts,
 )
-from rotopo.data.mixture import Mixture
+from rotopo.data.mixture import SourceMixture
 from rotopo.data.rows import Rows
 from rotopo.data.sampler import EvalSampler, PairLength, StatefulLoader, StepSampler
 from rotopo.data.settings import at_least, one_of
@@ -90,7 +90,7 @@ class Loaders:
         )
 
     def training(
-        self, rows: Rows, mixture: Mixture | None, accumulate: Accumulate | None = None
+        self, rows: Rows, mixture: SourceMixture | None, accumulate: Accumulate | None = None
     ) -> StatefulLoader:
         """Optimiser steps of exactly ``pairs_per_step`` rows over all ranks.
 

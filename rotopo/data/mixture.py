@@ -25,7 +25,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class SourceMixture:
     """Rows of several sources, mixed.
 
     An epoch has a fixed number of pairs of each source. Every source goes through its own pairs in

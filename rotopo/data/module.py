@@ -48,7 +48,7 @@ class PairwiseDataModule(LightningDataModule):
             ``python:package.module.function`` (``:ARGUMENT`` behind it, if it takes one). Or
             several, as a list of these or of :class:`rotopo.data.one_source.Source`, each with
             settings of its own and its share of every epoch, see
-            :class:`rotopo.data.mixture.Mixture`.
+            :class:`rotopo.data.mixture.SourceMixture`.
         format: the rows' format by name (explicit, implicit, ultrafeedback, hh, align_anything,
             sharegpt, kto), or the dotted path of a function row -> Preference; None detects it.
         columns: the source's columns by the format's names for them, ``{prompt: instruction}``.

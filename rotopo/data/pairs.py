@@ -13,7 +13,7 @@ import numpy as np
 
 from rotopo.data.balance import balanced
 from rotopo.data.batch import Role
-from rotopo.data.mixture import Mixture
+from rotopo.data.mixture import SourceMixture
 from rotopo.data.noise import LabelNoise, TrainingPairs, with_flips
 from rotopo.data.one_source import OneSource, Reading, left_out
 from rotopo.data.parts import Parts, join
@@ -188,7 +188,7 @@ class Pairs:
                             f"and in data.{name}.{one.name}: hold out a share instead."
                         )
 
-    def mixture(self, rows: "Dataset | None" = None) -> Mixture | None:
+    def mixture(self, rows: "Dataset | None" = None) -> SourceMixture | None:
         """How an epoch mixes the sources; None of a single one that each epoch has once.
 
         Args:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rotopo.data.mixture import Mixture, Share
+from rotopo.data.mixture import Share, SourceMixture
 from rotopo.data.one_source import OneSource
 from rotopo.data.rows import unpaired_rows
 from rotopo.errors import InputError
@@ -158,7 +158,7 @@ class Parts:
         columns = [part.source.settings.margin for part in self.parts]
         return self.columns(rows, columns, "data.margin") if any(columns) else None
 
-    def mixture(self, rows: "Sequence[int] | np.ndarray") -> Mixture | None:
+    def mixture(self, rows: "Sequence[int] | np.ndarray") -> SourceMixture | None:
         """How an epoch mixes rows of these parts; None of a single part that it has once."""
         settings = [part.source.settings for part in self.parts]
         if len(settings) == 1 and settings[0].repetitions is None:
@@ -167,7 +167,7 @@ class Parts:
             Share(part.source.name, one.weight, 1.0 if one.repetitions is None else one.repetitions)
             for part, one in zip(self.parts, settings, strict=True)
         ]
-        return Mixture(shares, self.of_rows(rows))
+        return SourceMixture(shares, self.of_rows(rows))
 
 
 def join(

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from rotopo.data.batch import Layout, Sizes
 from rotopo.data.budget import parts_needed
-from rotopo.data.mixture import Mixture
+from rotopo.data.mixture import SourceMixture
 from rotopo.errors import InputError
 
 # Tokens of the prompt, and of each response.
@@ -57,7 +57,7 @@ class StepSampler(Sampler[list[int]]):
         token_budget: int | None,
         layout: Layout,
         length_window: int = 1,
-        mixture: Mixture | None = None,
+        mixture: SourceMixture | None = None,
     ) -> None:
         self.sizes = Sizes(lengths, layout)
         self.mixture = mixture

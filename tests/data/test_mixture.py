@@ -10,18 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rotopo.data.filters import RowFilter
-from rotopo.data.mixture import Mixture, Share
+from rotopo.data.mixture import Share, SourceMixture
 from rotopo.data.module import PairwiseDataModule
 from rotopo.data.one_source import Source
 from rotopo.errors import InputError
 
 
-def mixture(sizes, weights=None, repetitions=None) -> Mixture:
+def mixture(sizes, weights=None, repetitions=None) -> SourceMixture:
     shares = [
         Share(str(n), None if weights is None else weights[n], (repetitions or [1.0] * 9)[n])
         for n in range(len(sizes))
     ]
-    return Mixture(shares, np.repeat(np.arange(len(sizes)), sizes))
+    return SourceMixture(shares, np.repeat(np.arange(len(sizes)), sizes))
 
 
 @given(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback
 
-from rotopo.data.mixture import Mixture, Share
+from rotopo.data.mixture import Share, SourceMixture
 from rotopo.data.sampler import StepSampler
 from rotopo.objectives import DPO
 from rotopo.run.accumulation import least
@@ -97,7 +97,7 @@ def test_without_an_end_it_is_enough_for_any_epoch(lengths, chance, repetitions)
     mixture = None
     if repetitions is not None:
         sources = np.arange(len(lengths)) % 2
-        mixture = Mixture([Share("a", None, repetitions), Share("b")], sources)
+        mixture = SourceMixture([Share("a", None, repetitions), Share("b")], sources)
     for layout in ("packed", "shared_prompt", "padded"):
         budget = max(cost([one], layout) for one in lengths) + 40
         sampler = StepSampler(lengths, 6, 1, 1, 0, 0, budget, layout, 2, mixture)
