@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import jsonargparse
 import pytest
 import torch
@@ -373,6 +374,8 @@ def without_weights(monkeypatch, tmp_path):
             config.save_pretrained(folder)
         return str(folder)
 
+    # Else each model's name is asked for at the Hub, for half a minute where there is none.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(rotopo.models.loading, "pretrained_folder", folder_of)
     monkeypatch.setattr(rotopo.models.loading, "AutoModelForCausalLM", OnMeta(AutoModelForCausalLM))
     monkeypatch.setattr(rotopo.models.scorer, "pretrained_folder", folder_of)

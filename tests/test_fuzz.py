@@ -80,6 +80,8 @@ def changed_rows(draw, name: str):
     """A row of a format with a few of its parts replaced, removed or added to."""
     row = json.loads(json.dumps(ROWS[name]))
     for _ in range(draw(st.integers(0, 2))):
+        if not row:  # of a single column, which is gone
+            break
         *path, last = draw(st.sampled_from([p for p in places(row) if p]))
         holder = row
         for key in path:
@@ -247,6 +249,12 @@ def plain_reading(name: str, row: dict) -> tuple:
         second = text_or_messages(get("response_2"), "assistant")
         pair = (first, second) if label in (1, "1", "1.0") else (second, first)
         return text_or_messages(get("question"), "user"), *pair
+    if name == "messages":
+        turns = conversation(get("messages"))
+        last = [turn["role"] == "assistant" for turn in turns]
+        n = len(turns) - (last[::-1].index(False) if False in last else len(turns))
+        need(n < len(turns))
+        return turns[:n], turns[n:], None
     assert name == "sharegpt", f"the format {name} has no plain reading here yet"
     prompt = speakers_turns(get("conversations"))
     if get("system") and not (prompt and prompt[0]["role"] == "system"):

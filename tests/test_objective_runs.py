@@ -187,7 +187,7 @@ def test_parts_of_a_mixture_share_its_policy(config, capsys):
     (config.parent / "mixture.yaml").write_text(yaml.safe_dump(mixture))
     with pytest.raises(SystemExit):
         run(["fit", "--config", str(config), f"--config={config.parent / 'mixture.yaml'}"])
-    assert "BCO has a policy, optimizer, scheduler or" in capsys.readouterr().err
+    assert "BCO has a policy, optimizer, scheduler, parameter_groups or" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -162,7 +162,7 @@ def test_bcos_shift_moves_with_the_optimisers_steps():
     )
     batches = iter([some(seed=i) for i in range(4)])
 
-    def policy(batch, needs):
+    def policy(batch, needs, compared):
         return next(batches)
 
     policy.router = None
