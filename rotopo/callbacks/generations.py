@@ -1,9 +1,8 @@
 """What the policy answers to the same few prompts, at every validation."""
 
-import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from rotopo import ranks
 from rotopo.data.batch import collate_prompts
 from rotopo.data.messages import Message, text_of
 from rotopo.data.preference import Preference
+from rotopo.data.prompts import decoded
 from rotopo.data.schemas import read_response
-from rotopo.data.tokenized import TokenizedPair
 from rotopo.errors import InputError
 from rotopo.files import read_jsonl, to_jsonl, write_whole
 from rotopo.models.settings import Sampling
@@ -93,10 +92,7 @@ class Generations(Callback):
             return
         data = data_of(trainer)
         self.asked = self._preferences(data)
-        for preference in self.asked:
-            ids = data.encoder.encode_prompt(preference.prompt, preference.inputs)
-            whole = TokenizedPair(ids, [data.encoder.pad_id], [])
-            self.tokens.append(data.encoder.truncate(whole)[0].prompt)
+        self.tokens = [data.pairs.prompt_tokens(preference) for preference in self.asked]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking or is_trial(trainer):
@@ -110,14 +106,14 @@ class Generations(Callback):
         if not trainer.is_global_zero:
             return
         lines = []
-        for number, (preference, ids) in enumerate(zip(self.asked, responses, strict=True)):
+        answers = zip(self.asked, decoded(data.encoder, responses), strict=True)
+        for number, (preference, answer) in enumerate(answers):
             line: dict[str, Any] = {
                 "step": trainer.global_step,
                 "number": number,
                 "prompt": preference.prompt,
-                "response": data.encoder.tokenizer.decode(ids, skip_special_tokens=True),
-                "tokens": len(ids),
-                "stopped": len(ids) < sampling.max_new_tokens,
+                **answer,
+                "stopped": answer["tokens"] < sampling.max_new_tokens,
             }
             if self.judge is not None:
                 line["score"] = self._score(preference.prompt, line["response"])
@@ -137,21 +133,15 @@ class Generations(Callback):
     def _preferences(self, data: Any) -> list[Preference]:
         if isinstance(self.prompts, list):
             return [read_response({"prompt": text, "response": ""}) for text in self.prompts]
-        found: dict[str, Preference] = {}
         if isinstance(self.prompts, int):
-            for row in data.pairs.of["validation"]["row"][:]:
-                preference = data.pairs.preference("validation", row)
-                found.setdefault(
-                    json.dumps([preference.prompt, asdict(preference.inputs)]), preference
-                )
-                if len(found) == self.prompts:
-                    break
+            different = data.pairs.different_prompts("validation")
+            found = [preference for _, preference in islice(different, self.prompts)]
             if len(found) < self.prompts:
                 rank_zero_info(
                     f"Generations: validation has {len(found)} different prompts, and not "
                     f"{self.prompts}: these are taken."
                 )
-            return list(found.values())
+            return found
         preferences = []
         for number, line in read_jsonl(self.prompts):
             try:

@@ -20,7 +20,7 @@ from rotopo.data.batch import (
 from rotopo.data.mixture import SourceMixture
 from rotopo.data.rows import Rows
 from rotopo.data.sampler import EvalSampler, PairLength, StatefulLoader, StepSampler
-from rotopo.data.settings import at_least, one_of
+from rotopo.data.settings import at_least, one_of, seed_in_range
 from rotopo.errors import InputError
 
 
@@ -45,8 +45,7 @@ class Batching:
         for name in ("pairs_per_step", "eval_pairs_per_batch", "token_budget", "length_window"):
             at_least(name, getattr(self, name), 1)
         at_least("num_workers", self.num_workers, 0)
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"data.seed is {self.seed}: it has to be from 0 to 2**32 - 1.")
+        seed_in_range("seed", self.seed)
 
 
 # Says how many micro-batches a step of a sampler's has on each rank.

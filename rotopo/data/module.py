@@ -177,6 +177,15 @@ class PairwiseDataModule(LightningDataModule):
         )
         split_seed = seed if split_seed is None else split_seed
         sources, sets, labels = arranged(source, common, held_out, split_seed)
+        self.batching = Batching(
+            layout=layout,
+            token_budget=token_budget,
+            pairs_per_step=pairs_per_step,
+            eval_pairs_per_batch=eval_pairs_per_batch,
+            length_window=length_window,
+            num_workers=num_workers,
+            seed=seed,
+        )
         self.pairs = Pairs(
             tokenizer_path=tokenizer,
             encoding={
@@ -204,15 +213,6 @@ class PairwiseDataModule(LightningDataModule):
             cache_dir=Path(cache_dir).expanduser() if cache_dir else default_cache_dir(),
             say=rank_zero_info,
             warn=rank_zero_warn,
-        )
-        self.batching = Batching(
-            layout=layout,
-            token_budget=token_budget,
-            pairs_per_step=pairs_per_step,
-            eval_pairs_per_batch=eval_pairs_per_batch,
-            length_window=length_window,
-            num_workers=num_workers,
-            seed=seed,
         )
         self.score, self.prompts, self.answers_as = score, prompts, answers_as
         self.doctor = doctor

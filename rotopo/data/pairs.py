@@ -2,7 +2,7 @@
 training."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from functools import cached_property, partial
@@ -17,9 +17,9 @@ from rotopo.data.mixture import SourceMixture
 from rotopo.data.noise import LabelNoise, TrainingPairs, with_flips
 from rotopo.data.one_source import OneSource, Reading, left_out
 from rotopo.data.parts import Parts, join
-from rotopo.data.rows import pair_lengths
+from rotopo.data.rows import pair_lengths, prompts_alone
 from rotopo.data.schemas import Preference
-from rotopo.data.settings import at_least, one_of
+from rotopo.data.settings import at_least, one_of, seed_in_range
 from rotopo.data.tokenized import TokenizedPair
 from rotopo.data.tokens import OnBadRow, OnUnwritten, PairEncoder
 from rotopo.errors import InputError
@@ -77,6 +77,7 @@ class Pairs:
     def __post_init__(self) -> None:
         for name in ("train_pairs", "num_proc"):
             at_least(name, getattr(self, name), 1)
+        seed_in_range("split_seed", self.split_seed)
         one_of("on_bad_row", self.on_bad_row, OnBadRow)
         one_of("on_unwritten", self.on_unwritten, OnUnwritten)
         for role in self.extra_responses:
@@ -194,8 +195,7 @@ class Pairs:
         Args:
             rows: what the epoch's pairs are of; None for all training pairs.
         """
-        pairs = self.of["train"] if rows is None else rows
-        return self.parts["train"].mixture(pairs["row"][:])
+        return self.parts["train"].mixture(self.of["train"] if rows is None else rows)
 
     def _label(self) -> None:
         """Choose, flip and balance the training pairs, as far as settings say so."""
@@ -301,20 +301,25 @@ class Pairs:
         """A split's prompts without responses, each once, by the first row that has it."""
         # By their texts and cut by themselves: a row's tokens are cut to leave its longer response
         # room, by which one prompt would become several.
-        from datasets import Dataset
+        found = [(row, self.prompt_tokens(one)) for row, one in self.different_prompts(name)]
+        numbers, ids = zip(*found, strict=True)
+        return prompts_alone(ids, numbers)
 
-        prompts: dict[str, tuple[int, list[int]]] = {}
+    def different_prompts(self, name: str) -> Iterator[tuple[int, Preference]]:
+        """The rows of a split that have a prompt first: number and preference."""
+        seen: set[str] = set()
         for row in self.of[name]["row"][:]:
             preference = self.preference(name, row)
             key = json.dumps([preference.prompt, asdict(preference.inputs)])
-            if key not in prompts:
-                prompt = self.encoder.encode_prompt(preference.prompt, preference.inputs)
-                whole = TokenizedPair(prompt, [self.encoder.pad_id], [])
-                prompts[key] = row, self.encoder.truncate(whole)[0].prompt
-        numbers, ids = zip(*prompts.values(), strict=True)
-        none: list[list[int]] = [[]] * len(ids)
-        columns = {"prompt": ids, "chosen": none, "rejected": none, "row": numbers}
-        return Dataset.from_dict(columns)
+            if key not in seen:
+                seen.add(key)
+                yield row, preference
+
+    def prompt_tokens(self, preference: Preference) -> list[int]:
+        """Token ids of a prompt, cut where it is too long by itself."""
+        ids = self.encoder.encode_prompt(preference.prompt, preference.inputs)
+        whole = TokenizedPair(ids, [self.encoder.pad_id], [])
+        return self.encoder.truncate(whole)[0].prompt
 
     def describe(self) -> dict[str, int | str]:
         """What a run should log about its data: pairs per split, flipped labels, what truncation

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from rotopo.data.mixture import Share, SourceMixture
@@ -76,16 +75,12 @@ class Parts:
         Args:
             rows: their numbers [N].
         """
-        labels = self.names
-        if not labels:
-            return {}
-        firsts = torch.tensor([part.first for part in self.parts[1:]], device=rows.device)
-        places = torch.searchsorted(firsts, rows, right=True)
-        own = {label: [n for n, p in enumerate(self.parts) if p.label == label] for label in labels}
-        return {
-            label: torch.isin(places, torch.tensor(of, device=rows.device))
-            for label, of in own.items()
-        }
+        found: dict[str, Tensor] = {}
+        for part in self.parts:
+            if part.label is not None:  # by comparison: a step waits for no copy to its device
+                own = (rows >= part.first) & (rows < part.end)
+                found[part.label] = found[part.label] | own if part.label in found else own
+        return found
 
     def labels(self, rows: Sequence[int]) -> dict[int, str]:
         """The label of each row; empty where no part has one."""
@@ -158,8 +153,8 @@ class Parts:
         columns = [part.source.settings.margin for part in self.parts]
         return self.columns(rows, columns, "data.margin") if any(columns) else None
 
-    def mixture(self, rows: "Sequence[int] | np.ndarray") -> SourceMixture | None:
-        """How an epoch mixes rows of these parts; None of a single part that it has once."""
+    def mixture(self, pairs: "Dataset") -> SourceMixture | None:
+        """How an epoch mixes pairs of these parts; None of a single part that it has once."""
         settings = [part.source.settings for part in self.parts]
         if len(settings) == 1 and settings[0].repetitions is None:
             return None
@@ -167,7 +162,7 @@ class Parts:
             Share(part.source.name, one.weight, 1.0 if one.repetitions is None else one.repetitions)
             for part, one in zip(self.parts, settings, strict=True)
         ]
-        return SourceMixture(shares, self.of_rows(rows))
+        return SourceMixture(shares, self.of_rows(pairs["row"][:]))
 
 
 def join(

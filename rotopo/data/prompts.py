@@ -11,6 +11,8 @@ from rotopo.data.batch import PromptBatch, collate_prompts
 from rotopo.data.evaluations import EVALUATIONS, Evaluation, evaluation_of
 from rotopo.data.messages import Message
 from rotopo.data.preference import Preference
+from rotopo.data.responses import written_whole
+from rotopo.data.rows import prompts_alone
 from rotopo.data.schemas import read_response
 from rotopo.data.tokens import PairEncoder
 from rotopo.errors import InputError
@@ -100,14 +102,7 @@ class Prompts:
                 f"{len(later) + 1} turns, but the first question has {len(self.later[0]) + 1}: put "
                 "questions of as many turns into a file of their own."
             )
-        written = self.encoder.write(prompt)
-        for part in self.encoder.unwritten(prompt, written):
-            if part.refused and strict:
-                raise InputError(
-                    f"{part}: give a template that does (data.chat_template), or set "
-                    "data.on_unwritten to 'warn'."
-                )
-        ids = self.encoder.tokenize(written).prompt
+        ids = self.encoder.tokenize(written_whole(prompt, self.encoder, strict)).prompt
         if len(ids) > self.encoder.max_length:
             raise InputError(
                 f"the prompt has {len(ids)} tokens, and data.max_length is "
@@ -121,12 +116,7 @@ class Prompts:
     @cached_property
     def tokens(self) -> "Dataset":
         """Columns ``prompt``, ``chosen`` and ``rejected`` (nothing), ``row`` (from 0)."""
-        from datasets import Dataset
-
-        none: list[list[int]] = [[]] * len(self._ids)
-        numbers = list(range(len(self._ids)))
-        columns = {"prompt": self._ids, "chosen": none, "rejected": none, "row": numbers}
-        return Dataset.from_dict(columns)
+        return prompts_alone(self._ids, range(len(self._ids)))
 
     def summary(self) -> str:
         """How many prompts there are, and of what kind."""

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from rotopo.data.preference import Preference
 from rotopo.data.schemas import read_response
 from rotopo.data.tokenized import Outcome
-from rotopo.data.tokens import PairEncoder
+from rotopo.data.tokens import PairEncoder, Written
 from rotopo.errors import InputError
 from rotopo.files import read_jsonl
 
@@ -53,11 +54,17 @@ class Responses:
         self.tokens: Dataset = Dataset.from_dict(columns)
 
 
-def _encode(
-    line: dict[str, Any], encoder: PairEncoder, strict: bool, split_dialogues: bool
-) -> tuple[list[int], list[int], int]:
-    """Token ids of a line's prompt and response, and how many tokens the whole response has."""
-    preference = read_response(line, split_dialogues)
+def written_whole(preference: Preference, encoder: PairEncoder, strict: bool) -> Written:
+    """What the chat template writes of a line.
+
+    Args:
+        preference: the line's.
+        encoder: which has the template.
+        strict: whether what it leaves out is an error, if it matters.
+
+    Raises:
+        InputError: it leaves out something.
+    """
     written = encoder.write(preference)
     for part in encoder.unwritten(preference, written):
         if part.refused and strict:
@@ -65,7 +72,15 @@ def _encode(
                 f"{part}: give a template that does (data.chat_template), or set data.on_unwritten "
                 "to 'warn'."
             )
-    whole = encoder.tokenize(written)
+    return written
+
+
+def _encode(
+    line: dict[str, Any], encoder: PairEncoder, strict: bool, split_dialogues: bool
+) -> tuple[list[int], list[int], int]:
+    """Token ids of a line's prompt and response, and how many tokens the whole response has."""
+    preference = read_response(line, split_dialogues)
+    whole = encoder.tokenize(written_whole(preference, encoder, strict))
     cut, outcome = encoder.truncate(whole)
     if outcome == Outcome.TOO_LONG:
         raise InputError(

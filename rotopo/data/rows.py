@@ -159,6 +159,20 @@ def refuse_beyond(rows: Rows, positions: Positions | None, source: str) -> None:
             )
 
 
+def prompts_alone(ids: Sequence[list[int]], numbers: Sequence[int]) -> "Dataset":
+    """Prompts without responses, as tokenised pairs.
+
+    Args:
+        ids: token ids of each.
+        numbers: of their rows.
+    """
+    from datasets import Dataset
+
+    none: list[list[int]] = [[]] * len(ids)
+    columns = {"prompt": ids, "chosen": none, "rejected": none, "row": numbers}
+    return Dataset.from_dict(columns)
+
+
 def unpaired_rows(pairs: "Dataset") -> int:
     """How many rows have a single response."""
     chosen, rejected = pair_lengths(pairs)

@@ -15,6 +15,16 @@ def at_least(name: str, value: int | None, least: int) -> None:
         raise InputError(f"data.{name} is {value}: it has to be at least {least}.")
 
 
+def seed_in_range(name: str, value: int) -> None:
+    """Refuse a seed that NumPy's or torch's generators would not take.
+
+    Raises:
+        InputError: it is out of their range.
+    """
+    if not 0 <= value < 2**32:
+        raise InputError(f"data.{name} is {value}: it has to be from 0 to 2**32 - 1.")
+
+
 def one_of(name: str, value: Any, known: Any) -> None:
     """Refuse a value that is none of a Literal's.
 
