@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rotopo import ranks
+from rotopo.data.module import PairwiseDataModule
 from rotopo.errors import InputError
 from rotopo.run.checkpoints import kept_in, way_on
+from rotopo.run.lightning import data_if_any
 
 _NAMED = 20  # rows in a message
 
@@ -74,6 +76,14 @@ def _norm(optimizer: Optimizer) -> Tensor:
     return torch.nn.utils.get_total_norm(gradients)
 
 
+def _whose(trainer: Trainer) -> str:
+    """Of several sources, whose rows have which numbers."""
+    data = data_if_any(trainer)
+    if not isinstance(data, PairwiseDataModule) or len(data.pairs.parts["train"]) == 1:
+        return ""
+    return f" ({data.pairs.parts['train'].in_words()})"
+
+
 def _message(trainer: Trainer, rows: list[tuple[Tensor, Tensor]], bad_loss: bool) -> str:
     """What is not finite, where, and what to do; the same on all ranks, which call it together."""
     every = [row for of_batch, _ in rows for row in of_batch.tolist()]
@@ -83,7 +93,7 @@ def _message(trainer: Trainer, rows: list[tuple[Tensor, Tensor]], bad_loss: bool
     named = bad or every  # a loss may be more than the sum of its rows'
     shown = ", ".join(map(str, named[:_NAMED]))
     more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
-    of_rows = f"row{'s' * (len(named) > 1)} {shown}{more} of data.source"
+    of_rows = f"row{'s' * (len(named) > 1)} {shown}{more} of data.source{_whose(trainer)}"
     what = f"the loss of {of_rows}" if bad_loss else f"the norm of the gradient of {of_rows}"
     folder = kept_in(trainer)
     advice = way_on(Path(folder) if folder else None) if trainer.is_global_zero else None

@@ -55,7 +55,11 @@ class RowFilter(ABC):
                     f"data.filter ({name}): {source}, row {place} (from 0): {error}"
                 ) from error
         if not kept:
-            raise InputError(f"data.filter ({name}) keeps none of {source}'s {len(rows)} rows.")
+            has = ", ".join(f"{column} {rows[0][column]!r:.60}" for column in self.columns or ())
+            raise InputError(
+                f"data.filter ({name}) keeps none of {source}'s {len(rows)} rows"
+                f"{has and f', of which the first has {has}'}."
+            )
         return np.array(kept)
 
 

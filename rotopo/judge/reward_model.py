@@ -66,7 +66,9 @@ class RewardJudge:
             module.configure_model()
             module.on_load_checkpoint(state)
             module.load_state_dict(state["state_dict"], strict=False)
-        if seed is not None:
+        if seed is None:
+            os.environ.pop("PL_GLOBAL_SEED", None)
+        else:
             os.environ["PL_GLOBAL_SEED"] = seed
         data.take_clock(state)
         module.eval()
