@@ -268,7 +268,9 @@ def usable(prompt, chosen, rejected) -> tuple:
     need(prompt and prompt[-1]["role"] != "assistant")
     for response in (chosen, rejected):
         if response is not None:
-            says = [t.get("content", "").strip() or t.keys() - {"role", "content"} for t in response]
+            says = [
+                t.get("content", "").strip() or t.keys() - {"role", "content"} for t in response
+            ]
             need(any(says))
             need(all(turn["role"] == "assistant" for turn in response))
     both = [
