@@ -95,7 +95,7 @@ def generate(packages: Sequence[str] = PACKAGES) -> Description:
                 if names:
                     elsewhere[kind.__name__] = names
             for path, one in found.items():
-                if path.partition(".")[0] not in ("rotopo", *packages):
+                if path in classes or path.partition(".")[0] not in ("rotopo", *packages):
                     continue
                 own = arguments_of(one, made)
                 classes[path] = described(one, own)
