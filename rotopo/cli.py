@@ -34,7 +34,7 @@ def main(args: list[str] | None = None) -> None:
     """
     own = args is None
     args = sys.argv[1:] if args is None else args
-    nothing = "before the first step: there is nothing to keep" if args[:1] == ["fit"] else ""
+    nothing = "before the first step: there is nothing to keep." if args[:1] == ["fit"] else ""
     with endings.in_one_line(nothing):
         if own:
             threads.begin()

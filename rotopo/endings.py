@@ -28,7 +28,8 @@ class Ended(SystemExit):
         number: the signal's.
 
     Attributes:
-        advice: what has been kept and how to go on, set by whoever knows; empty until then.
+        advice: what has been kept and how to go on, set by whoever knows; empty until then. It
+            ends with a full stop, or with what is to be typed.
         code: the status to exit with, 128 + number.
     """
 
@@ -39,7 +40,7 @@ class Ended(SystemExit):
 
     def __str__(self) -> str:
         name = _NAMES.get(self.number, signal.Signals(self.number).name)
-        return f"ended by {name}" + (f" {self.advice}" if self.advice else "")
+        return f"ended by {name}" + (f" {self.advice}" if self.advice else ".")
 
 
 def ended(error: BaseException | None) -> Ended | None:
@@ -157,7 +158,7 @@ def in_one_line(advice: str = "") -> Iterator[None]:
         stop.advice = stop.advice or advice
         with suppress(OSError, ValueError):
             sys.stdout.flush()
-        say(f"{stop}.")
+        say(str(stop))
         sys.exit(stop.code)
     finally:
         signals.give_back()

@@ -59,7 +59,7 @@ class Whereabouts(Callback):
             return
         stop.advice = self._after_a_signal(trainer, pl_module)
         if not self.by_command:
-            say(f"{stop}.")
+            say(str(stop))
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if stage != "fit" or not trainer.is_global_zero:
@@ -91,14 +91,14 @@ class Whereabouts(Callback):
         if self.first_step is None:
             start = trainer.ckpt_path
             what = f"the same command goes on from {start}" if start else "there is nothing to keep"
-            return f"before the first step: {what}"
+            return f"before the first step: {what}."
         found = next((c for c in callbacks_of(trainer) if isinstance(c, Interruption)), None)
         kept = (found.kept if found else None) or last_checkpoint(trainer)
         step = f"after step {trainer.global_step}"
         if kept is None:
-            return f"{step}: nothing is kept, since the run keeps no checkpoints"
+            return f"{step}: nothing is kept, since the run keeps no checkpoints."
         of = f" of step {self.saved_step}" if self.saved_step != trainer.global_step else ""
-        return f"{step}, checkpoint{of} kept; go on with {self._way_on(trainer, module, kept)}"
+        return f"{step}, checkpoint{of} kept; go on with: {self._way_on(trainer, module, kept)}"
 
     def _way_on(self, trainer: Trainer, module: Any, checkpoint: str) -> str:
         option = f"--ckpt_path {shlex.quote(checkpoint)}"
