@@ -13,7 +13,7 @@ from typing import Any
 from rotopo.errors import chain
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_NAMES = {signal.SIGINT: "Ctrl-C"}
+_NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C"}
 # Seconds in which signals count as one: what a terminal sends to all processes of a command, its
 # shell or torchrun sends to them once more.
 _AT_ONCE = 0.5
@@ -137,12 +137,24 @@ def say(text: str) -> None:
             os.write(2, f"{begin}rotopo: {text}\n".encode())
 
 
+def begin() -> None:
+    """As :func:`in_one_line`, while a script imports what it needs."""
+    Signals(_say_and_end).take()
+
+
+def _say_and_end(number: int) -> None:
+    stop = Ended(number)
+    say(str(stop))
+    raise stop
+
+
 @contextmanager
-def in_one_line(advice: str = "") -> Iterator[None]:
+def in_one_line(otherwise: str = "", instead: str = "") -> Iterator[None]:
     """Where signals end a command with one line in place of a traceback.
 
     Args:
-        advice: what to say where nobody else knows what has been kept.
+        otherwise: the advice where nobody knows what has been kept.
+        instead: the advice of a program that runs commands, in the place of theirs.
 
     Raises:
         SystemExit: with the status 128 + the signal's number.
@@ -155,7 +167,7 @@ def in_one_line(advice: str = "") -> Iterator[None]:
         stop = ended(error)
         if stop is None:
             raise
-        stop.advice = stop.advice or advice
+        stop.advice = instead or stop.advice or otherwise
         with suppress(OSError, ValueError):
             sys.stdout.flush()
         say(str(stop))

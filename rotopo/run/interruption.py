@@ -1,6 +1,8 @@
 """A fit that is told to end keeps what it has done."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from rotopo import ranks
-from rotopo.endings import Ended, Signals, say
+from rotopo.endings import Ended, Signals, end, say
 from rotopo.run.checkpoints import kept_in
 from rotopo.run.lightning import callbacks_of
 from rotopo.run.resume import before_validation
@@ -40,6 +42,7 @@ class Interruption(Callback):
         self.asked = 0  # by this signal, the first
         self.kept: str | None = None
         self._keeps = False
+        self._saved_step = -1
         self._signals: Signals | None = None
         self._requeue: Requeue | None = None
         # The loops as they were when the validation at hand was about to begin.
@@ -58,6 +61,22 @@ class Interruption(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         self._give_back()
+
+    @contextmanager
+    def at_once(self, trainer: Trainer) -> Iterator[None]:
+        """Where long work lies between two steps: signals end the run then and there, if its last
+        checkpoint has all its steps, and one process has made them."""
+        signals = self._signals
+        if signals is None or self._saved_step != trainer.global_step or trainer.world_size > 1:
+            yield
+            return
+        if self.asked:
+            raise Ended(self.asked)
+        signals.ask = end
+        try:
+            yield
+        finally:
+            signals.ask = self._ask
 
     def _give_back(self) -> None:
         if self._signals is not None:
@@ -89,6 +108,7 @@ class Interruption(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
+        self._saved_step = trainer.global_step
         if self._before_validation is not None:
             checkpoint["loops"]["fit_loop"] = self._before_validation
 
@@ -108,6 +128,12 @@ class Interruption(Callback):
             requeue.job.queue_again()
         trainer.strategy.barrier()  # SLURM may end all ranks when one has ended
         raise Ended(requeue.signal)
+
+
+def ending_at_once(trainer: Trainer) -> AbstractContextManager[None]:
+    """As :meth:`Interruption.at_once`, of a run's."""
+    found = next((one for one in callbacks_of(trainer) if isinstance(one, Interruption)), None)
+    return nullcontext() if found is None else found.at_once(trainer)
 
 
 def free_name(folder: str) -> str:

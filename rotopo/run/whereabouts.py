@@ -55,9 +55,12 @@ class Whereabouts(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         stop = ended(exception)
-        if stop is None or trainer.state.fn != TrainerFn.FITTING:
+        if stop is None:
             return
-        stop.advice = self._after_a_signal(trainer, pl_module)
+        if trainer.state.fn == TrainerFn.FITTING:
+            stop.advice = self._after_a_signal(trainer, pl_module)
+        else:
+            stop.advice = "before its end: nothing of it is kept."
         if not self.by_command:
             say(str(stop))
 
@@ -148,8 +151,9 @@ def _reasons(trainer: Trainer) -> Iterator[str]:
         yield "no training batches"
     if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
         yield f"trainer.max_steps {trainer.max_steps} reached"
-    epochs, most = trainer.fit_loop.epoch_progress.current.processed, trainer.max_epochs
-    if most not in (None, -1) and epochs >= most:
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    most = trainer.max_epochs
+    if most not in (None, -1) and epochs.processed >= most:
         yield f"trainer.max_epochs {most} reached"
     for callback in callbacks_of(trainer):
         if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
