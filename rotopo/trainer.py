@@ -14,8 +14,9 @@ from lightning.pytorch.plugins import CheckpointIO
 from rotopo.callbacks.monitors import Monitors
 from rotopo.run.checkpoints import WholeCheckpointIO
 from rotopo.run.folder import RunFolder, ToldFolder, loggers_in, refuse_to_replace, root_of
-from rotopo.run.keeping import OwnCheckpoints, flatten_names
+from rotopo.run.keeping import OwnCheckpoints, flatten_names, with_last
 from rotopo.run.wandb import WandbIds
+from rotopo.run.whereabouts import Whereabouts
 
 
 class Trainer(pytorch.Trainer):
@@ -61,7 +62,9 @@ class Trainer(pytorch.Trainer):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(WholeCheckpointIO())
         self._own = OwnCheckpoints(given, goes_on=False)
-        always = [ToldFolder(folder), self._own, WandbIds(loggers), Monitors()]
+        always = [ToldFolder(folder), self._own, WandbIds(loggers)]
+        always += [Whereabouts(by_command=False), Monitors()]
+        given = with_last(given, settings.get("enable_checkpointing"))
         super().__init__(
             default_root_dir=root_of(default_root_dir),
             logger=loggers,
@@ -103,6 +106,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", r"It is recommended to use `self\.log")
     advice = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     advice.addFilter(lambda record: "Tip: For seamless cloud" not in record.getMessage())
+    # Whereabouts says which setting ended a fit.
+    advice.addFilter(lambda record: "`Trainer.fit` stopped: " not in record.getMessage())
     # Said when a checkpoint is written: of what it holds, not of how it is read.
     saving = logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector")
     saving.addFilter(lambda record: "`weights_only` was not set" not in record.getMessage())

@@ -11,7 +11,8 @@ MOST_LINES = 400
 # From the ground up. A file may import from below and from its own floor; class paths in a user's
 # YAML are no imports.
 FLOORS = (
-    ("described", "errors", "files", "ranks", "intervals", "pretrained", "refusals", "threads"),
+    ("described", "endings", "errors", "files", "ranks", "intervals"),
+    ("pretrained", "refusals", "threads"),
     ("data", "rotation"),
     ("models",),
     ("run",),

@@ -53,6 +53,12 @@ def cluster_environment(trainer: Trainer) -> ClusterEnvironment | None:
     return trainer._accelerator_connector.cluster_environment
 
 
+def leave_signals(trainer: Trainer) -> None:
+    """Have Lightning take no signals. Its handler of SIGTERM waits, inside itself, for the other
+    ranks wherever they are, and no setting leaves it out."""
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+
+
 def remake_loaders_every_epoch(trainer: Trainer) -> None:
     """Have the training loader made anew for every epoch: a setting of the Trainer's constructor,
     which a callback learns too late for."""

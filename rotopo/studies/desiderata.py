@@ -13,6 +13,11 @@ too, though its notebooks do not use them, and so is ln λ = −5 … 5 of the p
 grids, the thresholds of the verdicts and the sizes of the samples are ours.
 """
 
+from rotopo import endings
+
+if __name__ == "__main__":
+    endings.begin()
+
 import inspect
 from pathlib import Path
 

@@ -7,6 +7,11 @@ pairs, and how well the margins of the training pairs tell the flipped ones
 so that differences between methods are taken seed by seed.
 """
 
+from rotopo import endings
+
+if __name__ == "__main__":
+    endings.begin()
+
 import math
 from itertools import product
 from pathlib import Path
