@@ -49,7 +49,7 @@ from rotopo.run.lightning import leave_signals
 from rotopo.run.settings import PARTS, for_command, is_file_of_ours, named_checkpoint
 from rotopo.run.slurm import Job, Requeue, take_over
 from rotopo.run.whereabouts import Whereabouts
-from rotopo.trainer import quiet
+from rotopo.trainer import Telling, quiet, shows_progress
 from rotopo.training import PairwiseModule
 
 Kind = TypeVar("Kind", bound="RotopoCLI")
@@ -68,7 +68,7 @@ run: see rotopo judge --help.
 """
 
 
-class RotopoTrainer(Trainer):
+class RotopoTrainer(Telling):
     """Lightning's Trainer with a command for the data alone."""
 
     def doctor(
@@ -285,7 +285,8 @@ class RotopoCLI(LightningCLI):
         requeue = [Requeue(self._job)] if self._job is not None else []
         # First whether the ranks go on from one place, then the doctor: what it refuses leaves no
         # settings behind.
-        always = [*requeue, *kept, DataDoctor(), Monitors(), self._began]
+        shown = shows_progress(callbacks, config.enable_progress_bar)
+        always = [*requeue, *kept, DataDoctor(), Monitors(), self._began, *shown]
         kwargs["callbacks"] = [*always, *callbacks]
         with naming("trainer", on_purpose=False):
             try:
@@ -329,6 +330,7 @@ def built(command: type[Kind], args: list[str] | None) -> Kind:
             trainer_class=RotopoTrainer,
             parser_kwargs={"description": _DESCRIPTION},
             trainer_defaults={
+                "enable_model_summary": False,  # of one row, the policy
                 "use_distributed_sampler": False,  # our samplers know the ranks themselves
                 "num_sanity_val_steps": 1,  # the longest batch comes first, and the others fit too
             },

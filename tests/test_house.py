@@ -12,7 +12,7 @@ MOST_LINES = 400
 # YAML are no imports.
 FLOORS = (
     ("described", "endings", "errors", "files", "ranks", "intervals"),
-    ("pretrained", "refusals", "threads"),
+    ("pretrained", "progress", "refusals", "threads"),
     ("data", "rotation"),
     ("models",),
     ("run",),

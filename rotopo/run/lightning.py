@@ -37,6 +37,11 @@ def counts_versions(keeper: ModelCheckpoint) -> bool:
     return keeper._enable_version_counter
 
 
+def is_hidden(trainer: Trainer) -> bool:
+    """Whether this process shows no progress: a rank but the first, or without a progress bar."""
+    return not trainer.is_global_zero or trainer.progress_bar_callback is None
+
+
 def is_trial(trainer: Trainer) -> bool:
     """Whether it is ``fast_dev_run``, of which nothing is logged or kept. Lightning's type has no
     such attribute; the Trainer does."""
