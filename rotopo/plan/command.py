@@ -50,7 +50,7 @@ def plan(args: list[str]) -> None:
         InputError: settings that do not work, or that cannot be planned; names which and why.
         SystemExit: after --help, or options that are none.
     """
-    options, rest = _parser().parse_known_args(args)
+    options, rest = own_options().parse_known_args(args)
     if not rest:
         raise InputError("rotopo plan: no settings: give --config FILE, as for rotopo fit.")
     if options.json is not None and not options.json.parent.is_dir():
@@ -198,7 +198,8 @@ def _flops(module: PairwiseModule, load: Load, pairs_per_step: int, cached: bool
     return decoder.flops(tokens, targets, scores, online) * pairs_per_step / load.pairs
 
 
-def _parser() -> argparse.ArgumentParser:
+def own_options() -> argparse.ArgumentParser:
+    """The parser of what is no option of a fit."""
     parser = argparse.ArgumentParser(
         "rotopo plan",
         usage="rotopo plan --config FILE [--config FILE] [OPTIONS OF rotopo fit] [OPTIONS BELOW]",
