@@ -19,7 +19,7 @@ FLOORS = (
     ("callbacks", "muon", "optimisers", "training", "trainer", "strategies"),
     ("objectives", "reward", "robust"),
     ("parsing", "introspection", "lightning_cli", "load"),
-    ("judge", "report", "export", "plan"),
+    ("judge", "report", "export", "plan", "help"),
     ("studies",),
     ("cli", "describe"),
 )
