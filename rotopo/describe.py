@@ -5,6 +5,8 @@ from importlib import import_module
 from typing import Any
 
 from lightning.pytorch.cli import SaveConfigCallback
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from rotopo.described import (
     FILE,
@@ -36,6 +38,8 @@ FUNCTIONS = {
 }
 
 
+# What these work on is given to them, and no setting.
+MADE = (Optimizer, LRScheduler, ReduceLROnPlateau)
 _PARTS_OF_RUNS = ("rotopo.run.", "rotopo.refusals.")
 
 
@@ -81,7 +85,7 @@ def generate(packages: Sequence[str] = PACKAGES) -> Description:
     elsewhere: dict[str, dict[str, tuple[str, ...]]] = {}
     left = [one.hint for one in taken]
     while left:
-        for kind, made in named_in(left.pop()):
+        for kind in named_in(left.pop()):
             if kind.__name__[:1] == "_" or kind.__name__ in kinds or kind.__name__ in groups:
                 continue
             if is_group(kind) or kind is RotopoTrainer:
@@ -97,7 +101,7 @@ def generate(packages: Sequence[str] = PACKAGES) -> Description:
             for path, one in found.items():
                 if path in classes or path.partition(".")[0] not in ("rotopo", *packages):
                     continue
-                own = arguments_of(one, made)
+                own = arguments_of(one, made=issubclass(one, MADE))
                 classes[path] = described(one, own)
                 left += [argument.hint for argument in own]
     versions = {package: version(package) for package in PACKAGES}

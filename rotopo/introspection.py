@@ -52,18 +52,16 @@ def settings_from(arguments: Iterable[Argument]) -> tuple[Setting, ...]:
     return tuple(found)
 
 
-def named_in(hint: Any) -> Iterator[tuple[type, bool]]:
-    """Kinds of classes and groups of settings in a type; with each whether it is made later, with
-    an argument in front of its settings."""
+def named_in(hint: Any) -> Iterator[type]:
+    """Kinds of classes and groups of settings in a type; of a callable what it returns."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Callable:
-        if inner:
-            yield from ((kind, True) for kind, _ in named_in(inner[-1]))
-    elif origin is not Literal and inner:
+        inner = inner[-1:]
+    if origin is not Literal and inner:
         for one in inner:
             yield from named_in(one)
     elif isinstance(hint, type) and (_is_kind(hint) or is_group(hint)):
-        yield hint, False
+        yield hint
 
 
 def members(kind: type) -> Mapping[str, type]:
