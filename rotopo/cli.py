@@ -42,10 +42,15 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _main(args: list[str]) -> None:
-    from rotopo.refusals import fault  # imports torch, for which threads.begin comes too late
+    from rotopo.help.command import answer
+    from rotopo.refusals import fault, messages
 
     try:
-        if args and args[0] in _FUNCTIONS | _ON_SETTINGS:
+        with messages():
+            page = answer(args)
+        if page is not None:
+            print(page, end="")
+        elif args and args[0] in _FUNCTIONS | _ON_SETTINGS:
             call(args[0], args[1:])
         else:
             run(args)

@@ -116,9 +116,11 @@ def first_sentence(text: str | None) -> str:
     paragraph = inspect.cleandoc(text or "").split("\n\n")[0]
     line = " ".join(paragraph.split())
     line = re.sub(r":\w+:`~?(?:[\w.]*\.)?([^`]+?)(?: <[^>]*>)?`", r"\1", line).replace("``", "")
-    line = re.sub(r"`([^`]+)`_?", r"\1", re.sub(r"\s*\(?[Dd]efault\b[:s ].*$", "", line))
-    end = re.search(r"(?<!e\.g)(?<!i\.e)(?<!cf)[.:](?=\s+[A-Z]|$)", line)
-    return line[: end.start()] if end else line
+    # Where it says the default, which is shown beside it: but not "the default progress bar".
+    line = re.sub(r"\s*(\(default\b|(?<=[.,;])\s[Dd]efaults?\b|\bDefaults?:).*$", "", line)
+    line = re.sub(r"`([^`]+)`_?", r"\1", line)
+    end = re.search(r"(?<!e\.g)(?<!i\.e)(?<!cf)(?<!\bDr)[.](?=\s+[A-Z]|$)|:(?=$| [-*] )", line)
+    return (line[: end.start()] if end else line).rstrip(",;")
 
 
 def _takes_any(kind: type) -> bool:

@@ -17,6 +17,7 @@ import rotopo.objectives
 import rotopo.reward  # (classes are known by their short names once imported)
 import rotopo.robust  # noqa: F401
 from rotopo import threads
+from rotopo.callbacks.began import Began
 from rotopo.callbacks.doctor import DataDoctor
 from rotopo.callbacks.monitors import Monitors
 from rotopo.data.doctor.diagnosis import refusal, render
@@ -31,7 +32,6 @@ from rotopo.parsing import (
 )
 from rotopo.pretrained import with_tokenizer
 from rotopo.refusals import (
-    Began,
     Building,
     in_one_line,
     messages,

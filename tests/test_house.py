@@ -20,7 +20,7 @@ FLOORS = (
     ("callbacks", "muon", "optimisers", "training", "trainer", "strategies"),
     ("objectives", "reward", "robust"),
     ("parsing", "introspection", "lightning_cli", "load"),
-    ("judge", "report", "export", "plan", "compare"),
+    ("judge", "report", "export", "plan", "help", "compare"),
     ("studies",),
     ("cli", "describe"),
 )
