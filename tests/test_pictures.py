@@ -33,6 +33,7 @@ from tests.drawn import faults
 from tests.report import report_inputs as inputs
 
 ROOT = Path(__file__).parents[1]
+WAYS = ("matplotlib", "report.figures", "report import figures")
 MAKERS = {"new", "panel"}  # of rotopo.report.figures
 LONG = "runs/2026-11-28/a_rather_long_name_of_an_experiment/lr_5e-4/version_{}"
 
@@ -65,11 +66,9 @@ def pictures() -> list[str]:
     found = []
     for folder in ("rotopo", "tools"):
         for file in sorted((ROOT / folder).rglob("*.py")):
-            text = file.read_text("utf-8")
-            if "matplotlib" in text or "report.figures" in text or "report import figures" in text:
-                if file.name != "figures.py":
-                    module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
-                    found += [f"{module}.{name}" for name in functions(file)]
+            if file.name != "figures.py" and any(way in file.read_text("utf-8") for way in WAYS):
+                module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+                found += [f"{module}.{name}" for name in functions(file)]
     return found
 
 
@@ -124,7 +123,7 @@ def given(folder: Path, awkward: bool) -> dict[str, Any]:
     groups = [f"a group of pairs number {i}" for i in range(30)] if awkward else ["drama", "comedy"]
     for test in tests:
         some = {"pairs": 30, "accuracy": 0.7, "accuracy_interval": [0.5, 0.8]}
-        test.metrics["groups"] |= {name: some for name in groups}
+        test.metrics["groups"] |= dict.fromkeys(groups, some)
     labels = np.array((names * 20)[:40])
     colours = {name: figures.SERIES[i % 8] for i, name in enumerate([*names, "base"])}
     arguments = {

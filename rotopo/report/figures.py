@@ -3,6 +3,7 @@ save it. Studies and tools draw with it too."""
 
 import math
 import textwrap
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -151,9 +152,14 @@ def font_file(bold: bool = False) -> Path:
 
 
 def _width(name: str, size: float, bold: bool) -> float:
-    """A line's width in inches; a sign that the font lacks counts as a wide one."""
+    """A line's width in inches."""
+    return sum(_advance(sign, bold) for sign in name) * size / 72
+
+
+@lru_cache(maxsize=1000)
+def _advance(sign: str, bold: bool) -> float:
+    """A sign's width, of letters whose size is 1; of one that the font lacks that of a wide one."""
     font = get_font(font_file(bold))
-    font.set_size(size, 72)
-    signs = font.get_charmap()
-    font.set_text("".join(sign if ord(sign) in signs else "W" for sign in name), 0)
-    return font.get_width_height()[0] / 64 / 72
+    font.set_size(100, 72)
+    font.set_text(sign if ord(sign) in font.get_charmap() else "W", 0)
+    return font.get_width_height()[0] / 64 / 100
