@@ -94,6 +94,8 @@ class PairwiseModule(LightningModule):
     needs: Needs = Needs()
     # Whether a test compares the module with a reference.
     compared: bool = False
+    # Unit of the rewards, for whoever draws them; empty where they have none.
+    reward_unit: str = ""
 
     def __init__(
         self,
@@ -371,6 +373,7 @@ class PairwiseModule(LightningModule):
         facts: dict[str, Any] = {"rotopo": rotopo.__version__}
         facts |= {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
         facts["base_fingerprint"] = self.base_fingerprint
+        facts["reward_unit"] = self.reward_unit
         data = data_if_any(self.trainer)
         if isinstance(data, PairwiseDataModule):
             facts |= data.pairs.describe()

@@ -154,7 +154,7 @@ def main() -> None:
         scores = [analyser.polarity_scores(text)["compound"] for text in responses[name]]
         responses[f"vader_{name}"] = scores
     responses.to_json(output / "responses.jsonl", orient="records", lines=True)
-    plots.implicit_rewards(run / "metrics.csv", output / "implicit_rewards.png")
+    plots.implicit_rewards(run, output / "implicit_rewards.png")
 
     held_out = len(cli.datamodule.test_dataloader().dataset)
     trained = sum(p.numel() for p in cli.model.parameters() if p.requires_grad)

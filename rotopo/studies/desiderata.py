@@ -138,7 +138,7 @@ def study(
     surfaces = {
         name: surface(at_strength(module, 1.0), SURFACE)
         for name, module in tqdm(
-            (registered() | objectives).items(), "losses", leave=False, disable=None
+            (objectives | registered()).items(), "losses", leave=False, disable=None
         )
     }
     figures = {
@@ -151,7 +151,11 @@ def study(
             convention,
         ),
         "constraint": plots.constraint(tables["constraint"]),
-        "losses": plots.losses(surfaces, SURFACE),
+        "losses": plots.losses(
+            {name: surfaces[name] for name in objectives},
+            {name: own for name, own in surfaces.items() if name not in objectives},
+            SURFACE,
+        ),
     }
 
     results.write(output, tables, figures, summary(tables, convention))
