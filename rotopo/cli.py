@@ -6,7 +6,7 @@ import traceback
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from rotopo import threads
+from rotopo import endings, threads
 
 if TYPE_CHECKING:
     from rotopo.lightning_cli import RotopoCLI
@@ -29,19 +29,34 @@ def main(args: list[str] | None = None) -> None:
             the command's own: it computes on the cores that are free.
 
     Raises:
-        SystemExit: after bad input with status 2; after a fault with status 1, and a traceback.
+        SystemExit: after bad input with status 2; after a fault with status 1, and a traceback;
+            after a signal, such as Ctrl-C, with 128 + its number.
     """
-    if args is None:
-        threads.begin()
-        args = sys.argv[1:]
-    from rotopo.refusals import fault  # imports torch, for which threads.begin comes too late
+    own = args is None
+    args = sys.argv[1:] if args is None else args
+    nothing = "before the first step: there is nothing to keep." if args[:1] == ["fit"] else ""
+    with endings.in_one_line(nothing):
+        if own:
+            threads.begin()
+        _main(args)
+
+
+def _main(args: list[str]) -> None:
+    from rotopo.help.command import answer
+    from rotopo.refusals import fault, messages
 
     try:
-        if args and args[0] in _FUNCTIONS | _ON_SETTINGS:
+        with messages():
+            page = answer(args)
+        if page is not None:
+            print(page, end="")
+        elif args and args[0] in _FUNCTIONS | _ON_SETTINGS:
             call(args[0], args[1:])
         else:
             run(args)
     except Exception as error:
+        if endings.ended(error):
+            raise
         traceback.print_exception(error)
         said = fault(error)
         if said is not None:

@@ -3,7 +3,6 @@ run, safe swaps of class paths, and messages instead of tracebacks."""
 
 import json
 import os
-import signal
 import sys
 import warnings
 from pathlib import Path
@@ -13,12 +12,12 @@ from jsonargparse import Namespace
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import rotopo.objectives
 import rotopo.reward  # (classes are known by their short names once imported)
 import rotopo.robust  # noqa: F401
 from rotopo import threads
+from rotopo.callbacks.began import Began
 from rotopo.callbacks.doctor import DataDoctor
 from rotopo.callbacks.monitors import Monitors
 from rotopo.data.doctor.diagnosis import refusal, render
@@ -33,7 +32,6 @@ from rotopo.parsing import (
 )
 from rotopo.pretrained import with_tokenizer
 from rotopo.refusals import (
-    Began,
     Building,
     in_one_line,
     messages,
@@ -44,12 +42,14 @@ from rotopo.refusals import (
 from rotopo.run import wandb
 from rotopo.run.as_adapter import as_adapter
 from rotopo.run.changed import checked, say
-from rotopo.run.checkpoints import WholeCheckpointIO, check, disk_is_full, last_good
+from rotopo.run.checkpoints import WholeCheckpointIO, check, disk_is_full
 from rotopo.run.folder import RunFolder, ToldFolder, loggers_in, refuse_to_replace, root_of
-from rotopo.run.keeping import OwnCheckpoints, flatten_names
+from rotopo.run.keeping import OwnCheckpoints, flatten_names, with_last
+from rotopo.run.lightning import leave_signals
 from rotopo.run.settings import PARTS, for_command, is_file_of_ours, named_checkpoint
 from rotopo.run.slurm import Job, Requeue, take_over
-from rotopo.trainer import quiet
+from rotopo.run.whereabouts import Whereabouts
+from rotopo.trainer import Telling, quiet, shows_progress
 from rotopo.training import PairwiseModule
 
 Kind = TypeVar("Kind", bound="RotopoCLI")
@@ -68,7 +68,7 @@ run: see rotopo judge --help.
 """
 
 
-class RotopoTrainer(Trainer):
+class RotopoTrainer(Telling):
     """Lightning's Trainer with a command for the data alone."""
 
     def doctor(
@@ -236,25 +236,15 @@ class RotopoCLI(LightningCLI):
         self.carry_out(subcommand)
 
     def carry_out(self, subcommand: str) -> None:
-        """Run the Trainer's method; an end by SIGTERM or a full disk is told in one line."""
-        keeper = self.trainer.checkpoint_callback
+        """Run the Trainer's method; a full disk is told in one line."""
         try:
             with in_one_line(self._settings, lambda: self._began.began):
                 super()._run_subcommand(subcommand)
-        except SIGTERMException as stop:
-            stop.code = status = int(stop.code or 128 + signal.SIGTERM)
-            name = signal.Signals(status - 128).name
-            folder = getattr(keeper, "dirpath", None)
-            if self.trainer.is_global_zero:
-                good = last_good(Path(folder)) if folder and subcommand == "fit" else None
-                advice = f": go on with --ckpt_path {good}" if good else ""
-                print(f"rotopo: ended by {name}{advice}.", file=sys.stderr)
-            raise
         except Exception as error:
             full = full_disk(error)
             if full is None or input_error(error):
                 raise
-            folder = getattr(keeper, "dirpath", None)
+            folder = getattr(self.trainer.checkpoint_callback, "dirpath", None)
             raise disk_is_full(None, full, folder and Path(folder)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -277,6 +267,8 @@ class RotopoCLI(LightningCLI):
             kwargs["logger"] = loggers = loggers_in(folder, config.logger)
             goes_on = bool(self._settings().get("ckpt_path"))
             kept = [ToldFolder(folder), OwnCheckpoints(callbacks, goes_on), wandb.WandbIds(loggers)]
+            kept.append(Whereabouts(by_command=True))
+            callbacks = with_last(callbacks, config.enable_checkpointing)
         for name, least in (
             ("accumulate_grad_batches", 1),
             ("check_val_every_n_epoch", 1),
@@ -293,7 +285,8 @@ class RotopoCLI(LightningCLI):
         requeue = [Requeue(self._job)] if self._job is not None else []
         # First whether the ranks go on from one place, then the doctor: what it refuses leaves no
         # settings behind.
-        always = [*requeue, *kept, DataDoctor(), Monitors(), self._began]
+        shown = shows_progress(callbacks, config.enable_progress_bar)
+        always = [*requeue, *kept, DataDoctor(), Monitors(), self._began, *shown]
         kwargs["callbacks"] = [*always, *callbacks]
         with naming("trainer", on_purpose=False):
             try:
@@ -303,6 +296,7 @@ class RotopoCLI(LightningCLI):
         if trainer.is_global_zero:
             refuse_to_replace(trainer.loggers)
         take_over(trainer, self._job)
+        leave_signals(trainer)
         there = self._checkpoint if self.subcommand == "fit" else None
         threads.settle(trainer.world_size, there[1]["rotopo"].get("threads") if there else None)
         return trainer
@@ -336,6 +330,7 @@ def built(command: type[Kind], args: list[str] | None) -> Kind:
             trainer_class=RotopoTrainer,
             parser_kwargs={"description": _DESCRIPTION},
             trainer_defaults={
+                "enable_model_summary": False,  # of one row, the policy
                 "use_distributed_sampler": False,  # our samplers know the ranks themselves
                 "num_sanity_val_steps": 1,  # the longest batch comes first, and the others fit too
             },

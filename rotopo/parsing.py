@@ -5,9 +5,11 @@ of the names fails in ``tests/run/test_lightning.py``, which says which; until t
 in pyproject.toml keeps such a release out.
 """
 
+import argparse
+from collections.abc import Iterator
 from dataclasses import is_dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import jsonargparse._typehints as jsonargparse_typehints
 import torch
@@ -18,7 +20,11 @@ from rotopo.errors import InputError
 
 
 class Parser(LightningArgumentParser):
-    """Writes settings without validating them again: they come from its own parsing."""
+    """Writes settings without validating them again: they come from its own parsing. Takes the
+    names of settings in full alone."""
+
+    def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
 
     def dump(self, *args: Any, skip_validation: bool = True, **kwargs: Any) -> str:
         return super().dump(*args, skip_validation=skip_validation, **kwargs)
@@ -41,6 +47,77 @@ def refuse_ill_typed(name: str, given: Namespace) -> None:
             raise InputError(f"{name}.{parameter.name} is null: it has to have a value.")
         if isinstance(arguments.get(parameter.name), list) and is_dataclass(annotation):
             raise InputError(f"{name}.{parameter.name} is a list: name its settings instead.")
+
+
+class Argument(NamedTuple):
+    """One of a parser's.
+
+    Attributes:
+        name: with dots, ``policy.path``.
+        hint: its type; of a group of settings the class, None of others that have no type.
+        default: None too where there is none.
+        required: whether there is none.
+        doc: what its class says of it.
+        is_group: whether the settings that follow under its name are a group of settings.
+    """
+
+    name: str
+    hint: Any
+    default: Any
+    required: bool
+    doc: str
+    is_group: bool
+
+
+def arguments(parser: LightningArgumentParser) -> Iterator[Argument]:
+    """What a parser takes, help and files of settings aside: jsonargparse shows it as text alone,
+    in its help."""
+    for action in parser._actions:
+        basetype = getattr(action, "basetype", None)  # of a group of settings
+        hint = basetype or getattr(action, "_typehint", None)
+        if hint is not None and not action.dest.endswith(".help"):
+            default = None if action.default == "==SUPPRESS==" else action.default
+            doc = "" if basetype else action.help or ""
+            yield Argument(action.dest, hint, default, action.required, doc, basetype is not None)
+
+
+def options(parser: argparse.ArgumentParser) -> Iterator[Argument]:
+    """What a parser takes that is argparse's own."""
+    for action in parser._actions:
+        name = (action.option_strings or [action.dest])[-1].removeprefix("--")
+        if action.dest != "help":
+            doc = action.help or ""
+            yield Argument(name, action.type or str, action.default, action.required, doc, False)
+
+
+def arguments_of(kind: Any, made: bool = False) -> list[Argument]:
+    """What a class or a function takes.
+
+    Args:
+        kind: the class or function.
+        made: whether its first argument is given to it, as the parameters are to an optimiser.
+    """
+    parser = Parser()
+    if isinstance(kind, type):
+        parser.add_class_arguments(kind, skip={1} if made else None, fail_untyped=False)
+    else:
+        parser.add_function_arguments(kind, fail_untyped=False)
+    return list(arguments(parser))
+
+
+def class_paths(kind: type) -> dict[str, type]:
+    """The classes of a kind that have been imported, by the paths that settings show."""
+    from jsonargparse._util import import_object
+
+    paths = jsonargparse_typehints.get_all_subclass_paths(kind, include_abstract=True)
+    return {path: import_object(path) for path in paths}
+
+
+def class_path(kind: type) -> str:
+    """The path that settings show of a class."""
+    from jsonargparse._util import get_import_path
+
+    return get_import_path(kind) or f"{kind.__module__}.{kind.__qualname__}"
 
 
 def keep_only_what_classes_share() -> None:

@@ -24,7 +24,6 @@ from typing import Any
 
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch import Callback
 
 from rotopo.errors import InputError, input_error
 from rotopo.files import full_disk
@@ -41,25 +40,6 @@ _ON_SETTINGS = ("lightning", "jsonargparse", "transformers", "peft", "huggingfac
 # What a message of these types says makes no sense without the type.
 _BARE = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError)
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
-
-
-class Began(Callback):
-    """Knows whether a batch has been computed: what is raised from then on is no setting's."""
-
-    def __init__(self) -> None:
-        self.began = False
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.began = True
-
-    def on_validation_batch_start(self, *_: Any) -> None:
-        self.began = True
-
-    def on_test_batch_start(self, *_: Any) -> None:
-        self.began = True
-
-    def on_predict_batch_start(self, *_: Any) -> None:
-        self.began = True
 
 
 class Building:
@@ -181,7 +161,8 @@ def refusal(error: Exception, settings: Namespace | None, began: bool) -> InputE
     if "ours" in between and _package(last) not in _ON_SETTINGS:
         return None
     # A callback of Lightning's looks for the metric that it monitors when it is due.
-    due = issubclass(speaker, Callback) and "ours" not in between
+    callback = _if_imported("lightning.pytorch", "Callback")
+    due = callback is not None and issubclass(speaker, callback) and "ours" not in between
     if began and not due:
         return None
     said = f"{place}: {line(error)}"
@@ -225,9 +206,8 @@ def refuse_repeated_names(file: Path) -> None:
 def fault(error: BaseException) -> str | None:
     """What to print after the traceback of an error that is nobody's setting; None where it came
     from the user's own code."""
-    from torch import OutOfMemoryError
-
-    if isinstance(error, MemoryError | OutOfMemoryError):
+    out_of_memory = _if_imported("torch", "OutOfMemoryError") or MemoryError
+    if isinstance(error, MemoryError | out_of_memory):
         return (
             "out of memory: a lower data.token_budget, model.policy.activation_checkpointing or a "
             "model divided among GPUs (configs/strategies) needs less."
@@ -239,6 +219,12 @@ def fault(error: BaseException) -> str | None:
         "this is a fault of rotopo's, not of your settings: please report it to the maintainers "
         "of rotopo, with the lines above."
     )
+
+
+def _if_imported(module: str, name: str) -> type | None:
+    """A class of a package that is slow to import, if anybody has: else nothing is of that class,
+    and the commands that do without the package need not wait for it."""
+    return getattr(sys.modules.get(module), name, None)
 
 
 def setting_of(kind: type, settings: Namespace | None) -> str | None:

@@ -6,9 +6,10 @@ held-out prompts, and lets the reward models judge the responses. Run it again a
 interrupted, and it goes on where it stopped.
 """
 
-from rotopo import threads
+from rotopo import endings, threads
 
 if __name__ == "__main__":
+    endings.begin()
     threads.begin()
 
 import argparse
@@ -346,4 +347,5 @@ def print_summary(summary: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with endings.in_one_line(instead="before its end: the same command goes on where it stopped."):
+        main()

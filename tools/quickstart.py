@@ -5,9 +5,10 @@ Usage: tools/quickstart [--output DIR] [rotopo options, e.g. --data.train_pairs 
 configs/quickstart.yaml with fewer pairs, and without validation, of which the table has nothing.
 """
 
-from rotopo import threads
+from rotopo import endings, threads
 
 if __name__ == "__main__":
+    endings.begin()
     threads.begin()
     print("Starting; on two idle cores it takes some minutes in all.", flush=True)
 
@@ -34,6 +35,7 @@ from rotopo.data.batch import collate_prompts
 from rotopo.lightning_cli import RotopoCLI, built
 from rotopo.models.policy import Sampling
 from rotopo.report import plots
+from rotopo.run.whereabouts import Whereabouts
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 LESS = ("--data.train_pairs=160", "--data.validation=0", "--data.test=0.05")
@@ -84,7 +86,9 @@ class Quickstart(RotopoCLI):
 
     def carry_out(self, subcommand: str) -> None:
         bar = Bar()
-        self.trainer.callbacks.append(bar)
+        # What a run says of itself is in the table below, or at its end.
+        own = [one for one in self.trainer.callbacks if not isinstance(one, Whereabouts)]
+        self.trainer.callbacks = [*own, bar]
         self.before = self.test(bar, "Test before training")
         bar.title, start = "Training", time.perf_counter()
         super().carry_out(subcommand)
@@ -150,7 +154,7 @@ def main() -> None:
         scores = [analyser.polarity_scores(text)["compound"] for text in responses[name]]
         responses[f"vader_{name}"] = scores
     responses.to_json(output / "responses.jsonl", orient="records", lines=True)
-    plots.implicit_rewards(run / "metrics.csv", output / "implicit_rewards.png")
+    plots.implicit_rewards(run, output / "implicit_rewards.png")
 
     held_out = len(cli.datamodule.test_dataloader().dataset)
     trained = sum(p.numel() for p in cli.model.parameters() if p.requires_grad)
@@ -190,4 +194,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with endings.in_one_line(instead="before its end."):
+        sys.exit(main())

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from rotopo.callbacks.arithmetic import Decoder, is_known
 from rotopo.callbacks.speed import count
@@ -24,6 +23,7 @@ from rotopo.plan.result import Plan, Row
 from rotopo.plan.search import most_pairs
 from rotopo.plan.settings import Lengths, load_of, reference_cached, refuse_rounds, strategy_of
 from rotopo.plan.text import render
+from rotopo.progress import Progress
 from rotopo.training import PairwiseModule
 
 GIB = 2**30
@@ -50,7 +50,7 @@ def plan(args: list[str]) -> None:
         InputError: settings that do not work, or that cannot be planned; names which and why.
         SystemExit: after --help, or options that are none.
     """
-    options, rest = _parser().parse_known_args(args)
+    options, rest = own_options().parse_known_args(args)
     if not rest:
         raise InputError("rotopo plan: no settings: give --config FILE, as for rotopo fit.")
     if options.json is not None and not options.json.parent.is_dir():
@@ -98,7 +98,7 @@ def make(args: list[str], options: argparse.Namespace) -> Plan:
     others = [Strategy(kind, strategy.ranks) for kind in ("ddp", "fsdp2")]
     ways = [strategy, *(o for o in others if o.kind != strategy.kind and strategy.ranks > 1)]
     rows = []
-    for way, again in tqdm([(w, c) for w in ways for c in (own, not own)], "Planning", leave=False):
+    for way, again in Progress([(w, c) for w in ways for c in (own, not own)], "Planning"):
         with planner(
             module,
             config,
@@ -198,7 +198,8 @@ def _flops(module: PairwiseModule, load: Load, pairs_per_step: int, cached: bool
     return decoder.flops(tokens, targets, scores, online) * pairs_per_step / load.pairs
 
 
-def _parser() -> argparse.ArgumentParser:
+def own_options() -> argparse.ArgumentParser:
+    """The parser of what is no option of a fit."""
     parser = argparse.ArgumentParser(
         "rotopo plan",
         usage="rotopo plan --config FILE [--config FILE] [OPTIONS OF rotopo fit] [OPTIONS BELOW]",

@@ -13,7 +13,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from rotopo.errors import InputError
-from rotopo.report.plots import CHOSEN, INK
+from rotopo.report.figures import CHOSEN, INK
 
 _HERE = Path(__file__).parent
 # Colours of the pictures that a dark page needs lighter; all others read on both.

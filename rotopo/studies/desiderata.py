@@ -13,6 +13,11 @@ too, though its notebooks do not use them, and so is ln λ = −5 … 5 of the p
 grids, the thresholds of the verdicts and the sizes of the samples are ours.
 """
 
+from rotopo import endings
+
+if __name__ == "__main__":
+    endings.begin()
+
 import inspect
 from pathlib import Path
 
@@ -133,7 +138,7 @@ def study(
     surfaces = {
         name: surface(at_strength(module, 1.0), SURFACE)
         for name, module in tqdm(
-            (registered() | objectives).items(), "losses", leave=False, disable=None
+            (objectives | registered()).items(), "losses", leave=False, disable=None
         )
     }
     figures = {
@@ -146,7 +151,11 @@ def study(
             convention,
         ),
         "constraint": plots.constraint(tables["constraint"]),
-        "losses": plots.losses(surfaces, SURFACE),
+        "losses": plots.losses(
+            {name: surfaces[name] for name in objectives},
+            {name: own for name, own in surfaces.items() if name not in objectives},
+            SURFACE,
+        ),
     }
 
     results.write(output, tables, figures, summary(tables, convention))

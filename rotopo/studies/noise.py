@@ -7,6 +7,11 @@ pairs, and how well the margins of the training pairs tell the flipped ones
 so that differences between methods are taken seed by seed.
 """
 
+from rotopo import endings
+
+if __name__ == "__main__":
+    endings.begin()
+
 import math
 from itertools import product
 from pathlib import Path
@@ -137,7 +142,8 @@ def study(
         tables["rounds"] = pd.DataFrame(rounds)
     else:
         (output / "rounds.csv").unlink(missing_ok=True)  # of an earlier study
-    results.write(output, tables, {"noise": noise_plots.noise(summary)}, printed(summary))
+    asked = None if names is None else [method.name for method in methods]
+    results.write(output, tables, {"noise": noise_plots.noise(summary, asked)}, printed(summary))
 
 
 def summarised(table: pd.DataFrame) -> pd.DataFrame:

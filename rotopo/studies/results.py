@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from rotopo.errors import InputError
 from rotopo.files import writing_whole
+from rotopo.report.figures import save
 
 
 def check(output: Path) -> None:
@@ -33,7 +34,7 @@ def write(
             table.to_csv(stream, index=False)
         for name, figure in figures.items():
             stream = complete.enter_context(writing_whole(output / f"{name}.png"))
-            figure.savefig(stream, format="png", dpi=150)
+            save(figure, stream, "png")
     print(summary)
     print(
         f"In {output}: {', '.join(sorted(f'{n}.csv' for n in tables))}; "

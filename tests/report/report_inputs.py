@@ -24,9 +24,14 @@ AWKWARD = (
     "</details></table></main>{{ 7 * 7 }} & \"quotes\" 'and' `ticks` \\u0000 %s",
 )
 
+SET = "data/preferences/2026/a_set_with_a_long_path/held_out.jsonl"
 
-def save_test(folder: Path, seed: int, shift: float, scale: float, groups: bool = False) -> Path:
-    """A run of ``rotopo test`` on 300 pairs, whose chosen score higher by about ``shift``."""
+
+def save_test(
+    folder: Path, seed: int, shift: float, scale: float, groups: bool = False, policy: bool = False
+) -> Path:
+    """A run of ``rotopo test`` on 300 pairs, whose chosen score higher by about ``shift``; of a
+    policy with the yardstick, and of two sets."""
     numbers = np.random.default_rng(seed)
     texts = np.random.default_rng(7)  # the same pairs for every reward model
     pairs = []
@@ -70,11 +75,30 @@ def save_test(folder: Path, seed: int, shift: float, scale: float, groups: bool 
             for name, own in (table.groupby("group") if groups else [])
         },
     }
+    if policy:
+        metrics["yardstick"] = _yardstick(shift, accuracy)
+        metrics["sets"] = {
+            name: {**metrics, "pairs": n, "groups": {}, "yardstick": _yardstick(own, accuracy)}
+            for name, n, own in (("films", 200, shift), (SET, 100, shift / 2))
+        }
     folder.mkdir(parents=True)
     (folder / "test.json").write_text(json.dumps(metrics), encoding="utf-8")
     lines = (json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
     (folder / "test_pairs.jsonl").write_text("".join(lines), encoding="utf-8")
     return _settings(folder, "rotopo.reward.RewardModule", "backbone")
+
+
+def _yardstick(shift: float, accuracy: float) -> dict[str, Any]:
+    return {
+        "margin": 10 * shift,
+        "margin_interval": [9 * shift, 11 * shift],
+        "accuracy": accuracy,
+        "accuracy_interval": [accuracy - 0.05, accuracy + 0.05],
+        "log_ratio": {"chosen": -2 * shift, "rejected": -12 * shift},
+        "log_ratio_per_token": {"chosen": -0.05 * shift, "rejected": -0.3 * shift},
+        "displaced": 0.64,
+        "kl_per_token": {"on_data": {"forward": 0.0123, "reverse": None}},
+    }
 
 
 def save_reward_fit(folder: Path, seed: int = 0) -> Path:

@@ -4,6 +4,7 @@ A failure after an upgrade says which name has moved; the files named in ``PRIVA
 for. Until they are adapted, pyproject.toml's upper bound keeps the upgrade out.
 """
 
+import argparse
 import ast
 import inspect
 import re
@@ -35,6 +36,7 @@ PRIVATE = {
         "_process_group_backend": ModelParallelStrategy,
         "_should_check_val_epoch": _TrainingEpochLoop,
         "_should_check_val_fx": _TrainingEpochLoop,
+        "_signal_connector": Trainer,
         "_trainer": LightningModule,
     },
     "rotopo/lightning_cli.py": {
@@ -44,6 +46,10 @@ PRIVATE = {
         "_set_seed": LightningCLI,
     },
     "rotopo/parsing.py": {
+        "_actions": argparse._ActionsContainer,
+        "_typehint": jsonargparse._typehints,
+        "get_all_subclass_paths": jsonargparse._typehints,
+        "get_import_path": jsonargparse._util,
         "discard_init_args_on_class_path_change": jsonargparse._typehints,
         "resolve_class_path_by_name": jsonargparse._typehints,
         "get_signature_parameters": jsonargparse._parameter_resolvers,

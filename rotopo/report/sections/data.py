@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from rotopo.report import plots, text_plots
+from rotopo.report import figures, text_plots
 from rotopo.report.inputs import Inputs
 from rotopo.report.page import Panel, Part, Picture, Section
 from rotopo.report.parts import word_clouds
@@ -11,7 +11,7 @@ ORDER = 10
 
 
 def section(inputs: Inputs) -> Section:
-    clouds = {"chosen": plots.CHOSEN, "rejected": plots.REJECTED}
+    clouds = {"chosen": figures.CHOSEN, "rejected": figures.REJECTED}
     parts: list[Part] = []
     for test in [*inputs.reward_tests, *inputs.tests][:1]:
         n = len(test.pairs)
@@ -55,7 +55,7 @@ def _map(
     if len({known[k] for k in kinds if k in known}) == len(kinds):
         palette = {name: known[name] for name in kinds}
     else:  # pairs and policies together would share colours
-        palette = {name: plots.SERIES[i % len(plots.SERIES)] for i, name in enumerate(kinds)}
+        palette = {name: figures.SERIES[i % len(figures.SERIES)] for i, name in enumerate(kinds)}
     counts = ", ".join(f"{name} {(labels == name).sum():,}" for name in kinds)
     figure = text_plots.embedding_map(x, labels, palette, perplexity, seed)
     reduced = x.shape[1] > 50 and n > 50

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from rotopo.metrics.runs import Training
-from rotopo.report import plots
+from rotopo.report import figures, plots
 from rotopo.report.inputs import Inputs
 from rotopo.report.page import Panel, Picture, Section
 
@@ -18,7 +18,7 @@ def section(inputs: Inputs) -> Section:
             taken = {other.name for other in runs}
             name = f"reward model {run.name}" if run.name in taken else run.name
             runs.append(Training(name, run.folder, run.settings, run.facts, run.metrics))
-            palette.setdefault(name, plots.SERIES[(len(palette) + 1) % len(plots.SERIES)])
+            palette.setdefault(name, figures.SERIES[(len(palette) + 1) % len(figures.SERIES)])
     panels = []
     ranks = {run.name: _layers(run, "geometry/effective_rank/") for run in runs}
     with_ranks = [run for run in runs if ranks[run.name]]
