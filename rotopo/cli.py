@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # Commands that need no Trainer: plain functions, whose arguments are theirs.
 _FUNCTIONS = {
+    "compare": "rotopo.compare.command.compare",
     "export": "rotopo.export.command.export",
     "judge": "rotopo.judge.command.judge",
     "report": "rotopo.report.command.report",

@@ -15,7 +15,7 @@ from typing import Any
 from rotopo.compare.curves import Points
 from rotopo.compare.settings import Comparison
 from rotopo.errors import InputError
-from rotopo.progress import progress
+from rotopo.progress import Progress
 from rotopo.run.continued import ContinuedRun, from_last_checkpoint
 
 
@@ -63,6 +63,7 @@ class Runs:
             "done.json",
             self._arguments(run),
             self.comparison.base,
+            self._measuring(run),
         )
 
     def points(self, run: Run) -> Points:
@@ -81,9 +82,8 @@ class Runs:
             slots.put(slot)
         with ThreadPoolExecutor(self.comparison.at_once) as pool:
             waiting = {pool.submit(self._do, run, slots): run for run in missing}
-            done = progress(as_completed(waiting), description, total=len(waiting))
             try:
-                for future in done:
+                for future in Progress(as_completed(waiting), description, len(waiting)):
                     future.result()
             except BaseException:
                 pool.shutdown(cancel_futures=True)
@@ -100,7 +100,9 @@ class Runs:
             command += [f"--trainer.default_root_dir={place.folder}"]
             command += from_last_checkpoint(place.folder)
             with (place.folder / "log.txt").open("a", encoding="utf-8") as log:
-                status = subprocess.call(command, stdout=log, stderr=log, env=self._environment(slot))
+                status = subprocess.call(
+                    command, stdout=log, stderr=log, env=self._environment(slot)
+                )
             if status:
                 last = (place.folder / "log.txt").read_text("utf-8").strip().splitlines()[-1:]
                 raise InputError(

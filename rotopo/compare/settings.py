@@ -110,7 +110,9 @@ class Comparison:
                 raise InputError(f"base: there is no file {file}.")
         tries = {len(self.rates_of(name)) for name in self.arms}
         if len(tries) > 1 or 0 in tries:
-            raise InputError("rates: every arm is to have as many learning rates to try, 1 or more.")
+            raise InputError(
+                "rates: every arm is to have as many learning rates to try, 1 or more."
+            )
         if self.at_once < 1:
             raise InputError(f"at_once is {self.at_once}: it has to be at least 1.")
 

@@ -30,7 +30,7 @@ from rotopo.models.log_probs import PairLogProbs
 from rotopo.models.outcome import PairOutcome, StepOutput
 from rotopo.models.settings import PolicyConfig, Sampling
 from rotopo.run.as_adapter import from_runs
-from rotopo.run.lightning import data_of, trainer_of
+from rotopo.run.lightning import callbacks_of, data_of, trainer_of
 from rotopo.run.steps import ends_step, works_in_steps_only
 from rotopo.training import PairwiseModule
 
@@ -120,7 +120,9 @@ class PreferenceModule(PairwiseModule):
             config = from_runs(self.policy_config)
             trainer = trainer_of(self)
             tested = trainer is not None and trainer.state.fn == TrainerFn.TESTING
-            self.policy = Policy.load(config, self.needs.reference or tested, self.sharding)
+            others = [] if trainer is None else callbacks_of(trainer)
+            compared = tested or any(getattr(one, "compares", False) for one in others)
+            self.policy = Policy.load(config, self.needs.reference or compared, self.sharding)
 
     @property
     def compared(self) -> bool:  # type: ignore[override]
