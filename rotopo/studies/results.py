@@ -47,6 +47,9 @@ class Job(NamedTuple):
     def name(self) -> str:
         return f"{self.table}, {self.of}"
 
+    def rows(self) -> list[dict[str, Any]]:
+        return self.compute().to_dict("records")
+
 
 class Parts:
     """What a study has computed so far, kept in ``unfinished-KEY.jsonl`` until its results are
@@ -90,12 +93,11 @@ class Parts:
         """All jobs' tables, saying how far it is."""
         left = sum(job.size for job in jobs if job.name not in self.rows)
         found: dict[str, list[dict[str, Any]]] = {job.table: [] for job in jobs}
-        with Progress((), title, left, hidden=not left) as shown:
+        shown: Progress[Job] = Progress((), title, left, hidden=not left)
+        with shown:
             for job in jobs:
                 is_new = job.name not in self.rows
-                found[job.table] += self.of(
-                    job.name, lambda job=job: job.compute().to_dict("records")
-                )
+                found[job.table] += self.of(job.name, job.rows)
                 if is_new:
                     shown.update(job.size, job.name)
         return {table: pd.DataFrame(rows) for table, rows in found.items()}
