@@ -83,9 +83,8 @@ def generate(cli: RotopoCLI, sampling: Sampling) -> pd.DataFrame:
     table = pd.DataFrame({"prompt": [source[first[prompt]]["prompt"] for prompt in prompts]})
     for name, reference in (("before", True), ("after", False)):
         responses = []
-        for start in Progress(
-            range(0, len(prompts), PROMPTS_PER_BATCH), f"Sentences {name} training"
-        ):
+        starts = range(0, len(prompts), PROMPTS_PER_BATCH)
+        for start in Progress(starts, f"Sentences {name} training"):
             part = [list(p) for p in prompts[start : start + PROMPTS_PER_BATCH]]
             batch = collate_prompts(part, data.pad_id, range(len(part)))
             responses += policy.generate(batch, sampling, data.stop_ids, reference)
