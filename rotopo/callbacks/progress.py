@@ -201,7 +201,11 @@ class ProgressLine(ProgressBar):
         if self.loop is not None:
             self.loop.update()
 
-    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+    def on_test_batch_end(self, *_: Any) -> None:
+        self.on_validation_batch_end()
+
+    def on_predict_batch_end(self, *_: Any) -> None:
+        self.on_validation_batch_end()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end_loop()
@@ -218,12 +222,19 @@ class ProgressLine(ProgressBar):
         self.loop = Progress((), title, known, hidden=not self.enabled)
         self.loop_began = time.monotonic()
 
-    def _end_loop(self, *_: Any) -> None:
+    def _end_loop(self) -> None:
         if self.loop is not None:
             self.loop.close()
         self.loop = None
 
-    on_sanity_check_end = on_test_end = on_predict_end = _end_loop
+    def on_sanity_check_end(self, *_: Any) -> None:
+        self._end_loop()
+
+    def on_test_end(self, *_: Any) -> None:
+        self._end_loop()
+
+    def on_predict_end(self, *_: Any) -> None:
+        self._end_loop()
 
     def _show(self, trainer: Trainer) -> None:
         """The line of the last step, where it has none yet and it is time for one."""
