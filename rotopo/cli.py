@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from rotopo import threads
+from rotopo.described import read
+from rotopo.described.check import mistakes
 
 if TYPE_CHECKING:
     from rotopo.lightning_cli import RotopoCLI
@@ -19,6 +21,7 @@ _FUNCTIONS = {
 }
 # Commands that take the options of fit beside their own.
 _ON_SETTINGS = {"plan": "rotopo.plan.command.plan"}
+COMMANDS = ("fit", "validate", "test", "predict", "doctor", "plan", "judge", "report", "export")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -31,9 +34,15 @@ def main(args: list[str] | None = None) -> None:
     Raises:
         SystemExit: after bad input with status 2; after a fault with status 1, and a traceback.
     """
-    if args is None:
+    own = args is None
+    args = sys.argv[1:] if args is None else args
+    wrong = mistakes(args, read(), COMMANDS)  # before torch is imported, which takes seconds
+    for line in wrong:
+        print(f"rotopo: {line}", file=sys.stderr)
+    if wrong:
+        sys.exit(2)
+    if own:
         threads.begin()
-        args = sys.argv[1:]
     from rotopo.refusals import fault  # imports torch, for which threads.begin comes too late
 
     try:
