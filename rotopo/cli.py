@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from rotopo import threads
+from rotopo.errors import InputError
+from rotopo.help.command import answer
 
 if TYPE_CHECKING:
     from rotopo.lightning_cli import RotopoCLI
@@ -34,15 +36,18 @@ def main(args: list[str] | None = None) -> None:
     if args is None:
         threads.begin()
         args = sys.argv[1:]
-    from rotopo.help.command import answer
-    from rotopo.refusals import fault, messages
+    try:
+        page = answer(args)
+    except InputError as error:
+        print(f"rotopo: {error}", file=sys.stderr)
+        sys.exit(2)
+    if page is not None:
+        print(page, end="")
+        return
+    from rotopo.refusals import fault  # which help need not wait for
 
     try:
-        with messages():
-            page = answer(args)
-        if page is not None:
-            print(page, end="")
-        elif args and args[0] in _FUNCTIONS | _ON_SETTINGS:
+        if args and args[0] in _FUNCTIONS | _ON_SETTINGS:
             call(args[0], args[1:])
         else:
             run(args)
