@@ -66,7 +66,7 @@ def _of_setting(
     if not name:
         return kind_page(description, command, place, setting)
     one = class_named(description, setting, name)
-    return None if one is None else class_page(description, command, place, one)
+    return None if one is None else class_page(description, place, setting, one)
 
 
 def versions() -> str:
