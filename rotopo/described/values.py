@@ -110,7 +110,7 @@ class Values:
         """
         line = node.start_mark.line + 1
         if isinstance(node, yaml.MappingNode):
-            self._mapping(slot, name, takes, node, place)
+            self._fields_of(slot, name, takes, node, place)
         elif isinstance(node, yaml.SequenceNode) and takes.items:
             items = taken(takes.items, self.description)
             for one in node.value:
@@ -127,7 +127,7 @@ class Values:
             elif takes.refuses(node.value):
                 self._refused(takes, node.value, place, line)
 
-    def _mapping(
+    def _fields_of(
         self, slot: Slot, name: str, takes: Taken, node: yaml.MappingNode, place: Place
     ) -> None:
         by_name = {
