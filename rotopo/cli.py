@@ -7,8 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from rotopo import threads
+from rotopo.described import read
+from rotopo.described.check import mistakes
 from rotopo.errors import InputError
 from rotopo.help.command import answer
+from rotopo.help.pages import COMMANDS
 
 if TYPE_CHECKING:
     from rotopo.lightning_cli import RotopoCLI
@@ -33,9 +36,9 @@ def main(args: list[str] | None = None) -> None:
     Raises:
         SystemExit: after bad input with status 2; after a fault with status 1, and a traceback.
     """
-    if args is None:
-        threads.begin()
-        args = sys.argv[1:]
+    own = args is None
+    args = sys.argv[1:] if args is None else args
+    # Before torch is imported, which takes seconds.
     try:
         page = answer(args)
     except InputError as error:
@@ -44,7 +47,14 @@ def main(args: list[str] | None = None) -> None:
     if page is not None:
         print(page, end="")
         return
-    from rotopo.refusals import fault  # which help need not wait for
+    wrong = mistakes(args, read(), list(COMMANDS))
+    for line in wrong:
+        print(f"rotopo: {line}", file=sys.stderr)
+    if wrong:
+        sys.exit(2)
+    if own:
+        threads.begin()
+    from rotopo.refusals import fault
 
     try:
         if args and args[0] in _FUNCTIONS | _ON_SETTINGS:

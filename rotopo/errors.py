@@ -1,6 +1,6 @@
 """The one error type for input that the user can mend, and what an error came from."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 
 class InputError(ValueError):
@@ -9,6 +9,18 @@ class InputError(ValueError):
     The message names the place and says what to do. The command line prints it alone,
     without a traceback, and exits with status 2.
     """
+
+
+class SeveralErrors(InputError):  # noqa: N818
+    """Several at once, which the command line prints on a line each.
+
+    Attributes:
+        lines: what each of them says.
+    """
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = list(lines)
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -24,8 +24,11 @@ from rotopo.callbacks.doctor import DataDoctor
 from rotopo.callbacks.monitors import Monitors
 from rotopo.data.doctor.diagnosis import refusal, render
 from rotopo.data.module import PairwiseDataModule
-from rotopo.errors import InputError, input_error
+from rotopo.described import read
+from rotopo.described.check import mistakes
+from rotopo.errors import InputError, SeveralErrors, input_error
 from rotopo.files import full_disk
+from rotopo.introspection import live
 from rotopo.parsing import (
     Parser,
     find_classes,
@@ -106,7 +109,7 @@ class RotopoCLI(LightningCLI):
     _checkpoint: tuple[str, dict[str, Any]] | None = None  # that is named: path and content
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = super().init_parser(**kwargs)
+        parser = super().init_parser(**kwargs, allow_abbrev=False)
         parser.__class__ = Parser  # Lightning names its own
         return parser
 
@@ -121,8 +124,13 @@ class RotopoCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         args = self._on_checkpoint(sys.argv[1:] if args is None else list(args))
-        with in_one_line(), naming("the settings", on_purpose=False):
-            super().parse_arguments(parser, args)
+        try:
+            with in_one_line(), naming("the settings", on_purpose=False):
+                super().parse_arguments(parser, args)
+        except InputError as error:
+            # All that is wrong, with the classes that the file knows nothing of.
+            found = mistakes(args, live(read()), list(self.subcommands()))
+            raise (SeveralErrors(found) if found else error) from None
         for file in self._settings().get("config") or []:
             if file is not None:  # a checkpoint's settings
                 refuse_repeated_names(Path(file.absolute))
