@@ -345,7 +345,8 @@ def built(command: type[Kind], args: list[str] | None) -> Kind:
             parser_kwargs={"description": _DESCRIPTION},
             trainer_defaults={
                 "use_distributed_sampler": False,  # our samplers know the ranks themselves
-                "num_sanity_val_steps": 1,  # the longest batch comes first, and the others fit too
+                # The longest batch comes first, and the others fit too; on a processor it is a pair.
+                "num_sanity_val_steps": 1,
             },
             args=args,
         )
