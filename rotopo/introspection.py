@@ -4,7 +4,7 @@ import enum
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from importlib import import_module
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -25,12 +25,14 @@ MADE = (Optimizer, LRScheduler, ReduceLROnPlateau)
 
 
 class Live(Description):
-    """A description that imports what it does not know."""
+    """A description that imports what it does not know, of a command line that the parser has
+    refused: where a class may take more than it names, that is what was refused."""
 
     def of(self, path: str) -> Described | None:
-        found = super().of(path)
-        if found is not None:
-            return found
+        found = super().of(path) or self._imported(path)
+        return None if found is None else replace(found, open=False)
+
+    def _imported(self, path: str) -> Described | None:
         module, _, name = path.rpartition(".")
         try:
             kind = getattr(import_module(module), name)
@@ -40,7 +42,7 @@ class Live(Description):
 
 
 def live(description: Description) -> Description:
-    """A description that imports what it does not know, or knows of another version."""
+    """The same, which imports what it does not know, or knows of another version."""
     return Live(**{one.name: getattr(description, one.name) for one in fields(description)})
 
 

@@ -21,7 +21,7 @@ from rotopo.data.mixture import SourceMixture
 from rotopo.data.rows import Rows
 from rotopo.data.sampler import EvalSampler, PairLength, StatefulLoader, StepSampler
 from rotopo.data.settings import at_least, one_of, seed_in_range
-from rotopo.errors import InputError
+from rotopo.errors import InputError, at_once
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,12 @@ class Batching:
     seed: int
 
     def __post_init__(self) -> None:
-        one_of("layout", self.layout, Layout)
-        for name in ("pairs_per_step", "eval_pairs_per_batch", "token_budget", "length_window"):
-            at_least(name, getattr(self, name), 1)
-        at_least("num_workers", self.num_workers, 0)
-        seed_in_range("seed", self.seed)
+        with at_once() as check:
+            check(one_of, "layout", self.layout, Layout)
+            for name in ("pairs_per_step", "eval_pairs_per_batch", "token_budget", "length_window"):
+                check(at_least, name, getattr(self, name), 1)
+            check(at_least, "num_workers", self.num_workers, 0)
+            check(seed_in_range, "seed", self.seed)
 
 
 # Says how many micro-batches a step of a sampler's has on each rank.

@@ -114,7 +114,7 @@ class Values:
         elif isinstance(node, yaml.SequenceNode) and takes.items:
             items = taken(takes.items, self.description)
             for one in node.value:
-                slot.inside[name] = Slot(None)
+                slot.inside.pop(name, None)  # each of its own
                 self.value(slot, name, items, one, place)
         elif isinstance(node, yaml.ScalarNode):
             null = node.tag == NULL
