@@ -345,7 +345,7 @@ def built(command: type[Kind], args: list[str] | None) -> Kind:
             parser_kwargs={"description": _DESCRIPTION},
             trainer_defaults={
                 "use_distributed_sampler": False,  # our samplers know the ranks themselves
-                # The longest batch comes first, and the others fit too; on a processor it is a pair.
+                # The longest batch comes first (on a processor a pair), and the others fit too.
                 "num_sanity_val_steps": 1,
             },
             args=args,
