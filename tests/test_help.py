@@ -168,6 +168,8 @@ echo "${{COMPREPLY[@]}}"
 def test_what_is_not_there_is_refused():
     with pytest.raises(InputError, match="bash, zsh, fish"):
         answer(["completion", "powershell"])
+    with pytest.raises(InputError, match="fitt: no such command; did you mean fit"):
+        answer(["help", "fitt"])
     with pytest.raises(InputError, match="takes no options"):
         answer(["objectives", "--all"])
 

@@ -25,21 +25,23 @@ def answer(args: Sequence[str]) -> str | None:
         args: the command line behind ``rotopo``.
 
     Raises:
-        InputError: a class or a completion that there is not.
+        InputError: a command, a class or a completion that there is not.
     """
     command, *rest = args or _FOR_HELP
     if command == "help":
         command, rest = rest[0] if rest else _FOR_HELP[0], [_FOR_HELP[0]]
+        if command not in (*COMMANDS, *_FOR_HELP):
+            raise InputError(f"{command}: no such command{meant(nearest(command, COMMANDS))}")
     if command in _FOR_HELP:
         return overview()
     if command == "--version":
         return versions()
     if command not in COMMANDS:
         return None
-    if any(word in _FOR_HELP for word in rest):
-        return command_page(read(), command)
-    if command == "completion":
+    if command == "completion" and rest and rest[0] not in _FOR_HELP:
         return completion.answer(rest)
+    if command == "completion" or any(word in _FOR_HELP for word in rest):
+        return command_page(read(), command)
     if command in ("objectives", "formats", "callbacks"):
         if rest:
             raise InputError(f"rotopo {command} takes no options, and was given {rest[0]!r}.")
