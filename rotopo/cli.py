@@ -54,14 +54,14 @@ def _main(args: list[str], own: bool) -> None:
     if page is not None:
         print(page, end="")
         return
-    wrong = mistakes(args, read(), COMMANDS)
+    wrong = mistakes(args, read(), list(COMMANDS))
     for line in wrong:
         print(f"rotopo: {line}", file=sys.stderr)
     if wrong:
         sys.exit(2)
     if own:
         threads.begin()
-    from rotopo.refusals import fault  # imports torch, for which threads.begin comes too late
+    from rotopo.refusals import fault
 
     try:
         if args[0] in _FUNCTIONS | _ON_SETTINGS:

@@ -57,19 +57,6 @@ from rotopo.training import PairwiseModule
 
 Kind = TypeVar("Kind", bound="RotopoCLI")
 
-_DESCRIPTION = """Preference optimisation of language models.
-
-A run is a YAML file of class paths and settings; any setting can be overridden behind it:
-rotopo fit --config configs/quickstart.yaml --model.beta 0.05 --trainer.max_epochs 2.
-What a class takes: rotopo fit --model.help DPO, rotopo fit --data.help PairwiseDataModule.
-What a run would use: add --print_config. Resume: --ckpt_path runs/version_0/checkpoints/last.ckpt.
-Is the data sound? rotopo doctor, with fit's files and options, checks it and loads no model.
-Does it fit the GPU? rotopo plan, with fit's files and options, needs neither weights nor data.
-Beside them there are rotopo judge, which compares policies from files of scores, rotopo report,
-which makes a page of runs and judgements, and rotopo export, which makes a Hugging Face model of a
-run: see rotopo judge --help.
-"""
-
 
 class RotopoTrainer(Telling):
     """Lightning's Trainer with a command for the data alone."""
@@ -336,11 +323,11 @@ def built(command: type[Kind], args: list[str] | None) -> Kind:
             auto_configure_optimizers=False,  # they are the model's settings
             save_config_kwargs={"overwrite": True},
             trainer_class=RotopoTrainer,
-            parser_kwargs={"description": _DESCRIPTION},
             trainer_defaults={
                 "enable_model_summary": False,  # of one row, the policy
                 "use_distributed_sampler": False,  # our samplers know the ranks themselves
-                "num_sanity_val_steps": 1,  # the longest batch comes first, and the others fit too
+                # The longest batch comes first (on a processor a pair), and the others fit too.
+                "num_sanity_val_steps": 1,
             },
             args=args,
         )

@@ -99,10 +99,23 @@ def test_help_of_a_class_has_its_settings_and_those_of_the_policy():
     assert page("fit", "--model.optimizer.help=rotopo.muon.Muon").startswith("rotopo.muon.Muon")
 
 
-def test_a_class_that_is_not_described_is_left_to_the_parser():
-    assert answer(["fit", "--model.help", "tests.test_cli.Other"]) is None
-    assert answer(["fit", "--model.policy.adapter.help", "peft.LoraConfig"]) is None
+def test_a_class_that_is_not_described_is_imported_for_its_page(capsys):
+    said = page("fit", "--model.help", "tests.test_cli.Other")
+    assert "is not described" in capsys.readouterr().err
+    assert "  --model.gamma: float = 1.0" in said
+    assert "  --model.policy.path: str" in said
+
+
+def test_a_class_that_is_nowhere_is_refused():
+    with pytest.raises(InputError, match="there is no class 'DPOO'; did you mean DPO"):
+        answer(["fit", "--model.help", "DPOO"])
+    with pytest.raises(InputError, match=r"there is no class 'no\.such\.Class'"):
+        answer(["fit", "--trainer.callbacks.help=no.such.Class"])
+
+
+def test_a_command_line_that_asks_for_no_help_is_left_alone():
     assert answer(["fit", "--config", "run.yaml"]) is None
+    assert answer(["no_command", "--help"]) is None
 
 
 def test_versions_are_those_that_are_installed():
@@ -155,6 +168,8 @@ echo "${{COMPREPLY[@]}}"
 def test_what_is_not_there_is_refused():
     with pytest.raises(InputError, match="bash, zsh, fish"):
         answer(["completion", "powershell"])
+    with pytest.raises(InputError, match="fitt: no such command; did you mean fit"):
+        answer(["help", "fitt"])
     with pytest.raises(InputError, match="takes no options"):
         answer(["objectives", "--all"])
 
