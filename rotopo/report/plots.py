@@ -162,7 +162,7 @@ def over_training(
     for run in runs:
         for i, (column, style) in enumerate(columns[run.name].items()):
             values = run.logged(column)
-            label = "" if i else run.name
+            label = run.name if i == len(columns[run.name]) - 1 else ""
             axes.plot(values.index, values, style, color=colours[run.name], label=label)
     # A range below a thousandth of the value is round-off, and is not blown up to a trend.
     low, high = axes.get_ylim()
