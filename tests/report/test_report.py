@@ -308,6 +308,8 @@ report(Path("page.html"), reward_training={{"RM": Path({str(run)!r})}})
 def test_cells_sort_by_value_and_show_minus_signs():
     assert number(-1234.5678).text == "−1,234.568"
     assert number(-1234.5678).key == -1234.5678
+    assert number(-2.14e-5).text == "−2.1e−05"
+    assert number(0.0).text == "0.000"
     assert number(None).key is None
     assert number(float("nan")).text == "–"
     table = Table("t", ["a", "b"], [[text("x"), number(1.0)], [text("y"), number(None)]])
