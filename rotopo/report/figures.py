@@ -34,6 +34,7 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.formatter.limits": (-3, 5),
+    "axes.formatter.useoffset": False,
     "lines.linewidth": 1.5,
     "legend.frameon": False,
     "legend.fontsize": _LEGEND,

@@ -182,8 +182,10 @@ def number(value: float | None, digits: int = 3, below: str = "") -> Cell:
 
 
 def with_minus(value: float, digits: int) -> str:
-    """A number as text, its minus sign a minus sign."""
-    return f"{value:,.{digits}f}".replace("-", "−")
+    """A number as text, its minus sign a minus sign; with two digits where so few behind the point
+    would make it zero."""
+    vanishes = value != 0 and abs(value) < 0.5 * 10**-digits
+    return (f"{value:.1e}" if vanishes else f"{value:,.{digits}f}").replace("-", "−")
 
 
 def text(value: str) -> Cell:

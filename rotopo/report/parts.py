@@ -48,17 +48,15 @@ def by_set(tests: list[Test], what: str) -> list[Part]:
     Args:
         tests: of reward models, or of policies.
         what: they are, in words.
+
+    Returns:
+        nothing where no test was on several.
     """
     tests = [test for test in tests if test.metrics.get("sets")]
     if not tests:
         return []
     names = list(dict.fromkeys(chain(*(test.metrics["sets"] for test in tests))))
-    rows = [
-        [label(test.name), label(name), *_measured(found)]
-        for test in tests
-        for name, found in test.metrics["sets"].items()
-    ]
-    return [
+    parts: list[Part] = [
         Picture(
             "Accuracy by evaluation set",
             [
@@ -70,13 +68,19 @@ def by_set(tests: list[Test], what: str) -> list[Part]:
             ],
             f"Accuracy of {what} on each evaluation set, with 95% bootstrap intervals; the dashed "
             "line is chance.",
-        ),
-        Table(
-            f"The same {what}, each evaluation set by itself. {MEASURED}",
-            ["model", "set", "pairs", *_MEASURES.values()],
-            rows,
-        ),
+        )
     ]
+    units = by_unit(tests)
+    for unit, own in units.items():
+        rows = [
+            [label(test.name), label(name), *_measured(found)]
+            for test in own
+            for name, found in test.metrics["sets"].items()
+        ]
+        of_unit = f", scores {unit_text(unit)}" if len(units) > 1 else ""
+        caption = f"Each evaluation set by itself, {what}{of_unit}. {MEASURED}"
+        parts.append(Table(caption, ["model", "set", "pairs", *_MEASURES.values()], rows))
+    return parts
 
 
 def _measured(found: dict[str, Any]) -> list[Cell]:
@@ -104,7 +108,7 @@ def by_unit(runs: list[Run]) -> dict[str | None, list[Run]]:
 def unit_text(unit: str | None) -> str:
     """What rewards are measured in, as part of a sentence."""
     known = {
-        None: "in the objective's own unit, which these runs do not name",
+        None: "in a unit that the run does not name",
         "": "without a unit",
     }
     return known.get(unit, f"in {unit}")

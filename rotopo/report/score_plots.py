@@ -96,21 +96,21 @@ def groups(tests: list[Test], names: list[str], kind: Literal["groups", "sets"])
 
 
 @matplotlib.rc_context(STYLE)
-def log_ratios(rows: dict[str, dict[str, float]], unit: str) -> Figure:
+def mean_log_ratios(rows: list[tuple[str, dict[str, float]]], unit: str) -> Figure:
     """Mean log-ratios to the reference of the chosen and the rejected: the line between the two
     is the margin.
 
     Args:
-        rows: ``chosen`` and ``rejected`` of each policy, or of a policy on a set.
+        rows: names of policies, or of sets, and their ``chosen`` and ``rejected``.
         unit: of them.
     """
-    figure, axes = panel("Log-ratio to the reference", 1.1 + 0.3 * len(rows), names=True)
+    figure, axes = panel("", 1.1 + 0.3 * len(rows))
     axes.axvline(0, color=GREY, linewidth=0.8)
-    for i, found in enumerate(rows.values()):
+    for i, (_, found) in enumerate(rows):
         axes.plot([found["rejected"], found["chosen"]], [i, i], color=GREY, linewidth=1.2)
         for name, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
             axes.plot(found[name], i, "o", color=colour, markersize=6, label=name)
-    axes.set_yticks(range(len(rows)), [short(name, TICK) for name in rows])
+    axes.set_yticks(range(len(rows)), [short(name, TICK) for name, _ in rows])
     axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel=f"log-ratio ({unit})")
     axes.xaxis.set_major_locator(MaxNLocator(4))
     legend_below(figure)
@@ -120,7 +120,7 @@ def log_ratios(rows: dict[str, dict[str, float]], unit: str) -> Figure:
 @matplotlib.rc_context(STYLE)
 def accuracy_against_kl(tests: list[Test], colours: dict[str, str]) -> Figure:
     """Each policy's accuracy by its log-ratios against how far it is from the reference."""
-    figure, axes = panel("What the distance has bought", HEIGHT)
+    figure, axes = panel("Accuracy against distance")
     for test in tests:
         found, colour = test.metrics["yardstick"], colours[test.name]
         kl = found["kl_per_token"]["on_data"]["forward"]

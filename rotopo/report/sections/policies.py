@@ -64,7 +64,7 @@ def _rewards(runs: list[Training], unit: str | None, several: bool, smoothing: i
         )
     title = "Implicit rewards over training"
     return Picture(
-        f"{title}, {unit or unit_text(unit)}" if several else title,
+        f"{title}, {unit_text(unit)}" if several else title,
         [
             Panel(
                 plots.rewards(run, smoothing),

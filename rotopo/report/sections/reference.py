@@ -22,12 +22,15 @@ def section(inputs: Inputs) -> Section:
         return Section("Policies against their reference", [])
     rows = _rows(tests)
     several = len(rows) > len(tests)
-    shown = {" · ".join(filter(None, key)): found["yardstick"] for key, found in rows.items()}
-    names = (*shown, *(name for key in rows for name in key))
-    of_sets = ", and each evaluation set by itself" if several else ""
+    shown = [(f"· {name}" if name else policy) for policy, name in rows]
+    found = [own["yardstick"] for own in rows.values()]
+    names = tuple(dict.fromkeys(name for key in rows for name in key))
+    of_sets = ", of each policy on all and below it on each evaluation set" if several else ""
     panels = [
         Panel(
-            score_plots.log_ratios({name: own[which] for name, own in shown.items()}, unit),
+            score_plots.mean_log_ratios(
+                list(zip(shown, (own[which] for own in found), strict=True)), unit
+            ),
             f"Mean log-ratios of chosen and rejected responses, {unit}, of {', '.join(shown)}.",
             names,
         )
@@ -38,7 +41,7 @@ def section(inputs: Inputs) -> Section:
         "whole responses, and, on a scale of their own, per token. The grey line between two is "
         "the margin; a chosen one left of zero has become less likely than under the reference."
     )
-    if any(own["kl_per_token"]["on_data"]["forward"] is not None for own in shown.values()):
+    if any(own["kl_per_token"]["on_data"]["forward"] is not None for own in found):
         panels.append(
             Panel(
                 score_plots.accuracy_against_kl(tests, inputs.colours),

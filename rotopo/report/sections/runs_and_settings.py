@@ -69,7 +69,7 @@ def section(inputs: Inputs) -> Section:
         cells = [[Cell(in_words(f), f, whole=f), _fact(runs[0][2].facts[f])] for f in common]
         caption = "The same in all of them" if len(runs) > 1 else "What it stood on"
         parts.append(
-            Table(f"{caption}: versions, fingerprints, numbers of rows.", ["what", ""], cells)
+            Table(f"{caption}: versions, fingerprints, numbers of rows.", ["what", "value"], cells)
         )
     for name, kind, run in runs:
         if run.settings:
