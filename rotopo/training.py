@@ -374,8 +374,7 @@ class PairwiseModule(LightningModule):
         # Ours by itself: the package may run from its source, with nothing installed.
         facts: dict[str, Any] = {"rotopo": rotopo.__version__}
         facts |= {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
-        facts["base_fingerprint"] = self.base_fingerprint
-        facts["reward_unit"] = self.reward_unit
+        facts |= {"base_fingerprint": self.base_fingerprint, "reward_unit": self.reward_unit}
         data = data_if_any(self.trainer)
         if isinstance(data, PairwiseDataModule):
             facts |= data.pairs.describe()
