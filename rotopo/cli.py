@@ -7,6 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from rotopo import endings, threads
+from rotopo.described import read
+from rotopo.described.check import mistakes
+from rotopo.errors import InputError
+from rotopo.help.command import answer
+from rotopo.help.pages import COMMANDS
 
 if TYPE_CHECKING:
     from rotopo.lightning_cli import RotopoCLI
@@ -37,21 +42,30 @@ def main(args: list[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
     nothing = "before the first step: there is nothing to keep." if args[:1] == ["fit"] else ""
     with endings.in_one_line(nothing):
-        if own:
-            threads.begin()
-        _main(args)
+        _main(args, own)
 
 
-def _main(args: list[str]) -> None:
-    from rotopo.help.command import answer
-    from rotopo.refusals import fault, messages
+def _main(args: list[str], own: bool) -> None:
+    # Both before torch is imported, which takes seconds.
+    try:
+        page = answer(args)
+    except InputError as error:
+        print(f"rotopo: {error}", file=sys.stderr)
+        sys.exit(2)
+    if page is not None:
+        print(page, end="")
+        return
+    wrong = mistakes(args, read(), list(COMMANDS))
+    for line in wrong:
+        print(f"rotopo: {line}", file=sys.stderr)
+    if wrong:
+        sys.exit(2)
+    if own:
+        threads.begin()
+    from rotopo.refusals import fault
 
     try:
-        with messages():
-            page = answer(args)
-        if page is not None:
-            print(page, end="")
-        elif args and args[0] in _FUNCTIONS | _ON_SETTINGS:
+        if args[0] in _FUNCTIONS | _ON_SETTINGS:
             call(args[0], args[1:])
         else:
             run(args)

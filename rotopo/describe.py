@@ -5,8 +5,6 @@ from importlib import import_module
 from typing import Any
 
 from lightning.pytorch.cli import SaveConfigCallback
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from rotopo.described import (
     FILE,
@@ -19,6 +17,7 @@ from rotopo.described import (
 )
 from rotopo.files import write_whole
 from rotopo.introspection import (
+    MADE,
     described,
     first_sentence,
     is_group,
@@ -38,8 +37,6 @@ FUNCTIONS = {
 }
 
 
-# What these work on is given to them, and no setting.
-MADE = (Optimizer, LRScheduler, ReduceLROnPlateau)
 _PARTS_OF_RUNS = ("rotopo.run.", "rotopo.refusals.")
 
 
@@ -65,7 +62,7 @@ def generate(packages: Sequence[str] = PACKAGES) -> Description:
     Args:
         packages: whose classes are described beside our own; of others their names alone.
     """
-    for package in NAMED_ONLY:
+    for package in (*PACKAGES, *NAMED_ONLY):
         if version(package):
             import_module(package)
     commands, taken = _on_a_trainer()

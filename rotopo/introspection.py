@@ -4,16 +4,46 @@ import enum
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass, replace
+from importlib import import_module
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from rotopo.described import Described, Setting
-from rotopo.parsing import Argument, class_path, class_paths
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from rotopo.described import Described, Description, Setting
+from rotopo.parsing import Argument, arguments_of, class_path, class_paths
 
 # Whose classes are kinds, of which a setting takes one by its class path.
 _KINDS_OF = ("rotopo", "lightning", "peft")
 _TORCHS = ("torch.optim",)
+
+
+# What these work on is given to them, and no setting.
+MADE = (Optimizer, LRScheduler, ReduceLROnPlateau)
+
+
+class Live(Description):
+    """A description that imports what it does not know, of a command line that the parser has
+    refused: where a class may take more than it names, that is what was refused."""
+
+    def of(self, path: str) -> Described | None:
+        found = super().of(path) or self._imported(path)
+        return None if found is None else replace(found, open=False)
+
+    def _imported(self, path: str) -> Described | None:
+        module, _, name = path.rpartition(".")
+        try:
+            kind = getattr(import_module(module), name)
+            return described(kind, arguments_of(kind, issubclass(kind, MADE)))
+        except Exception:  # whatever a user's file does when it is imported: the parser says it
+            return None
+
+
+def live(description: Description) -> Description:
+    """The same, which imports what it does not know, or knows of another version."""
+    return Live(**{one.name: getattr(description, one.name) for one in fields(description)})
 
 
 def described(kind: type, arguments: Iterable[Argument]) -> Described:

@@ -22,8 +22,11 @@ from rotopo.callbacks.doctor import DataDoctor
 from rotopo.callbacks.monitors import Monitors
 from rotopo.data.doctor.diagnosis import refusal, render
 from rotopo.data.module import PairwiseDataModule
-from rotopo.errors import InputError, input_error
+from rotopo.described import read
+from rotopo.described.check import mistakes
+from rotopo.errors import InputError, SeveralErrors, input_error
 from rotopo.files import full_disk
+from rotopo.introspection import live
 from rotopo.parsing import (
     Parser,
     find_classes,
@@ -53,19 +56,6 @@ from rotopo.trainer import Telling, quiet, shows_progress
 from rotopo.training import PairwiseModule
 
 Kind = TypeVar("Kind", bound="RotopoCLI")
-
-_DESCRIPTION = """Preference optimisation of language models.
-
-A run is a YAML file of class paths and settings; any setting can be overridden behind it:
-rotopo fit --config configs/quickstart.yaml --model.beta 0.05 --trainer.max_epochs 2.
-What a class takes: rotopo fit --model.help DPO, rotopo fit --data.help PairwiseDataModule.
-What a run would use: add --print_config. Resume: --ckpt_path runs/version_0/checkpoints/last.ckpt.
-Is the data sound? rotopo doctor, with fit's files and options, checks it and loads no model.
-Does it fit the GPU? rotopo plan, with fit's files and options, needs neither weights nor data.
-Beside them there are rotopo judge, which compares policies from files of scores, rotopo report,
-which makes a page of runs and judgements, and rotopo export, which makes a Hugging Face model of a
-run: see rotopo judge --help.
-"""
 
 
 class RotopoTrainer(Telling):
@@ -106,7 +96,7 @@ class RotopoCLI(LightningCLI):
     _checkpoint: tuple[str, dict[str, Any]] | None = None  # that is named: path and content
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = super().init_parser(**kwargs)
+        parser = super().init_parser(**kwargs, allow_abbrev=False)
         parser.__class__ = Parser  # Lightning names its own
         return parser
 
@@ -121,8 +111,13 @@ class RotopoCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         args = self._on_checkpoint(sys.argv[1:] if args is None else list(args))
-        with in_one_line(), naming("the settings", on_purpose=False):
-            super().parse_arguments(parser, args)
+        try:
+            with in_one_line(), naming("the settings", on_purpose=False):
+                super().parse_arguments(parser, args)
+        except InputError as error:
+            # All that is wrong, with the classes that the file knows nothing of.
+            found = mistakes(args, live(read()), list(self.subcommands()))
+            raise (SeveralErrors(found) if found else error) from None
         for file in self._settings().get("config") or []:
             if file is not None:  # a checkpoint's settings
                 refuse_repeated_names(Path(file.absolute))
@@ -328,11 +323,11 @@ def built(command: type[Kind], args: list[str] | None) -> Kind:
             auto_configure_optimizers=False,  # they are the model's settings
             save_config_kwargs={"overwrite": True},
             trainer_class=RotopoTrainer,
-            parser_kwargs={"description": _DESCRIPTION},
             trainer_defaults={
                 "enable_model_summary": False,  # of one row, the policy
                 "use_distributed_sampler": False,  # our samplers know the ranks themselves
-                "num_sanity_val_steps": 1,  # the longest batch comes first, and the others fit too
+                # The longest batch comes first (on a processor a pair), and the others fit too.
+                "num_sanity_val_steps": 1,
             },
             args=args,
         )

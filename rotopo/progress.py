@@ -12,7 +12,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 T = TypeVar("T")
 
 OFTEN = 0.2  # seconds between two pictures of a terminal's line
-EVERY = 10.0  # seconds between two lines of a log
+EVERY = 10.0  # seconds between two lines of a log at least
+_SELDOM = 300.0  # and at most, of a loop
 
 
 class Part(NamedTuple):
@@ -50,6 +51,17 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def between(whole: float, most: float) -> float:
+    """Seconds from one line of a log to the next: some ten lines for all of it, where that is not
+    too often or too seldom.
+
+    Args:
+        whole: seconds that all of it takes.
+        most: seconds.
+    """
+    return min(max(EVERY, whole / 10), most)
 
 
 class Screen:
@@ -136,7 +148,7 @@ class Progress(Generic[T]):
     """A loop that says how far it is.
 
     In a terminal its line goes when the loop is over. In a log it says nothing of what takes less
-    than ten seconds; else there is a line after the first item, one every ten seconds, and a last.
+    than ten seconds; else there is a line after the first item, some ten more, and a last.
 
     Args:
         items: of the loop; None for one that calls :meth:`update` itself.
@@ -161,7 +173,7 @@ class Progress(Generic[T]):
         self.clock = clock
         self.n = 0
         self.about = ""
-        self.said = False  # a line of a log
+        self.said = 0  # items, in the last line of a log
         self.began = self.last = clock()
         if not hidden and screen.is_terminal:
             screen.draw(self._parts())
@@ -194,7 +206,9 @@ class Progress(Generic[T]):
             if now - self.last >= OFTEN:
                 self.last = now
                 screen.draw(self._parts())
-        elif now - self.last >= EVERY or (first and self._left() > EVERY):
+        elif now - self.last >= between(now - self.began + self._left(), _SELDOM) or (
+            first and self._left() > EVERY
+        ):
             self._say(now)
 
     def close(self) -> None:
@@ -204,11 +218,11 @@ class Progress(Generic[T]):
         self.hidden = True
         if screen.is_terminal:
             screen.clear()
-        elif self.said:
+        elif 0 < self.said < self.n:
             self._say(self.clock())
 
     def _say(self, now: float) -> None:
-        self.last, self.said = now, True
+        self.last, self.said = now, self.n
         screen.keep(self._parts())
 
     def _left(self) -> float:

@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 
-from rotopo.errors import InputError, input_error
+from rotopo.errors import InputError, SeveralErrors, input_error
 from rotopo.files import full_disk
 
 _OURS = str(Path(__file__).parent)
@@ -99,7 +99,8 @@ def messages() -> Iterator[None]:
         cause = input_error(error)
         if cause is None:
             raise
-        print(f"rotopo: {cause}", file=sys.stderr)
+        for said in cause.lines if isinstance(cause, SeveralErrors) else [cause]:
+            print(f"rotopo: {said}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -46,10 +46,10 @@ _SAYINGS = {
         "Tip: For seamless cloud",  # an advertisement
         "GPU available: ",  # that one is there and not used is a warning, which stays
         "TPU available: False",
-        "Seed set to",  # which the run's settings have
         "`Trainer.fit` stopped: ",  # Whereabouts says which setting ended a fit
         "Loading `train_dataloader` to estimate",  # what it was going to do anyway
     ),
+    "lightning.fabric.utilities.seed": _Sayings("Seed set to"),  # the run's settings have it
     # Said when a checkpoint is written: of what it holds, not of how it is read.
     "lightning.pytorch.trainer.connectors.checkpoint_connector": _Sayings(
         "`weights_only` was not set"
@@ -189,6 +189,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", "The dirpath has changed from")
     # A run without validation is nothing to warn about.
     warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
+    # What does not train is: a reference beside the policy, for one.
+    warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode at the start")
     # What libraries deprecate in one another is nothing that a user can mend.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`")

@@ -25,6 +25,7 @@ from rotopo.callbacks.monitors import MetricSchedules
 from rotopo.data.asked import Draw
 from rotopo.data.module import PairwiseDataModule
 from rotopo.data.needs import Needs
+from rotopo.devices import refuse_on_mps
 from rotopo.errors import InputError
 from rotopo.models.outcome import PairOutcome, StepOutput
 from rotopo.optimisers import Warmup as Warmup  # known by this path
@@ -121,9 +122,10 @@ class PairwiseModule(LightningModule):
 
         Raises:
             InputError: ``trainer.precision`` is a true half precision, or set beside
-                ``compute_dtype``.
+                ``compute_dtype``; Apple's mps lacks something.
         """
         config = self.model_config
+        refuse_on_mps(self.trainer.strategy.root_device, self, config.dtype, config.attention)
         if config.compute_dtype is not None and self.trainer.precision != "32-true":
             raise InputError(
                 f"trainer.precision {self.trainer.precision!r} and {config.setting}.compute_dtype "
@@ -372,8 +374,7 @@ class PairwiseModule(LightningModule):
         # Ours by itself: the package may run from its source, with nothing installed.
         facts: dict[str, Any] = {"rotopo": rotopo.__version__}
         facts |= {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
-        facts["base_fingerprint"] = self.base_fingerprint
-        facts["reward_unit"] = self.reward_unit
+        facts |= {"base_fingerprint": self.base_fingerprint, "reward_unit": self.reward_unit}
         data = data_if_any(self.trainer)
         if isinstance(data, PairwiseDataModule):
             facts |= data.pairs.describe()

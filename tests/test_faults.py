@@ -290,7 +290,8 @@ def laboratory(tmp_path_factory, tiny_tokenizer_dir) -> Laboratory:
     }
     reward = folder / "reward.yaml"
     reward.write_text(yaml.safe_dump(config))
-    start(["fit", "--help"], folder / "log.txt", folder).join()  # or the first run would be slow
+    # Or the first run would be slow.
+    start(["fit", "--print_config"], folder / "log.txt", folder).join()
     return Laboratory(folder, {"policy": file, "reward": reward})
 
 

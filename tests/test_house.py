@@ -11,7 +11,7 @@ MOST_LINES = 400
 # From the ground up. A file may import from below and from its own floor; class paths in a user's
 # YAML are no imports.
 FLOORS = (
-    ("described", "endings", "errors", "files", "ranks", "intervals"),
+    ("described", "devices", "endings", "errors", "files", "ranks", "intervals"),
     ("pretrained", "progress", "refusals", "threads"),
     ("data", "rotation"),
     ("models",),

@@ -156,6 +156,9 @@ def given(folder: Path, awkward: bool) -> dict[str, Any]:
         "perplexity": 5.0,
         "seed": 0,
         "name": names[0],
+        "kind": "groups",
+        "rows": [(name, {"chosen": -scale, "rejected": -2 * scale}) for name in names],
+        "unit": "nats per token",
         "texts": ["some words of a text", "other words $5 and $6"],
         "colour": figures.CHOSEN,
     }

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from rotopo.callbacks.progress import rounded, training_line, validation_line
-from rotopo.progress import Progress, duration, fitted, screen
+from rotopo.progress import Progress, between, duration, fitted, screen
 
 METRICS = {
     "train/loss": 0.6931,
@@ -54,6 +54,7 @@ def test_a_validation_has_its_own_metrics():
 
 def test_numbers_are_rounded():
     values = (0, 0.4754, -1e-5, 12345.0, float("nan"))
+    assert [rounded(v, 1) for v in values] == ["0.000", "0.475", "-1e-05", "1e+04", "nan"]
     assert [rounded(v) for v in values] == ["0.000", "0.475", "-1.00e-05", "1.23e+04", "nan"]
     assert [duration(s) for s in (0.2, 65, 3723)] == ["0:00", "1:05", "1:02:03"]
 
@@ -83,6 +84,8 @@ def test_a_log_has_plain_lines_of_what_takes_long(monkeypatch):
         "Scoring  4/5  0:04 left",
         "Scoring  5/5  in 0:20",
     ]
+    assert 10 <= len(shown(monkeypatch, 1.0, 1000, terminal=False).splitlines()) <= 12
+    assert [between(whole, 300.0) for whole in (0, 500, 10_000)] == [10, 50, 300]
 
 
 def test_a_terminal_has_one_line_that_goes(monkeypatch):

@@ -91,7 +91,7 @@ def test_what_others_say_of_settings_is_one_line(message, options, expected):
     ("text", "expected"),
     [
         ("model: [1\n", "line 2"),
-        ("- 1\n", "- 1"),
+        ("- 1\n", "more.yaml: holds no settings"),
         ("trainer: {max_epochs: many}\n", "many"),
         ("trainer: {no_such: 1}\n", "no_such"),
         ("model: nowhere.Nothing\n", "nowhere.Nothing"),

@@ -8,6 +8,7 @@ from rotopo.callbacks.yardstick import yardstick_rows
 from rotopo.data.batch import PairBatch, Role
 from rotopo.data.formats import PLACE
 from rotopo.data.messages import Message, text_of
+from rotopo.devices import for_float64
 from rotopo.files import to_json, to_jsonl, write_whole
 from rotopo.metrics.rewards import RewardMetrics
 from rotopo.metrics.yardstick import COLUMNS, columns
@@ -84,7 +85,7 @@ class PairScores(Callback):
             pl_module.compared,
             parts.known(rows, PLACE),
         )
-        self.metrics = metrics.to(pl_module.device)
+        self.metrics = metrics.to(for_float64(pl_module.device))
 
     def on_test_batch_end(
         self,

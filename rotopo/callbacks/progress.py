@@ -9,10 +9,10 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
-from rotopo.progress import EVERY, OFTEN, Part, Progress, duration, screen
+from rotopo.progress import OFTEN, Part, Progress, between, duration, screen
 from rotopo.run.steps import begins_step
 
-_SELDOM = 60.0  # seconds after which a log's next line does not wait for its step
+_SELDOM = 60.0  # seconds from one line of a log to the next at most
 # Names on the line, and their ranks: see Part.
 _SHORT = {"loss": ("loss", 1), "rewards/margin": ("margin", 3), "rewards/accuracy": ("acc", 4)}
 
@@ -37,6 +37,11 @@ class _Training:
     paused: float = 0.0
     shown: int = -1
     shown_at: float = -math.inf
+
+    def whole(self, step: int) -> float:
+        """Seconds that it takes in all, as far as can be told at a step."""
+        elapsed = time.monotonic() - self.began
+        return elapsed / max(step - self.first, 1) * max(self.steps - self.first, 1)
 
     def parts(self, trainer: Trainer) -> list[Part]:
         """The line of the last step."""
@@ -109,16 +114,16 @@ def _values(metrics: Mapping[str, Any], stage: str) -> list[Part]:
         if prefix != stage and (stage != "train" or prefix in ("val", "test", "speed")):
             continue
         short, rank = _SHORT.get(rest, (rest, 7)) if prefix == stage else (name, 7)
-        parts.append(Part(f"{short} {rounded(value)}", rank))
+        parts.append(Part(f"{short} {rounded(value, 1)}", rank))
     return parts
 
 
-def rounded(value: Any) -> str:
-    """Three decimals, or three digits of what is too small or too large for them."""
+def rounded(value: Any, digits: int = 3) -> str:
+    """Three decimals, or a few digits of what is too small or too large for them."""
     number = float(value)
     if number == 0 or not math.isfinite(number) or 1e-3 <= abs(number) < 1e4:
         return f"{number:.3f}"
-    return f"{number:.2e}"
+    return f"{number:.{digits - 1}e}"
 
 
 class ProgressLine(ProgressBar):
@@ -132,8 +137,8 @@ class ProgressLine(ProgressBar):
 
     Args:
         every_n_steps: optimiser steps from one line of a log to the next. None is
-            ``trainer.log_every_n_steps``, but not within ten seconds of the last line, nor later
-            than a minute after it.
+            ``trainer.log_every_n_steps``, but not within ten seconds of the last line, or a tenth
+            of the whole training, nor later than a minute after it.
     """
 
     def __init__(self, every_n_steps: int | None = None) -> None:
@@ -183,11 +188,10 @@ class ProgressLine(ProgressBar):
         self._end_loop()
         self.on_train_end(trainer, pl_module)
 
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin_loop("sanity check", trainer.num_sanity_val_batches)
-
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
+        if trainer.sanity_checking:
+            self._begin_loop("sanity check", trainer.num_sanity_val_batches)
+        else:
             self._show(trainer)
             self._begin_loop("validation", trainer.num_val_batches)
 
@@ -201,7 +205,11 @@ class ProgressLine(ProgressBar):
         if self.loop is not None:
             self.loop.update()
 
-    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+    def on_test_batch_end(self, *_: Any) -> None:
+        self.on_validation_batch_end()
+
+    def on_predict_batch_end(self, *_: Any) -> None:
+        self.on_validation_batch_end()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end_loop()
@@ -218,12 +226,16 @@ class ProgressLine(ProgressBar):
         self.loop = Progress((), title, known, hidden=not self.enabled)
         self.loop_began = time.monotonic()
 
-    def _end_loop(self, *_: Any) -> None:
+    def _end_loop(self) -> None:
         if self.loop is not None:
             self.loop.close()
         self.loop = None
 
-    on_sanity_check_end = on_test_end = on_predict_end = _end_loop
+    def on_test_end(self, *_: Any) -> None:
+        self._end_loop()
+
+    def on_predict_end(self, *_: Any) -> None:
+        self._end_loop()
 
     def _show(self, trainer: Trainer) -> None:
         """The line of the last step, where it has none yet and it is time for one."""
@@ -241,5 +253,7 @@ class ProgressLine(ProgressBar):
             return waited >= OFTEN
         if self.every_n_steps is not None:
             return step % self.every_n_steps == 0 or training.shown < 0
+        if waited >= _SELDOM:
+            return True
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return waited >= _SELDOM or (waited >= EVERY and (not every or step % every == 0))
+        return waited >= between(training.whole(step), _SELDOM) and (not every or step % every == 0)

@@ -7,9 +7,9 @@ from pathlib import PurePath
 from typing import NamedTuple
 
 from rotopo.data.one_source import OneSource, Source
-from rotopo.data.settings import at_least
+from rotopo.data.settings import at_least, refuse
 from rotopo.data.splits import Splits
-from rotopo.errors import InputError
+from rotopo.errors import InputError, at_once
 
 # Pairs to hold out: a share of the training pairs, another split of their source, or sets by name,
 # each of them a share, a place where rows are, or all that there is to say of a source.
@@ -44,8 +44,9 @@ def arranged(
     """
     listed = [source] if isinstance(source, str) else source
     whole = [(Source(one) if isinstance(one, str) else one).over(common) for one in listed]
-    _check(whole)
-    shares = {name: _share(name, value) for name, value in held_out.items()}
+    with at_once() as check:
+        check(_check, whole)
+        shares = {name: check(_share, name, value) for name, value in held_out.items()}
     sources = [
         OneSource(
             one,
@@ -86,24 +87,32 @@ def arranged(
 def _check(whole: Sequence[Source]) -> None:
     if not whole:
         raise InputError("data.source is an empty list: name a source.")
-    weights = [one.weight for one in whole]
-    if None in weights and any(weight is not None for weight in weights):
-        raise InputError("data.source: give all sources a weight, or none.")
-    for place, one in enumerate(whole):
-        if one.source is None:
-            raise InputError(f"data.source, number {place} (from 0), has no source: set it.")
+    with at_once() as check:
+        weights = [one.weight for one in whole]
+        if None in weights and any(weight is not None for weight in weights):
+            check(refuse, "data.source: give all sources a weight, or none.")
+        for place, one in enumerate(whole):
+            check(_check_one, one, place)
+
+
+def _check_one(one: Source, place: int) -> None:
+    if one.source is None:
+        raise InputError(f"data.source, number {place} (from 0), has no source: set it.")
+    with at_once() as check:
         if one.weight is not None and one.repetitions is not None:
-            raise InputError(
+            check(
+                refuse,
                 f"data.source: {one.source} has a weight and repetitions: an epoch ends as the "
-                "first source has been through its pairs, so leave one of them out."
+                "first source has been through its pairs, so leave one of them out.",
             )
         for name in ("weight", "repetitions"):
             value = getattr(one, name)
             if value is not None and not 0 < value < float("inf"):
-                raise InputError(
-                    f"data.source: the {name} of {one.source} is {value}: it has to be above zero."
+                check(
+                    refuse,
+                    f"data.source: the {name} of {one.source} is {value}: it has to be above zero.",
                 )
-        at_least("source.rows", one.rows, 1)
+        check(at_least, "source.rows", one.rows, 1)
 
 
 def _check_names(names: Sequence[str | None]) -> None:

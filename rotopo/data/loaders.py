@@ -21,7 +21,7 @@ from rotopo.data.mixture import SourceMixture
 from rotopo.data.rows import Rows
 from rotopo.data.sampler import EvalSampler, PairLength, StatefulLoader, StepSampler
 from rotopo.data.settings import at_least, one_of, seed_in_range
-from rotopo.errors import InputError
+from rotopo.errors import InputError, at_once
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,12 @@ class Batching:
     seed: int
 
     def __post_init__(self) -> None:
-        one_of("layout", self.layout, Layout)
-        for name in ("pairs_per_step", "eval_pairs_per_batch", "token_budget", "length_window"):
-            at_least(name, getattr(self, name), 1)
-        at_least("num_workers", self.num_workers, 0)
-        seed_in_range("seed", self.seed)
+        with at_once() as check:
+            check(one_of, "layout", self.layout, Layout)
+            for name in ("pairs_per_step", "eval_pairs_per_batch", "token_budget", "length_window"):
+                check(at_least, name, getattr(self, name), 1)
+            check(at_least, "num_workers", self.num_workers, 0)
+            check(seed_in_range, "seed", self.seed)
 
 
 # Says how many micro-batches a step of a sampler's has on each rank.
@@ -63,6 +64,7 @@ class Loaders:
         accumulation: micro-batches of an optimiser step on each rank.
         on_gpu: whether batches go to a GPU.
         overfit: whether every epoch trains on the same batches.
+        is_trial: whether an evaluation is only to see that it works, and its memory is no matter.
     """
 
     settings: Batching
@@ -72,20 +74,24 @@ class Loaders:
     accumulation: int = 1
     on_gpu: bool = False
     overfit: bool = False
+    is_trial: Callable[[], bool] = bool
 
     @classmethod
     def of(cls, settings: Batching, pad_id: int, trainer: Trainer | None) -> "Loaders":
         """Loaders for a Trainer's ranks and device; for one process where there is none."""
         if trainer is None:
             return cls(settings, pad_id)
+        device = trainer.strategy.root_device.type
         return cls(
             settings,
             pad_id,
             trainer.world_size,
             trainer.global_rank,
             trainer.accumulate_grad_batches,
-            trainer.strategy.root_device.type == "cuda",
+            device == "cuda",
             bool(trainer.overfit_batches),  # type: ignore[attr-defined]
+            # A processor takes seconds for a batch, and a batch does not fill its memory.
+            lambda: device == "cpu" and trainer.sanity_checking,
         )
 
     def training(
@@ -178,6 +184,7 @@ class Loaders:
             self.world_size,
             self.rank,
             self.settings.layout,
+            self.is_trial,
         )
         return DataLoader(
             rows,

@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from rotopo.data.arranged import arranged
+from rotopo.data.arranged import Arranged, arranged
 from rotopo.data.asked import Ask, Draw, rows_for
 from rotopo.data.batch import Layout, PairBatch, PromptBatch, collate
 from rotopo.data.doctor.diagnosis import diagnose
@@ -30,7 +30,7 @@ from rotopo.data.sampler import StatefulLoader
 from rotopo.data.selector import Selector
 from rotopo.data.tokenized import Truncation
 from rotopo.data.tokens import OnBadRow, OnUnwritten, PairEncoder
-from rotopo.errors import InputError
+from rotopo.errors import InputError, at_once
 from rotopo.pretrained import cache_dir as default_cache_dir
 
 
@@ -166,6 +166,8 @@ class PairwiseDataModule(LightningDataModule):
         doctor: bool = True,
     ) -> None:
         super().__init__()
+        self.batching: Batching
+        self.pairs: Pairs
         held_out = {"validation": validation, "test": test}
         common = Source(
             split=train_split,
@@ -176,46 +178,46 @@ class PairwiseDataModule(LightningDataModule):
             margin=margin,
         )
         split_seed = seed if split_seed is None else split_seed
-        sources, sets, labels = arranged(source, common, held_out, split_seed)
-        self.batching = Batching(
-            layout=layout,
-            token_budget=token_budget,
-            pairs_per_step=pairs_per_step,
-            eval_pairs_per_batch=eval_pairs_per_batch,
-            length_window=length_window,
-            num_workers=num_workers,
-            seed=seed,
-        )
-        self.pairs = Pairs(
-            tokenizer_path=tokenizer,
-            encoding={
-                "chat_template": chat_template,
-                "chat_template_kwargs": chat_template_kwargs,
-                "system_message": system_message,
-                "pad_token": pad_token,
-                "max_length": max_length,
-                "truncation": truncation,
-            },
-            sources=sources,
-            sets=sets,
-            labels=labels,
-            split_seed=split_seed,
-            extra_responses=extra_responses or {},
-            train_pairs=train_pairs,
-            balance_lengths=balance_lengths,
-            noise=noise,
-            accuracy_by=accuracy_by,
-            template_time=template_time,
-            split_dialogues=split_dialogues,
-            on_bad_row=on_bad_row,
-            on_unwritten=on_unwritten,
-            num_proc=num_proc,
-            cache_dir=Path(cache_dir).expanduser() if cache_dir else default_cache_dir(),
-            say=rank_zero_info,
-            warn=rank_zero_warn,
-        )
-        self.score, self.prompts, self.answers_as = score, prompts, answers_as
-        self.doctor = doctor
+        with at_once() as check:
+            found = check(arranged, source, common, held_out, split_seed) or Arranged([], {}, {})
+            self.batching = check(
+                Batching,
+                layout=layout,
+                token_budget=token_budget,
+                pairs_per_step=pairs_per_step,
+                eval_pairs_per_batch=eval_pairs_per_batch,
+                length_window=length_window,
+                num_workers=num_workers,
+                seed=seed,
+            )
+            self.pairs = check(
+                Pairs,
+                tokenizer_path=tokenizer,
+                encoding={
+                    "chat_template": chat_template,
+                    "chat_template_kwargs": chat_template_kwargs,
+                    "system_message": system_message,
+                    "pad_token": pad_token,
+                    "max_length": max_length,
+                    "truncation": truncation,
+                },
+                **found._asdict(),
+                split_seed=split_seed,
+                extra_responses=extra_responses or {},
+                train_pairs=train_pairs,
+                balance_lengths=balance_lengths,
+                noise=noise,
+                accuracy_by=accuracy_by,
+                template_time=template_time,
+                split_dialogues=split_dialogues,
+                on_bad_row=on_bad_row,
+                on_unwritten=on_unwritten,
+                num_proc=num_proc,
+                cache_dir=Path(cache_dir).expanduser() if cache_dir else default_cache_dir(),
+                say=rank_zero_info,
+                warn=rank_zero_warn,
+            )
+        self.score, self.prompts, self.answers_as, self.doctor = score, prompts, answers_as, doctor
         self.changed: Sequence[str] = ()  # settings that are not a checkpoint's, for messages
         self._asked: Ask | None = None
         self._rows_of: dict[str, Rows] = {}  # as they are asked for

@@ -19,10 +19,10 @@ from rotopo.data.one_source import OneSource, Reading, left_out
 from rotopo.data.parts import Parts, join
 from rotopo.data.rows import pair_lengths, prompts_alone
 from rotopo.data.schemas import Preference
-from rotopo.data.settings import at_least, one_of, seed_in_range
+from rotopo.data.settings import at_least, one_of, refuse, seed_in_range
 from rotopo.data.tokenized import TokenizedPair
 from rotopo.data.tokens import OnBadRow, OnUnwritten, PairEncoder
-from rotopo.errors import InputError
+from rotopo.errors import InputError, at_once
 from rotopo.pretrained import Positions, load_tokenizer, positions
 
 if TYPE_CHECKING:  # else rotopo --help would wait for datasets, pandas and pyarrow
@@ -75,18 +75,19 @@ class Pairs:
     labelled: "Dataset | None" = None
 
     def __post_init__(self) -> None:
-        for name in ("train_pairs", "num_proc"):
-            at_least(name, getattr(self, name), 1)
-        seed_in_range("split_seed", self.split_seed)
-        one_of("on_bad_row", self.on_bad_row, OnBadRow)
-        one_of("on_unwritten", self.on_unwritten, OnUnwritten)
-        for role in self.extra_responses:
-            if role not in EXTRA_ROLES:
-                raise InputError(
-                    f"data.extra_responses: {role!r} is none of {', '.join(EXTRA_ROLES)}."
+        with at_once() as check:
+            for name in ("train_pairs", "num_proc"):
+                check(at_least, name, getattr(self, name), 1)
+            check(seed_in_range, "split_seed", self.split_seed)
+            check(at_least, "max_length", self.encoding["max_length"], 3)
+            check(one_of, "on_bad_row", self.on_bad_row, OnBadRow)
+            check(one_of, "on_unwritten", self.on_unwritten, OnUnwritten)
+            for role in self.extra_responses.keys() - EXTRA_ROLES:
+                check(
+                    refuse, f"data.extra_responses: {role!r} is none of {', '.join(EXTRA_ROLES)}."
                 )
-        if self.train_pairs is not None and len(self.sources) > 1:
-            raise InputError("data.train_pairs: of several sources, give each its rows.")
+            if self.train_pairs is not None and len(self.sources) > 1:
+                check(refuse, "data.train_pairs: of several sources, give each its rows.")
         self._asked: set[str] = set()  # columns of the source that were asked for by name
 
     @property

@@ -5,7 +5,8 @@ numbers: an optimiser step is G pairs chosen by the seed and the epoch alone, an
 into accumulation × ranks micro-batches of near-equal size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -193,6 +194,7 @@ class EvalSampler(Sampler[list[int]]):
         world_size: number of ranks.
         rank: this rank.
         layout: the batch layout.
+        is_trial: asked whenever the batches are; if so the first of them is the longest pair alone.
 
     Raises:
         InputError: fewer pairs than ranks.
@@ -206,6 +208,7 @@ class EvalSampler(Sampler[list[int]]):
         world_size: int,
         rank: int,
         layout: Layout,
+        is_trial: Callable[[], bool] = bool,
     ) -> None:
         if len(lengths) < world_size:
             raise InputError(f"{len(lengths)} pairs to evaluate on {world_size} ranks: too few.")
@@ -227,11 +230,14 @@ class EvalSampler(Sampler[list[int]]):
             for _ in range(len(batches) % world_size):
                 batches[-2:] = [batches[-2] + batches[-1]]
         self.batches = batches[rank::world_size]
+        self.is_trial = is_trial
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[int]]:
+        if self.is_trial():
+            return chain([self.batches[0][:1]], self.batches[1:])
         return iter(self.batches)
 
 

@@ -5,6 +5,15 @@ from typing import Any, get_args
 from rotopo.errors import InputError
 
 
+def refuse(said: str) -> None:
+    """Refuse settings that do not go together.
+
+    Raises:
+        InputError: says why.
+    """
+    raise InputError(said)
+
+
 def at_least(name: str, value: int | None, least: int) -> None:
     """Refuse a count that is too low; None is no limit.
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from rotopo.errors import InputError
+from rotopo.data.settings import refuse
+from rotopo.errors import InputError, at_once
 
 if TYPE_CHECKING:  # else rotopo --help would wait for datasets
     from datasets import Dataset
@@ -29,11 +30,11 @@ class Splits:
     seed: int
 
     def __post_init__(self) -> None:
-        for name, fraction in self.held_out.items():
-            if not isinstance(fraction, str) and not 0 <= fraction <= 1:
-                raise InputError(
-                    f"data.{name} is {fraction}: give a fraction in [0, 1] or a split's name."
-                )
+        with at_once() as check:
+            for name, fraction in self.held_out.items():
+                if not isinstance(fraction, str) and not 0 <= fraction <= 1:
+                    said = "give a fraction in [0, 1] or a split's name."
+                    check(refuse, f"data.{name} is {fraction}: {said}")
         shares = sorted(f for f in self.held_out.values() if not isinstance(f, str))
         if sum(shares) >= 1 and shares not in ([0, 1], [1]):
             raise InputError("data.validation and data.test leave no pair to train on.")

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from rotopo.data import template, tokenized, unwritten
 from rotopo.data.messages import Message, texts_in
 from rotopo.data.preference import Preference, TemplateInputs
+from rotopo.data.settings import at_least
 from rotopo.data.template import ChatTemplate
 from rotopo.data.tokenized import Outcome, TokenizedPair, Truncation, truncate
 from rotopo.data.unwritten import Unwritten
@@ -99,8 +100,7 @@ class PairEncoder:
                 f"data.truncation is {truncation!r}: it has to be one of "
                 f"{', '.join(get_args(Truncation))}."
             )
-        if max_length < 3:
-            raise InputError(f"data.max_length is {max_length}: it has to be at least 3 tokens.")
+        at_least("max_length", max_length, 3)
         self.max_length = max_length
         self.truncation = truncation
         self.template = ChatTemplate(tokenizer, chat_template, chat_template_kwargs, system_message)

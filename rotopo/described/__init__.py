@@ -15,9 +15,9 @@ from typing import Any
 
 FILE = Path(__file__).with_name("described.json")
 # Whose classes and settings are described; those of others are known by their names at most.
-PACKAGES = ("lightning", "torch")
+PACKAGES = ("lightning", "peft", "torch")
 # Whose classes have short names, too, once something has imported them.
-NAMED_ONLY = ("bitsandbytes", "peft")
+NAMED_ONLY = ("bitsandbytes",)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Described:
         return {one.name: one for one in self.settings}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Description:
     """All that is described.
 
@@ -103,9 +103,18 @@ class Description:
         )
 
     def of(self, path: str) -> Described | None:
-        """What a class path names; None of what is not described, or of another version."""
+        """What a class path names; None of what is not described, or whose settings, or those that
+        it inherits, are another version's."""
         found = self._by_path.get(path)
-        return None if found is None or path.partition(".")[0] in self.changed else found
+        if found is None:
+            return None
+        bases = (base for base in found.bases if self._has_settings(base))
+        packages = {one.partition(".")[0] for one in (found.path, *bases)}
+        return None if packages & self.changed else found
+
+    def _has_settings(self, base: str) -> bool:
+        known = self.classes.get(base)
+        return bool(known.settings) if known else base.endswith("Trainer")
 
 
 def version(package: str) -> str:

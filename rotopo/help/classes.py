@@ -5,24 +5,25 @@ from rotopo.help.layout import entries, page, paragraph, table
 from rotopo.help.settings import classes_of, kinds_of, leaves, type_of, value
 
 
-def class_page(description: Description, command: str, name: str, one: Described) -> str:
+def class_page(description: Description, name: str, setting: Setting, one: Described) -> str:
     """What a class is and takes.
 
     Args:
         description: all that is described.
-        command: on whose command line it is.
-        name: of the setting that takes the class.
+        name: of the setting that takes the class, with dots.
+        setting: the setting.
         one: the class.
     """
+    added = "+=" if setting.type.startswith("list[") else " "
     shown = [
-        (head(f"--{name}.{own}", setting), _said(description, f"{name}.{own}", setting))
-        for own, setting in leaves(description, one.by_name)
+        (head(f"--{name}.{own}", it), _said(description, f"{name}.{own}", it))
+        for own, it in leaves(description, one.by_name)
     ]
     return page(
         paragraph(f"{one.path}: {one.doc}." if one.doc else one.path),
-        paragraph(f"rotopo {command} --{name} {_shortest(description, one)} takes beside it:")
+        f"Settings, after --{name}{added}{_shortest(description, one)}:"
         if shown
-        else paragraph("It takes no settings."),
+        else "It takes no settings.",
         entries(shown),
         paragraph("It may take others, which it hands on." if one.open else ""),
     )
@@ -36,7 +37,7 @@ def kind_page(description: Description, command: str, name: str, setting: Settin
     ]
     width = min(30, max(len(shown) for shown, _ in rows) + 4)
     others = [
-        paragraph(f"{package}'s, by their names: {', '.join(names)}.", 2)
+        paragraph(f"Of {package}: {', '.join(names)}.", 2)
         for kind in kinds_of(description, setting)
         for package, names in description.elsewhere.get(kind, {}).items()
     ]
@@ -69,9 +70,9 @@ def head(name: str, setting: Setting) -> str:
 
 
 def _said(description: Description, name: str, setting: Setting) -> str:
-    said = setting.doc[:1].upper() + setting.doc[1:]
+    said = setting.doc
     if kinds_of(description, setting):
-        said = f"{said}. Which: --{name}.help".removeprefix(". ")
+        said = f"{said}; which: --{name}.help".removeprefix("; ")
     return said
 
 

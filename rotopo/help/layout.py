@@ -19,26 +19,26 @@ def paragraph(text: str, indent: int = 0) -> str:
     )
 
 
-def cut(text: str, width: int) -> str:
-    """A text in one line, cut between words where it is too long."""
-    return textwrap.shorten(text, width, placeholder=" …", break_on_hyphens=False)
-
-
-def table(rows: Iterable[tuple[str, str]], column: int) -> str:
-    """Names, and beside them in one line what is said of each; below those that are too long.
+def table(rows: Iterable[tuple[str, str]], column: int, lines: int = 1) -> str:
+    """Names, and beside them what is said of each; below those that are too long.
 
     Args:
         rows: the names and what is said of them.
         column: where that begins.
+        lines: how many it has at most; it is cut between words.
     """
-    lines = []
+    found = []
     for name, said in rows:
-        head, rest = f"  {name}", cut(said, WIDTH - column)
-        if len(head) > column - 2 and rest:
-            lines += [head, " " * column + rest]
+        head = f"  {name}"
+        beside = textwrap.wrap(
+            said, WIDTH - column, max_lines=lines, placeholder=" …", break_on_hyphens=False
+        )
+        if len(head) > column - 2 or not beside:
+            found.append(head)
         else:
-            lines.append(f"{head:<{column}}{rest}".rstrip())
-    return "\n".join(lines)
+            found.append(f"{head:<{column}}{beside.pop(0)}")
+        found += [" " * column + line for line in beside]
+    return "\n".join(found)
 
 
 def entries(rows: Iterable[tuple[str, str]]) -> str:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from rotopo.described import Described, Description, Setting
 from rotopo.help.classes import head
 from rotopo.help.layout import entries, page, paragraph, table
-from rotopo.help.settings import inside, leaves, value
+from rotopo.help.settings import inside
 
 
 class Words(NamedTuple):
@@ -39,7 +39,7 @@ COMMANDS: dict[str, Words] = {
             "Train a policy, or a reward model, on preferences. A run is a YAML file of class "
             "paths and their settings; a further file lies on top of the ones before it, and "
             "settings behind the files override them. Each run has a folder of its own, "
-            "runs/version_N, and can be gone on with from any of its checkpoints.",
+            "runs/version_N, from whose checkpoints it can go on.",
         ),
         (
             ("train", "rotopo fit --config configs/quickstart.yaml"),
@@ -69,7 +69,7 @@ COMMANDS: dict[str, Words] = {
         ),
         (
             ("", f"rotopo test --ckpt_path {_GO_ON}"),
-            ("on other pairs", f"rotopo test --ckpt_path {_GO_ON} --data.source pairs.jsonl"),
+            ("on other pairs", "rotopo test --ckpt_path POLICY.ckpt --data.source pairs.jsonl"),
         ),
     ),
     "predict": Words(
@@ -114,7 +114,7 @@ COMMANDS: dict[str, Words] = {
     ),
     "judge": Words(
         "compare policies, from files of scores",
-        "--scores.POLICY '{JUDGE: FILE, ...}' ... --baseline POLICY --output DIR",
+        "--scores.NAME {JUDGE: FILE} ... --baseline NAME --output DIR",
         (
             "Compare policies with a baseline, prompt by prompt, from the files of scores that "
             "rotopo predict writes with data.score: mean scores, win rates with ties as one half, "
@@ -124,7 +124,7 @@ COMMANDS: dict[str, Words] = {
         (
             (
                 "",
-                "rotopo judge --scores.base '{judge: a.jsonl}' --scores.DPO '{judge: b.jsonl}' \\\n"
+                "rotopo judge --scores.base '{rm: a.jsonl}' --scores.DPO '{rm: b.jsonl}' \\\n"
                 "    --baseline base --output judged",
             ),
         ),
@@ -174,20 +174,28 @@ COMMANDS: dict[str, Words] = {
     ),
 }
 
+_NEEDED = (
+    ("--model DPO", "an objective"),
+    ("--model.policy.path FOLDER", "a language model"),
+    ("--model.optimizer AdamW", "how it learns"),
+    ("--data PairwiseDataModule", "the data, of"),
+    ("--data.source pairs.jsonl", "rows of prompt, chosen, rejected"),
+)
 _SEE = (
     ("rotopo objectives", "what --model can be"),
-    ("rotopo fit --model.help DPO", "the settings of one of them, the policy's among them"),
+    ("rotopo fit --model.help DPO", "what one of them takes"),
     ("rotopo formats", "which rows of data are understood"),
     ("rotopo fit --data.help", "the data's settings in full"),
     ("rotopo callbacks", "what trainer.callbacks can hold"),
     ("rotopo fit --trainer.help", "the Trainer's settings in full"),
     ("rotopo fit --config FILE --print_config", "all settings that a run would have"),
 )
+_AS_FIT = "All settings of rotopo fit are taken, too: rotopo fit --help"
 # Lightning says of these nothing, or what does not hold here.
 _SAID = {
     "seed_everything": "the seed of all random numbers; true draws one",
     "ckpt_path": "the checkpoint to go on from, or to measure",
-    "trainer.default_root_dir": "the folder of the runs' folders; null is runs",
+    "default_root_dir": "the folder of the runs' folders; null is runs",
     "weights_only": "always true: no code in a checkpoint is run",
     "return_predictions": "keep what was predicted in memory, for Python",
 }
@@ -229,10 +237,18 @@ def command_page(description: Description, command: str) -> str:
         fits = description.commands["fit"].by_name
         own = [one for one in of.settings if one.name not in fits]
         shown = entries((head(f"--{one.name}", one), one.doc) for one in own)
-        return page(*opening, shown, "The options of rotopo fit: rotopo fit --help")
+        return page(*opening, "Options:\n" + shown, _AS_FIT)
     if "trainer" not in of.by_name:
-        return page(*opening, entries((head(f"--{o.name}", o), o.doc) for o in of.settings))
-    return page(*opening, "To see more:\n" + table(_SEE, 43), *_of_a_run(description, of))
+        shown = entries((head(f"--{one.name}", one), one.doc) for one in of.settings)
+        return page(*opening, "Options:\n" + shown)
+    if command != "fit":
+        return page(*opening, "Options:\n" + _lines(*_of_the_run(of)), _AS_FIT)
+    return page(
+        *opening,
+        "A run needs, in a file or on the command line:\n" + table(_NEEDED, 43),
+        "To see more:\n" + table(_SEE, 43),
+        *_of_a_run(description, of),
+    )
 
 
 def _examples(words: Words) -> str:
@@ -247,49 +263,37 @@ def _examples(words: Words) -> str:
 def _of_a_run(description: Description, of: Described) -> list[str]:
     """The settings of a command on a Trainer, each in a line: those of the run, the model and the
     data, and the Trainer's at the end."""
-    model, data, trainer = (of.by_name[name] for name in ("model", "data", "trainer"))
-    plain = [one for one in of.settings if one not in (model, data, trainer)]
-    base = description.classes["rotopo.objectives.base.PreferenceModule"].by_name
+    parts = {name: of.by_name[name] for name in ("model", "data", "trainer")}
+    objective = description.classes["rotopo.objectives.base.PreferenceModule"].by_name
+    groups = {name: one for name, one in objective.items() if one.type in description.groups}
+    model = {name: one for name, one in objective.items() if name not in groups}
     return [
-        "The run:\n"
-        + _lines(
-            [
-                ("--config FILE", "settings in YAML; given again, on top of what came before"),
-                ("--print_config", "print what all of it comes to, and do nothing"),
-                *((f"--{one.name} = {value(one.default)}", _said(one.name, one)) for one in plain),
-            ]
+        "The run:\n" + _lines(*_of_the_run(of)),
+        "The model, and what any objective takes, as --model.NAME:\n"
+        + _lines(("--model NAME", "the objective: rotopo objectives"), *_each(model)),
+        *(
+            f"As --model.{name}.NAME:\n" + _lines(*_each(inside(description, one, None)))
+            for name, one in groups.items()
         ),
-        "The model, of any objective (its own: rotopo fit --model.help NAME):\n"
-        + _lines(
-            [
-                ("--model NAME", "the objective: see rotopo objectives"),
-                *_each(description, base, "model."),
-            ]
-        ),
-        "The data (in full: rotopo fit --data.help):\n"
-        + _lines(_each(description, inside(description, data, None), "data.")),
-        "Lightning's Trainer (in full: rotopo fit --trainer.help):\n"
-        + _lines(_each(description, inside(description, trainer, None), "trainer.")),
+        "The data, as --data.NAME; in full: rotopo fit --data.help\n"
+        + _lines(*_each(inside(description, parts["data"], None))),
+        "Lightning's Trainer, as --trainer.NAME; in full: rotopo fit --trainer.help\n"
+        + _lines(*_each(inside(description, parts["trainer"], None))),
     ]
 
 
-def _lines(rows: list[tuple[str, str]]) -> str:
-    return table(rows, 38)
-
-
-def _each(
-    description: Description, settings: dict[str, Setting], prefix: str
-) -> list[tuple[str, str]]:
+def _of_the_run(of: Described) -> list[tuple[str, str]]:
+    plain = [one for one in of.settings if one.name not in ("model", "data", "trainer")]
     return [
-        (
-            f"--{name} = {value(one.default)}"
-            if not one.required and len(value(one.default)) < 12
-            else f"--{name}",
-            _said(name, one),
-        )
-        for name, one in leaves(description, settings, prefix)
+        ("--config FILE", "settings in YAML; a further one lies on top of it"),
+        ("--print_config", "print what all of it comes to, and do nothing"),
+        *((f"--{one.name}", _SAID.get(one.name, one.doc)) for one in plain),
     ]
 
 
-def _said(name: str, setting: Setting) -> str:
-    return _SAID.get(name, setting.doc)
+def _lines(*rows: tuple[str, str]) -> str:
+    return table(rows, 28)
+
+
+def _each(settings: dict[str, Setting]) -> list[tuple[str, str]]:
+    return [(name, _SAID.get(name, one.doc)) for name, one in settings.items()]

@@ -8,8 +8,8 @@ from typing import Any
 
 from rotopo.described import Described, Description, Setting
 
-# Where several classes of a kind have one name, the parser takes torch's, and else ours.
-_FIRST = ("torch.optim.", "rotopo.")
+# Where several classes of a kind have one name, the parser takes torch's.
+_FIRST = "torch.optim."
 
 
 def kinds_of(description: Description, setting: Setting) -> list[str]:
@@ -19,22 +19,30 @@ def kinds_of(description: Description, setting: Setting) -> list[str]:
 
 def classes_of(description: Description, setting: Setting) -> list[Described]:
     """The classes that a setting takes, without those that are only bases of others."""
-    paths = [path for kind in kinds_of(description, setting) for path in description.kinds[kind]]
-    found = [one for one in map(description.of, dict.fromkeys(paths)) if one is not None]
+    found = [one for one in map(description.of, _paths(description, setting)) if one is not None]
     parents = {base for one in found for base in one.bases}
-    usable = [one for one in found if not one.abstract and one.path not in parents]
-    return usable or found
+    return [one for one in found if not _is_base(one, parents)] or found
+
+
+def _is_base(one: Described, parents: set[str]) -> bool:
+    ours = one.path.startswith("rotopo.")
+    said = one.name.startswith("Base") or re.search("base class|interface", one.doc, re.I)
+    return one.abstract or (one.path in parents and (ours or bool(said)))
 
 
 def class_named(description: Description, setting: Setting, name: str) -> Described | None:
     """The class that a name or a class path means in a setting; None if none is described."""
     if "." in name:
         return description.of(name)
-    paths = [path for kind in kinds_of(description, setting) for path in description.kinds[kind]]
-    named = [path for path in dict.fromkeys(paths) if path.rpartition(".")[2] == name]
-    for beginning in _FIRST:
-        named.sort(key=lambda path: not path.startswith(beginning))
+    named = [path for path in _paths(description, setting) if path.rpartition(".")[2] == name]
+    named.sort(key=lambda path: not path.startswith(_FIRST))
     return description.of(named[0]) if named else None
+
+
+def _paths(description: Description, setting: Setting) -> list[str]:
+    """Of all classes that a setting takes, each once."""
+    kinds = kinds_of(description, setting)
+    return list(dict.fromkeys(path for kind in kinds for path in description.kinds[kind]))
 
 
 def inside(description: Description, setting: Setting, named: str | None) -> dict[str, Setting]:
@@ -54,10 +62,9 @@ def inside(description: Description, setting: Setting, named: str | None) -> dic
         if group is not None:
             return group.by_name
     found: dict[str, Setting] = {}
-    for kind in kinds_of(description, setting):
-        for path in description.kinds[kind]:
-            of = description.of(path)
-            found |= {} if of is None else {k: v for k, v in of.by_name.items() if k not in found}
+    for path in _paths(description, setting):
+        of = description.of(path)
+        found |= {} if of is None else {k: v for k, v in of.by_name.items() if k not in found}
     return found
 
 
@@ -99,7 +106,7 @@ def type_of(setting: Setting) -> str:
 
 def value(it: Any) -> str:
     """A default in the words of YAML."""
-    return it if isinstance(it, str) else json.dumps(it, ensure_ascii=False)
+    return (it or "''") if isinstance(it, str) else json.dumps(it, ensure_ascii=False)
 
 
 def leaves(

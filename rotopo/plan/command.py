@@ -28,17 +28,6 @@ from rotopo.training import PairwiseModule
 
 GIB = 2**30
 
-_DESCRIPTION = """What a fit takes of a GPU, before one is booked.
-
-  rotopo plan --config configs/papers/dpo_llama3_8b_ultrafeedback.yaml --card h100
-  rotopo plan --config run.yaml --card 80GB --ranks 4 --model.policy.dtype bfloat16
-
-Takes the files and options of rotopo fit. Of the model it reads config.json and
-no weights, and of the data nothing: lengths are the longest that
-data.max_length allows, unless they are given. It runs the fit's own step on
-tensors without values, and counts what is alive at every moment.
-"""
-
 
 def plan(args: list[str]) -> None:
     """Print a plan, and write it as JSON where asked to.
@@ -202,12 +191,7 @@ def own_options() -> argparse.ArgumentParser:
     """The parser of what is no option of a fit."""
     parser = argparse.ArgumentParser(
         "rotopo plan",
-        usage="rotopo plan --config FILE [--config FILE] [OPTIONS OF rotopo fit] [OPTIONS BELOW]",
-        description=_DESCRIPTION,
-        epilog="Not planned, but refused by name: quantised bases, compiled layers,\n"
-        "flex_attention, CPU offload, torch's first FSDP, code of the model's own,\n"
-        "generation.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="What a fit takes of a GPU, before one is booked.",
         allow_abbrev=False,
     )
     card = parser.add_mutually_exclusive_group()

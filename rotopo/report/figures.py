@@ -33,8 +33,8 @@ STYLE: dict[Any, Any] = {
     "axes.linewidth": 0.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.formatter.use_mathtext": True,
     "axes.formatter.limits": (-3, 5),
+    "axes.formatter.useoffset": False,
     "lines.linewidth": 1.5,
     "legend.frameon": False,
     "legend.fontsize": _LEGEND,
@@ -110,6 +110,11 @@ def legend_below(
 
 
 def short(name: str, inches: float, size: float = 8, bold: bool = False) -> str:
+    """:func:`shortened`, for a picture, where dollars would begin a formula."""
+    return shortened(name, inches, size, bold).replace("$", r"\$")
+
+
+def shortened(name: str, inches: float, size: float = 8, bold: bool = False) -> str:
     """A name that fits: where it is too long, what is in its middle gives way, since paths and
     names of runs differ at their ends.
 
@@ -125,7 +130,7 @@ def short(name: str, inches: float, size: float = 8, bold: bool = False) -> str:
         kept -= 1
         head = kept * 2 // 5
         shown = f"{name[:head]}…{name[len(name) - kept + head :]}"
-    return shown.replace("$", r"\$")  # else it would begin a formula
+    return shown
 
 
 def lines(name: str, inches: float, size: float, most: int = 2) -> str:

@@ -42,7 +42,7 @@ class Inputs:
         published: whether the alignment report's own figures are beside the reward models'.
         samples: how many pairs and prompts to show.
         smoothing: logged steps that curves average over.
-        perplexity: t-SNE's.
+        tsne_perplexity: of the map.
         seed: of t-SNE and the word clouds.
     """
 
@@ -56,7 +56,7 @@ class Inputs:
     published: bool
     samples: int
     smoothing: int
-    perplexity: float
+    tsne_perplexity: float
     seed: int
 
     @property

@@ -53,6 +53,7 @@ def implicit_rewards(folder: Path, picture: Path, smoothing: int = 5) -> None:
     curve(accuracy, run.logged("train/rewards/accuracy"), smoothing, CHOSEN)
     accuracy.axhline(0.5, color=GREY, linewidth=0.8)
     accuracy.set(xlabel="optimiser step", ylim=(0, 1.02), title="Share of pairs with margin > 0")
+    accuracy.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     save(figure, picture)
 
 
@@ -63,7 +64,9 @@ def curve(
     if smoothing > 1:
         axes.plot(values.index, values, color=colour, alpha=0.25, linewidth=0.7)
     smooth = values.rolling(smoothing, min_periods=1).mean()
-    axes.plot(smooth.index, smooth, color=colour, label=label, linestyle=style)
+    line: dict[str, Any] = {"linestyle": style, "markersize": 4}
+    line["marker"] = "s" if len(values) == 1 else ""  # there is no line of one step
+    axes.plot(smooth.index, smooth, color=colour, label=label, **line)
 
 
 def points(axes: Axes, values: pd.Series, colour: str, label: str = "") -> None:
@@ -162,7 +165,7 @@ def over_training(
     for run in runs:
         for i, (column, style) in enumerate(columns[run.name].items()):
             values = run.logged(column)
-            label = "" if i else run.name
+            label = run.name if i == len(columns[run.name]) - 1 else ""
             axes.plot(values.index, values, style, color=colours[run.name], label=label)
     # A range below a thousandth of the value is round-off, and is not blown up to a trend.
     low, high = axes.get_ylim()

@@ -1,6 +1,7 @@
 """Pictures of scores: of reward models on pairs, of judges on policies' responses."""
 
 from itertools import combinations
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -70,22 +71,66 @@ def reliability(test: Test) -> Figure:
 
 
 @matplotlib.rc_context(STYLE)
-def groups(tests: list[Test], names: list[str]) -> Figure:
-    """Accuracy of each group of pairs, under each reward model, with 95 % Wilson intervals."""
+def groups(tests: list[Test], names: list[str], kind: Literal["groups", "sets"]) -> Figure:
+    """Accuracy of each group of pairs, or of each evaluation set, under each model, with 95 %
+    intervals: those of the test, or Wilson's where it has none."""
     figure, axes = panel("", height=1.1 + 0.16 * len(names) * (len(tests) + 1))
     for i, test in enumerate(tests):
         for j, name in enumerate(names):
-            if name not in test.metrics["groups"]:
+            if name not in test.metrics[kind]:
                 continue
-            found = test.metrics["groups"][name]
+            found = test.metrics[kind][name]
             y = j + 0.6 * ((i + 0.5) / len(tests) - 0.5)
-            label = test.name if j == 0 else ""
-            ends = wilson_interval(found["accuracy"], found["pairs"])
+            ends = found.get("accuracy_interval") or wilson_interval(
+                found["accuracy"], found["pairs"]
+            )
             axes.plot(ends, [y, y], color=SERIES[i % 8], lw=1)
-            axes.plot(found["accuracy"], y, "o", color=SERIES[i % 8], markersize=4.5, label=label)
+            axes.plot(
+                found["accuracy"], y, "o", color=SERIES[i % 8], markersize=4.5, label=test.name
+            )
     axes.axvline(0.5, color=GREY, linewidth=0.8, linestyle="--")
     axes.set_yticks(range(len(names)), [short(name, TICK) for name in names])
     axes.set(xlim=(-0.02, 1.02), ylim=(len(names) - 0.4, -0.6), xlabel="accuracy")
+    legend_below(figure)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def mean_log_ratios(rows: list[tuple[str, dict[str, float]]], unit: str) -> Figure:
+    """Mean log-ratios to the reference of the chosen and the rejected: the line between the two
+    is the margin.
+
+    Args:
+        rows: names of policies, or of sets, and their ``chosen`` and ``rejected``.
+        unit: of them.
+    """
+    figure, axes = panel("", 1.1 + 0.3 * len(rows))
+    axes.axvline(0, color=GREY, linewidth=0.8)
+    for i, (_, found) in enumerate(rows):
+        axes.plot([found["rejected"], found["chosen"]], [i, i], color=GREY, linewidth=1.2)
+        for name, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
+            axes.plot(found[name], i, "o", color=colour, markersize=6, label=name)
+    axes.set_yticks(range(len(rows)), [short(name, TICK) for name, _ in rows])
+    axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel=f"log-ratio ({unit})")
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    legend_below(figure)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def accuracy_against_kl(tests: list[Test], colours: dict[str, str]) -> Figure:
+    """Each policy's accuracy by its log-ratios against how far it is from the reference."""
+    figure, axes = panel("Accuracy against distance")
+    for test in tests:
+        found, colour = test.metrics["yardstick"], colours[test.name]
+        kl = found["kl_per_token"]["on_data"]["forward"]
+        if kl is not None:
+            axes.plot([kl, kl], found["accuracy_interval"], color=colour, linewidth=1)
+            axes.plot(kl, found["accuracy"], "o", color=colour, markersize=6, label=test.name)
+    axes.axhline(0.5, color=GREY, linewidth=0.8, linestyle="--")
+    axes.set(xlabel="KL(reference ‖ policy) (nats per token)", ylabel="accuracy", ylim=(0, 1.03))
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     legend_below(figure)
     return figure
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rotopo.data.rows import Rows, unpaired_rows
 from rotopo.data.sampler import EvalSampler
+from rotopo.devices import exact
 from rotopo.errors import InputError
 from rotopo.models.modes import evaluating
 from rotopo.models.outcome import PairOutcome
@@ -80,7 +81,7 @@ def scored(trainer: Trainer, rows: Rows, description: str) -> Iterator[tuple[Ten
             values = torch.stack([pairs.losses, pairs.chosen, pairs.rejected], 1)
             places = torch.tensor(sampler.batches[number])
             # Behind the last row stands the first again, where rows are fewer than ranks.
-            yield places.where(places < len(rows), 0), values.to("cpu", torch.float64)
+            yield places.where(places < len(rows), 0), exact(values).cpu()
 
 
 def require_pairs(rows: Rows, who: str) -> None:

@@ -46,7 +46,7 @@ class LastCheckpoint(ModelCheckpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         super().on_train_epoch_end(trainer, pl_module)
-        if self._step != trainer.global_step:
+        if self._step != trainer.global_step and not is_trial(trainer):
             self.best_model_path = self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST)
             trainer.save_checkpoint(self.best_model_path)
 

@@ -36,9 +36,11 @@ class Whereabouts(Callback):
         self.first_step, self.saved_step = None, -1
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.folder = folder_of(trainer)  # asked on every rank
+        where = "A trial, which writes nothing"
+        if not is_trial(trainer):
+            where = str(folder_of(trainer))  # asked on every rank
+            self.folder = Path(where)
         if trainer.is_global_zero:
-            where = "A trial, which writes nothing" if is_trial(trainer) else self.folder
             start = f", from {trainer.ckpt_path}" if trainer.ckpt_path else ""
             print(f"{where}: {what_trains(trainer, pl_module)}{start}.", flush=True)
 

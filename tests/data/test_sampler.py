@@ -179,6 +179,14 @@ def test_evaluation_sees_every_pair_once(layout, lengths, world_size, budget, pa
         assert budget is None or Sizes(lengths, layout).tokens(batch) <= budget
 
 
+def test_a_trial_begins_with_the_longest_pair_alone_and_leaves_the_evaluation_whole():
+    trial = [True]
+    sampler = EvalSampler([(n, (1, 1)) for n in range(9)], None, 4, 1, 0, "padded", trial.copy)
+    assert list(sampler) == [[8], [4, 3, 2, 1], [0]]
+    trial.clear()
+    assert list(sampler) == [[8, 7, 6, 5], [4, 3, 2, 1], [0]]
+
+
 def loader(workers: int) -> StatefulLoader:
     (sampler,) = samplers([(5, (3, 4))] * 30, accumulation=2)
     data = list(range(30))

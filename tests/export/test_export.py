@@ -211,9 +211,6 @@ def test_the_command_line_ends_with_one_line(lora, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith("rotopo: output: ")
     assert error.count("\n") == 1
-    with pytest.raises(SystemExit):
-        main(["export", "--help"])
-    assert "--checkpoint" in capsys.readouterr().out
 
 
 def test_checkpoints_of_others_are_refused(lora, whole, tmp_path, tiny_tokenizer):

@@ -4,7 +4,7 @@ import numpy as np
 
 from rotopo.report import figures, text_plots
 from rotopo.report.inputs import Inputs
-from rotopo.report.page import Panel, Part, Picture, Section
+from rotopo.report.page import Panel, Part, Picture, Section, with_minus
 from rotopo.report.parts import word_clouds
 
 ORDER = 10
@@ -29,7 +29,7 @@ def section(inputs: Inputs) -> Section:
                     Panel(
                         second,
                         "Histogram of chosen less rejected length, mean "
-                        f"{(chosen - rejected).mean():+.1f} tokens.",
+                        f"{with_minus((chosen - rejected).mean(), 1)} tokens.",
                     ),
                 ],
                 f"Lengths in tokens of the {n:,} chosen and {n:,} rejected responses of the "
@@ -42,7 +42,7 @@ def section(inputs: Inputs) -> Section:
         parts += word_clouds("Words of the pairs", texts, clouds, inputs.seed)
     if inputs.embeddings is not None:
         known = clouds | inputs.colours
-        parts.append(_map(*inputs.embeddings, known, inputs.perplexity, inputs.seed))
+        parts.append(_map(*inputs.embeddings, known, inputs.tsne_perplexity, inputs.seed))
     return Section("Data", parts)
 
 
@@ -61,7 +61,7 @@ def _map(
     reduced = x.shape[1] > 50 and n > 50
     return Picture(
         "Map of the responses",
-        [Panel(figure, f"Scatter plot of {n} embedded responses: {counts}.")],
+        [Panel(figure, f"Scatter plot of {n} embedded responses: {counts}.", tuple(kinds))],
         f"t-SNE (perplexity {perplexity:.3g}, seed {seed}"
         + (", after a projection on 50 principal components" if reduced else "")
         + f") of {n:,} embeddings of {x.shape[1]} dimensions: {counts}. Neighbours on the map are "
