@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rotopo.lightning_cli import RotopoCLI
 
 # Commands that need no Trainer: plain functions, whose arguments are theirs.
-_FUNCTIONS = {
+FUNCTIONS = {
     "compare": "rotopo.compare.command.compare",
     "export": "rotopo.export.command.export",
     "judge": "rotopo.judge.command.judge",
@@ -65,7 +65,7 @@ def _main(args: list[str], own: bool) -> None:
     from rotopo.refusals import fault
 
     try:
-        if args[0] in _FUNCTIONS | _ON_SETTINGS:
+        if args[0] in FUNCTIONS | _ON_SETTINGS:
             call(args[0], args[1:])
         else:
             run(args)
@@ -100,7 +100,7 @@ def call(command: str, args: list[str]) -> None:
 
     from rotopo.refusals import in_one_line, messages
 
-    module, _, name = (_FUNCTIONS | _ON_SETTINGS)[command].rpartition(".")
+    module, _, name = (FUNCTIONS | _ON_SETTINGS)[command].rpartition(".")
     with messages(), in_one_line():
         function = getattr(import_module(module), name)
         if command in _ON_SETTINGS:

@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch.cli import SaveConfigCallback
 
+from rotopo.cli import FUNCTIONS
 from rotopo.described import (
     FILE,
     NAMED_ONLY,
@@ -29,13 +30,6 @@ from rotopo.lightning_cli import RotopoCLI, RotopoTrainer, built
 from rotopo.parsing import Argument, arguments, arguments_of, class_path, options
 from rotopo.plan.command import own_options
 from rotopo.strategies import FSDP2Strategy as FSDP2Strategy  # known by its name once imported
-
-FUNCTIONS = {
-    "export": "rotopo.export.command.export",
-    "judge": "rotopo.judge.command.judge",
-    "report": "rotopo.report.command.report",
-}
-
 
 _PARTS_OF_RUNS = ("rotopo.run.", "rotopo.refusals.")
 

@@ -28,7 +28,7 @@ _GO_ON = "runs/version_0/checkpoints/last.ckpt"
 
 # In the order in which a user meets them.
 TRAINING = ("fit", "validate", "test", "predict")
-BESIDE = ("doctor", "plan", "judge", "report", "export")
+BESIDE = ("doctor", "plan", "compare", "judge", "report", "export")
 LOOKING = ("objectives", "formats", "callbacks", "completion")
 
 COMMANDS: dict[str, Words] = {
@@ -110,6 +110,20 @@ COMMANDS: dict[str, Words] = {
         (
             ("", "rotopo plan --config run.yaml --card h100"),
             ("", "rotopo plan --config run.yaml --card 80GB --ranks 4"),
+        ),
+    ),
+    "compare": Words(
+        "is A better than B, equally far from the reference?",
+        "--config COMPARISON.yaml [--SETTING VALUE ...]",
+        (
+            "Train arms alike on several seeds, each at the learning rate that suits it, and say "
+            "whether they can be told apart at equal sequence KL and at equal margin, with "
+            "intervals over seeds: one HTML page, and a table of every number. A comparison that "
+            "was killed goes on where it stopped.",
+        ),
+        (
+            ("what it would take", "rotopo compare --config comparison.yaml --dry_run true"),
+            ("", "rotopo compare --config comparison.yaml"),
         ),
     ),
     "judge": Words(
