@@ -46,14 +46,14 @@ def page(comparison: Comparison, results: Results) -> str:
     return render("Comparison", about, _summary(comparison, results), sections)
 
 
-def _summary(comparison: Comparison, results: Results) -> list[str]:
+def _summary(comparison: Comparison, results: Results) -> list[tuple[str, str]]:
     """In words, of the primary outcome."""
     lines = []
     for row in _of(results, comparison.outcome):
-        where = f"{row.arm} at an equal {_place(row)}"
+        where = f"at an equal {_place(row)}"
         found = row.difference
         if found is None:
-            lines.append(f"{where}: {row.verdict}.")
+            lines.append((row.arm, f"{where}: {row.verdict}."))
             continue
         line = f"{where}: {row.verdict}"
         line += " from" if row.verdict == "not told apart" else " of" * (row.verdict == "ahead")
@@ -61,9 +61,9 @@ def _summary(comparison: Comparison, results: Results) -> list[str]:
         line += _interval(found)
         if row.verdict == "not told apart" and found.smallest is not None:
             line += f"; a difference of {found.smallest:.3g} would have been seen in 8 of 10 trials"
-        lines.append(f"{line}.")
+        lines.append((row.arm, f"{line}."))
     if not lines:
-        lines.append("No level is reached by all tuning runs: nothing is compared.")
+        lines.append(("Nothing is compared", "no level is reached by all tuning runs."))
     return lines
 
 
@@ -244,5 +244,5 @@ def _interval_cell(found: Difference | None) -> Cell:
     return Cell(_interval(found).strip(" ()"), found.interval[0])
 
 
-def _colours(results: Results) -> list[str]:
+def _colours(results: Results) -> list[tuple[str, str]]:
     return [SERIES[i % len(SERIES)] for i in range(len(results.runs))]
