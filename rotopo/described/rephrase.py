@@ -1,6 +1,9 @@
 """What jsonargparse says of a setting, which is a page, in one line and in plain words."""
 
 import re
+from typing import Any, NoReturn
+
+from rotopo.errors import InputError
 
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)':\s*(.*)")
@@ -8,6 +11,25 @@ _OPTION = re.compile(r"Option '([^']+)' is not accepted")
 _EXPECTED = re.compile(r"Expected an? (<class '[^']+'>|.*?)(?:\. Got value: (.*))?$", re.M)
 _GIVEN = re.compile(r"Given value: (.*)$", re.M)
 _NESTED = re.compile(r"NestedArg\(key='[^']*', val=(.*)\)$")
+
+
+class InPlainWords:
+    """Of a parser: it says what is wrong in one line, and takes names in full alone."""
+
+    exit_on_error: bool
+
+    def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Refuse, in place of a page with the usage above.
+
+        Raises:
+            InputError: says what is wrong.
+        """
+        if not self.exit_on_error:  # it is asked by another parser, which goes on from there
+            super().error(message, ex)  # type: ignore[misc]
+        raise InputError(rephrased(message)) from ex
 
 
 def rephrased(message: str) -> str:
