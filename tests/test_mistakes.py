@@ -252,6 +252,13 @@ def test_the_command_ends_before_anything_is_imported(capsys, monkeypatch):
             "        Option 'rws' is not accepted\n    - Expected a <class 'NoneType'>",
             "data.rws: Data has no setting 'rws'",
         ),
+        (
+            "Parser key \"trainer.max_epochs\":\n  Errors:\n    - Expected a <class 'int'>\n"
+            "    - Expected a <class 'NoneType'>\n  Given value type: <class 'str'>\n"
+            "  Given value: ",
+            "trainer.max_epochs: expected an int or null, found ''",
+        ),
+        ("the following arguments are required: scores", "scores: has to be given"),
         ("unrecognized arguments: stray", "unrecognized arguments: stray"),
     ],
 )

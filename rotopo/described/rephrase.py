@@ -19,7 +19,7 @@ class InPlainWords:
     exit_on_error: bool
 
     def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
+        super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)  # type: ignore[call-arg]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Refuse, in place of a page with the usage above.
@@ -59,10 +59,10 @@ def rephrased(message: str) -> str:
     no_class = re.search(r"Expected a dot import path string: (\S+)", message)
     if no_class is not None:
         return f"{prefix}there is no class {no_class.group(1)!r}"
-    if kinds and value:
+    if kinds and (exact or given is not None):
         return f"{prefix}expected {' or '.join(kinds)}, found {_quoted(value)}"
     text = " ".join(_KEY.sub("", message).strip(": \n").split())
-    text = text.replace("argument subcommand: invalid choice:", "no such command:")
+    text = re.sub(r"the following arguments are required: (.*)", r"\1: has to be given", text)
     return f"{prefix}{text}"
 
 
