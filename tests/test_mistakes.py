@@ -198,7 +198,7 @@ def settings_of_a_class(draw) -> list[str]:
 
 
 @given(st.lists(settings_of_a_class(), min_size=1, max_size=3), st.sampled_from(OF_POLICIES))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_settings_that_classes_take_are_never_refused(options, file):
     start = ["fit", "--config", "configs/quickstart.yaml", "--config", str(file)]
     line = start + [one for some in options for one in some]

@@ -82,4 +82,4 @@ def _value(text: str) -> str:
 
 
 def _quoted(value: str) -> str:
-    return value if value[:1] in "'\"[{(" else repr(value)
+    return value if value.startswith(("'", '"', "[", "{", "(")) else repr(value)
