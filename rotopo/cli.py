@@ -6,9 +6,10 @@ import traceback
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from rotopo import threads
+from rotopo import endings, threads
 from rotopo.described import read
-from rotopo.described.check import mistakes
+from rotopo.described.check import look_through
+from rotopo.described.rephrase import InPlainWords
 from rotopo.errors import InputError
 from rotopo.help.command import answer
 from rotopo.help.pages import COMMANDS
@@ -34,11 +35,18 @@ def main(args: list[str] | None = None) -> None:
             the command's own: it computes on the cores that are free.
 
     Raises:
-        SystemExit: after bad input with status 2; after a fault with status 1, and a traceback.
+        SystemExit: after bad input with status 2; after a fault with status 1, and a traceback;
+            after a signal, such as Ctrl-C, with 128 + its number.
     """
     own = args is None
     args = sys.argv[1:] if args is None else args
-    # Before torch is imported, which takes seconds.
+    nothing = "before the first step: there is nothing to keep." if args[:1] == ["fit"] else ""
+    with endings.in_one_line(nothing):
+        _main(args, own)
+
+
+def _main(args: list[str], own: bool) -> None:
+    # Both before torch is imported, which takes seconds.
     try:
         page = answer(args)
     except InputError as error:
@@ -47,21 +55,26 @@ def main(args: list[str] | None = None) -> None:
     if page is not None:
         print(page, end="")
         return
-    wrong = mistakes(args, read(), list(COMMANDS))
+    wrong, foreign = look_through(args, read(), list(COMMANDS))
     for line in wrong:
         print(f"rotopo: {line}", file=sys.stderr)
     if wrong:
         sys.exit(2)
+    if foreign:
+        named = ", ".join(dict.fromkeys(foreign))
+        print(f"rotopo: the settings of {named} are known once it is imported", file=sys.stderr)
     if own:
         threads.begin()
     from rotopo.refusals import fault
 
     try:
-        if args and args[0] in _FUNCTIONS | _ON_SETTINGS:
+        if args[0] in _FUNCTIONS | _ON_SETTINGS:
             call(args[0], args[1:])
         else:
             run(args)
     except Exception as error:
+        if endings.ended(error):
+            raise
         traceback.print_exception(error)
         said = fault(error)
         if said is not None:
@@ -86,7 +99,7 @@ def call(command: str, args: list[str]) -> None:
     Raises:
         SystemExit: with status 2 after bad input, whose message is printed without a traceback.
     """
-    from jsonargparse import auto_cli
+    from jsonargparse import ArgumentParser, auto_cli
 
     from rotopo.refusals import in_one_line, messages
 
@@ -96,7 +109,14 @@ def call(command: str, args: list[str]) -> None:
         if command in _ON_SETTINGS:
             function(args)
             return
-        auto_cli(function, args=args, as_positional=False, prog=f"rotopo {command}")
+        parser = type("Parser", (InPlainWords, ArgumentParser), {})
+        auto_cli(
+            function,
+            args=args,
+            as_positional=False,
+            prog=f"rotopo {command}",
+            parser_class=parser,
+        )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@ run, safe swaps of class paths, and messages instead of tracebacks."""
 
 import json
 import os
-import signal
 import sys
 import warnings
 from pathlib import Path
@@ -13,7 +12,6 @@ from jsonargparse import Namespace
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import rotopo.objectives
 import rotopo.reward  # (classes are known by their short names once imported)
@@ -25,7 +23,7 @@ from rotopo.callbacks.monitors import Monitors
 from rotopo.data.doctor.diagnosis import refusal, render
 from rotopo.data.module import PairwiseDataModule
 from rotopo.described import read
-from rotopo.described.check import mistakes
+from rotopo.described.check import look_through
 from rotopo.errors import InputError, SeveralErrors, input_error
 from rotopo.files import full_disk
 from rotopo.introspection import live
@@ -47,18 +45,20 @@ from rotopo.refusals import (
 from rotopo.run import wandb
 from rotopo.run.as_adapter import as_adapter
 from rotopo.run.changed import checked, say
-from rotopo.run.checkpoints import WholeCheckpointIO, check, disk_is_full, last_good
+from rotopo.run.checkpoints import WholeCheckpointIO, check, disk_is_full
 from rotopo.run.folder import RunFolder, ToldFolder, loggers_in, refuse_to_replace, root_of
-from rotopo.run.keeping import OwnCheckpoints, flatten_names
+from rotopo.run.keeping import OwnCheckpoints, flatten_names, with_last
+from rotopo.run.lightning import leave_signals
 from rotopo.run.settings import PARTS, for_command, is_file_of_ours, named_checkpoint
 from rotopo.run.slurm import Job, Requeue, take_over
-from rotopo.trainer import quiet
+from rotopo.run.whereabouts import Whereabouts
+from rotopo.trainer import Telling, quiet, shows_progress
 from rotopo.training import PairwiseModule
 
 Kind = TypeVar("Kind", bound="RotopoCLI")
 
 
-class RotopoTrainer(Trainer):
+class RotopoTrainer(Telling):
     """Lightning's Trainer with a command for the data alone."""
 
     def doctor(
@@ -96,7 +96,7 @@ class RotopoCLI(LightningCLI):
     _checkpoint: tuple[str, dict[str, Any]] | None = None  # that is named: path and content
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = super().init_parser(**kwargs, allow_abbrev=False)
+        parser = super().init_parser(**{"prog": "rotopo", **kwargs}, allow_abbrev=False)
         parser.__class__ = Parser  # Lightning names its own
         return parser
 
@@ -116,7 +116,7 @@ class RotopoCLI(LightningCLI):
                 super().parse_arguments(parser, args)
         except InputError as error:
             # All that is wrong, with the classes that the file knows nothing of.
-            found = mistakes(args, live(read()), list(self.subcommands()))
+            found = look_through(args, live(read()), list(self.subcommands())).wrong
             raise (SeveralErrors(found) if found else error) from None
         for file in self._settings().get("config") or []:
             if file is not None:  # a checkpoint's settings
@@ -231,25 +231,15 @@ class RotopoCLI(LightningCLI):
         self.carry_out(subcommand)
 
     def carry_out(self, subcommand: str) -> None:
-        """Run the Trainer's method; an end by SIGTERM or a full disk is told in one line."""
-        keeper = self.trainer.checkpoint_callback
+        """Run the Trainer's method; a full disk is told in one line."""
         try:
             with in_one_line(self._settings, lambda: self._began.began):
                 super()._run_subcommand(subcommand)
-        except SIGTERMException as stop:
-            stop.code = status = int(stop.code or 128 + signal.SIGTERM)
-            name = signal.Signals(status - 128).name
-            folder = getattr(keeper, "dirpath", None)
-            if self.trainer.is_global_zero:
-                good = last_good(Path(folder)) if folder and subcommand == "fit" else None
-                advice = f": go on with --ckpt_path {good}" if good else ""
-                print(f"rotopo: ended by {name}{advice}.", file=sys.stderr)
-            raise
         except Exception as error:
             full = full_disk(error)
             if full is None or input_error(error):
                 raise
-            folder = getattr(keeper, "dirpath", None)
+            folder = getattr(self.trainer.checkpoint_callback, "dirpath", None)
             raise disk_is_full(None, full, folder and Path(folder)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -272,6 +262,8 @@ class RotopoCLI(LightningCLI):
             kwargs["logger"] = loggers = loggers_in(folder, config.logger)
             goes_on = bool(self._settings().get("ckpt_path"))
             kept = [ToldFolder(folder), OwnCheckpoints(callbacks, goes_on), wandb.WandbIds(loggers)]
+            kept.append(Whereabouts(by_command=True))
+            callbacks = with_last(callbacks, config.enable_checkpointing)
         for name, least in (
             ("accumulate_grad_batches", 1),
             ("check_val_every_n_epoch", 1),
@@ -288,7 +280,8 @@ class RotopoCLI(LightningCLI):
         requeue = [Requeue(self._job)] if self._job is not None else []
         # First whether the ranks go on from one place, then the doctor: what it refuses leaves no
         # settings behind.
-        always = [*requeue, *kept, DataDoctor(), Monitors(), self._began]
+        shown = shows_progress(callbacks, config.enable_progress_bar)
+        always = [*requeue, *kept, DataDoctor(), Monitors(), self._began, *shown]
         kwargs["callbacks"] = [*always, *callbacks]
         with naming("trainer", on_purpose=False):
             try:
@@ -298,6 +291,7 @@ class RotopoCLI(LightningCLI):
         if trainer.is_global_zero:
             refuse_to_replace(trainer.loggers)
         take_over(trainer, self._job)
+        leave_signals(trainer)
         there = self._checkpoint if self.subcommand == "fit" else None
         threads.settle(trainer.world_size, there[1]["rotopo"].get("threads") if there else None)
         return trainer
@@ -330,6 +324,7 @@ def built(command: type[Kind], args: list[str] | None) -> Kind:
             save_config_kwargs={"overwrite": True},
             trainer_class=RotopoTrainer,
             trainer_defaults={
+                "enable_model_summary": False,  # of one row, the policy
                 "use_distributed_sampler": False,  # our samplers know the ranks themselves
                 # The longest batch comes first (on a processor a pair), and the others fit too.
                 "num_sanity_val_steps": 1,

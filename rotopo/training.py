@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -19,10 +20,12 @@ from torch.optim import Optimizer
 import rotopo
 from rotopo.callbacks.doctor import DataDoctor
 from rotopo.callbacks.finite import Finite
+from rotopo.callbacks.learning_rate import LearningRate
 from rotopo.callbacks.monitors import MetricSchedules
 from rotopo.data.asked import Draw
 from rotopo.data.module import PairwiseDataModule
 from rotopo.data.needs import Needs
+from rotopo.devices import refuse_on_mps
 from rotopo.errors import InputError
 from rotopo.models.outcome import PairOutcome, StepOutput
 from rotopo.optimisers import Warmup as Warmup  # known by this path
@@ -92,6 +95,8 @@ class PairwiseModule(LightningModule):
     needs: Needs = Needs()
     # Whether a test compares the module with a reference.
     compared: bool = False
+    # Unit of the rewards, for whoever draws them; empty where they have none.
+    reward_unit: str = ""
 
     def __init__(
         self,
@@ -117,9 +122,10 @@ class PairwiseModule(LightningModule):
 
         Raises:
             InputError: ``trainer.precision`` is a true half precision, or set beside
-                ``compute_dtype``.
+                ``compute_dtype``; Apple's mps lacks something.
         """
         config = self.model_config
+        refuse_on_mps(self.trainer.strategy.root_device, self, config.dtype, config.attention)
         if config.compute_dtype is not None and self.trainer.precision != "32-true":
             raise InputError(
                 f"trainer.precision {self.trainer.precision!r} and {config.setting}.compute_dtype "
@@ -180,9 +186,10 @@ class PairwiseModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         given = {type(callback) for callback in callbacks_of(self.trainer)}
+        rates = [LearningRate()] if LearningRateMonitor not in given else []
         # The last may end the run.
-        always = [DataDoctor(), *self.always_on(), MetricSchedules(), Finite(), Interruption()]
-        return [callback for callback in always if type(callback) not in given]
+        always = [DataDoctor(), *self.always_on(), *rates, MetricSchedules(), Finite()]
+        return [one for one in [*always, Interruption()] if type(one) not in given]
 
     def response_lengths(self, batch: "PairBatch") -> Tensor:
         """Tokens of each response of a batch, the end-of-turn token included [S]."""
@@ -367,7 +374,7 @@ class PairwiseModule(LightningModule):
         # Ours by itself: the package may run from its source, with nothing installed.
         facts: dict[str, Any] = {"rotopo": rotopo.__version__}
         facts |= {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
-        facts["base_fingerprint"] = self.base_fingerprint
+        facts |= {"base_fingerprint": self.base_fingerprint, "reward_unit": self.reward_unit}
         data = data_if_any(self.trainer)
         if isinstance(data, PairwiseDataModule):
             facts |= data.pairs.describe()

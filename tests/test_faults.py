@@ -6,6 +6,7 @@ Every try is in a table, which the tests print.
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -102,9 +103,8 @@ class Laboratory:
     whole: dict[tuple, tuple[dict, pd.DataFrame, float]] = field(default_factory=dict)
 
     def arguments(self, one: Try, root: Path) -> list[str]:
-        checkpoints = list(CHECKPOINTS)
-        if not one.every_step:  # behind each validation, and only the last one stays
-            checkpoints = [CHECKPOINTS[0], "--trainer.callbacks.save_last=true"]
+        # By default one after each validation, and only the last one stays.
+        checkpoints = list(CHECKPOINTS) if one.every_step else []
         return [
             "fit",
             f"--config={self.configs['reward' if one.kind == 'reward model' else 'policy']}",
@@ -144,26 +144,63 @@ class Laboratory:
             self.whole[one.run] = (*outcome(root), seconds)
         return self.whole[one.run]
 
+    def strike(
+        self, one: Try, root: Path, fault: Fault | tuple[float, signal.Signals], seconds: float
+    ) -> ForkServerProcess:
+        """Start a run, or go on with it, and have it struck; the process when it has ended."""
+        planted = fault if isinstance(fault, Fault) else None
+        process = self.start(one, root, last_good(root), planted)
+        if not isinstance(fault, Fault):
+            process.join(fault[0] * seconds)
+            if process.is_alive():
+                os.kill(process.pid, fault[1])
+        process.join(60)
+        assert process.exitcode is not None, "it hangs"
+        whole_files(root)
+        number = fault.signal if isinstance(fault, Fault) else fault[1]
+        expected = -number if number == signal.SIGKILL else 128 + number
+        assert process.exitcode in (0, expected), (root / "log.txt").read_text()
+        return process
+
+    def end_and_go_on(self, one: Try) -> dict[str, Any]:
+        """Have a run end by a signal that asks for it, type what it has printed, and return the
+        line of the table."""
+        checkpoint, validations, seconds = self.expected(one)
+        root, (fault,) = self.folder / f"end {one.seed}", one.faults
+        process = self.strike(one, root, fault, seconds)
+        log = (root / "log.txt").read_text()
+        assert "Traceback" not in log, log
+        told = ""
+        if process.exitcode != 0:
+            (told,) = [row for row in log.splitlines() if row.startswith("rotopo: ended by ")]
+            arguments = self.arguments(one, root)
+            command = told.partition("go on with: rotopo ")[2]
+            if command:
+                arguments = shlex.split(command)
+            else:
+                assert "before the first step: there is nothing to keep" in told
+                assert last_good(root) is None
+            assert unfinished(root) == []
+            process = start(arguments, root / "log.txt", root / "cache")
+            process.join(60)
+            assert process.exitcode == 0, (root / "log.txt").read_text()
+        found, seen = outcome(root)
+        return {
+            "run": f"{one.kind}, checkpoints by {'step' if one.every_step else 'default'}",
+            "signal": described(fault),
+            "what it said": told.partition("--ckpt_path")[0].removeprefix("rotopo: "),
+            "weights equal": equal(found, checkpoint),
+            "validations equal": validations.equals(seen),
+        }
+
     def make(self, one: Try) -> dict[str, Any]:
         """Make a try, and its line of the table."""
         checkpoint, validations, seconds = self.expected(one)
         root = self.folder / f"try {one.seed}"
         events = []
         for fault in one.faults:
-            resume = last_good(root)
-            planted = fault if isinstance(fault, Fault) else None
-            process = self.start(one, root, resume, planted)
-            if planted is None:
-                process.join(fault[0] * seconds)
-                if process.is_alive():
-                    os.kill(process.pid, fault[1])
-            process.join(60)
-            assert process.exitcode is not None, "it hangs"
+            process = self.strike(one, root, fault, seconds)
             events.append(f"{described(fault)}: {ended(process.exitcode)}")
-            whole_files(root)
-            number = fault[1] if planted is None else fault.signal
-            # SIGTERM kills as SIGKILL does as long as there is nothing to keep.
-            assert process.exitcode in (0, -number, 128 + number), (root / "log.txt").read_text()
             if process.exitcode == 0:
                 break
         resume = last_good(root)
@@ -194,7 +231,7 @@ def described(fault: Fault | tuple[float, signal.Signals]) -> str:
 
 
 def ended(code: int) -> str:
-    return {0: "it was done", 143: "status 143", -15: "dead", -9: "dead"}[code]
+    return {0: "it was done", -9: "dead"}.get(code, f"status {code}")
 
 
 def outcome(root: Path) -> tuple[dict, pd.DataFrame]:
@@ -266,6 +303,29 @@ SEEDS = (0, 3, 4, 5, 6, 7, 11, 13, 15, 18, 20, 21, 24, 30, 31, 33, 34, 37, 44, 5
 def test_killed_at_any_time_it_ends_as_if_it_had_not_been(laboratory, record_property):
     lines = [laboratory.make(drawn(seed)) for seed in SEEDS]
     printed(record_property, f"{len(lines)} runs, killed and gone on with", lines)
+    assert all(line["weights equal"] and line["validations equal"] for line in lines)
+
+
+def ends(number: int, signals: tuple[signal.Signals, ...]) -> list[Try]:
+    """So many ends by each of some signals: half of them at some time, the others at a moment of
+    training, which may end in a step, a validation or a checkpoint that is half written."""
+    moments = [m for m in TIMES if m not in ("tokens have no name yet", "log-probs are written")]
+    tries, chance = [], random.Random(1)
+    for seed, number_of in enumerate(s for s in signals for _ in range(number)):
+        moment = chance.choice(moments)
+        fault: Any = Fault(moment, chance.randint(1, min(6, TIMES[moment])), number_of)
+        if seed % 2:
+            fault = (chance.uniform(0, 1), number_of)
+        kind = list(KINDS)[seed % len(KINDS)]
+        tries.append(Try(seed, kind, 2, 1 + seed % 2, 0, chance.random() < 0.5, (fault,)))
+    return tries
+
+
+@pytest.mark.slow
+def test_asked_to_end_it_says_how_to_go_on_and_that_works(laboratory, record_property):
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    lines = [laboratory.end_and_go_on(one) for one in ends(3, signals)]
+    printed(record_property, f"{len(lines)} runs that signals have ended", lines)
     assert all(line["weights equal"] and line["validations equal"] for line in lines)
 
 
@@ -456,7 +516,8 @@ def test_the_real_command_killed_three_times(laboratory, record_property):
         if number == signal.SIGTERM:
             assert process.returncode == 143
             told = error.decode().splitlines()[-1]
-            assert told == f"rotopo: ended by SIGTERM: go on with --ckpt_path {last}."
+            assert told.startswith(f"rotopo: ended by SIGTERM after step {step}, checkpoint kept; ")
+            assert told.endswith(f"go on with: rotopo fit --ckpt_path {shlex.quote(str(last))}")
         else:
             assert process.returncode == -9
     process = laboratory.start(one, root, last_good(root))
@@ -574,7 +635,7 @@ def test_a_job_that_cannot_be_queued_again_says_so(laboratory, slurm, tmp_path):
     assert (tmp_path / "told.txt").read_text() == "requeue 1234_7\n"  # not the whole array
     *_, failed, last = (tmp_path / "run" / "log.txt").read_text().splitlines()
     assert failed.startswith("rotopo: the job was not queued again: ")
-    assert last.startswith("rotopo: ended by SIGUSR1: go on with --ckpt_path ")
+    assert last.startswith("rotopo: ended by SIGUSR1 after step 2, checkpoint kept; go on with: ")
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ MOST_LINES = 400
 # From the ground up. A file may import from below and from its own floor; class paths in a user's
 # YAML are no imports.
 FLOORS = (
-    ("described", "errors", "files", "ranks", "intervals", "pretrained", "refusals", "threads"),
+    ("described", "devices", "endings", "errors", "files", "ranks", "intervals"),
+    ("pretrained", "progress", "refusals", "threads"),
     ("data", "rotation"),
     ("models",),
     ("run",),
@@ -19,7 +20,7 @@ FLOORS = (
     ("callbacks", "muon", "optimisers", "training", "trainer", "strategies"),
     ("objectives", "reward", "robust"),
     ("parsing", "introspection", "lightning_cli", "load"),
-    ("judge", "report", "export", "plan", "help"),
+    ("judge", "report", "export", "plan", "help", "compare"),
     ("studies",),
     ("cli", "describe"),
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rotopo import threads
+from rotopo import endings, threads
 
 SCRIPT = Path(__file__).parents[1] / "tools" / "quickstart.py"
 
@@ -22,7 +22,8 @@ SCRIPT = Path(__file__).parents[1] / "tools" / "quickstart.py"
 def test_quickstart_trains_tests_generates_and_saves(tmp_path, monkeypatch, capsys):
     few = ["--data.train_pairs=16", "--data.test=0.02", "--data.validation=0"]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), f"--output={tmp_path}", *few])
-    monkeypatch.setattr(threads, "begin", lambda: None)  # the process is pytest's
+    for part in (threads, endings):  # the process is pytest's
+        monkeypatch.setattr(part, "begin", lambda: None)
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert not stop.value.code

@@ -6,9 +6,10 @@ held-out prompts, and lets the reward models judge the responses. Run it again a
 interrupted, and it goes on where it stopped.
 """
 
-from rotopo import threads
+from rotopo import endings, threads
 
 if __name__ == "__main__":
+    endings.begin()
     threads.begin()
 
 import argparse
@@ -33,6 +34,7 @@ from rotopo.lightning_cli import run as rotopo
 from rotopo.metrics.displacement import at_equal_margin, log_ratios
 from rotopo.metrics.embeddings import response_embeddings
 from rotopo.metrics.runs import read_training
+from rotopo.progress import Progress
 from rotopo.report.command import report
 from rotopo.run.continued import ContinuedRun, from_last_checkpoint, short_hash
 
@@ -161,7 +163,7 @@ def embed(workshop: Workshop, file: Path, responses: dict[str, Path]) -> Path:
 
     def batches(rows: Any, n: int) -> Any:
         chosen = np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int).tolist()
-        for start in range(0, len(chosen), 16):
+        for start in Progress(range(0, len(chosen), 16), "embedding"):
             part = [rows[i] for i in chosen[start : start + 16]]
             yield collate(part, data.pad_id, data.batching.layout, 1.0)
 
@@ -346,4 +348,5 @@ def print_summary(summary: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with endings.in_one_line(instead="before its end: the same command goes on where it stopped."):
+        main()

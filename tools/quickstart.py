@@ -5,9 +5,10 @@ Usage: tools/quickstart [--output DIR] [rotopo options, e.g. --data.train_pairs 
 configs/quickstart.yaml with fewer pairs, and without validation, of which the table has nothing.
 """
 
-from rotopo import threads
+from rotopo import endings, threads
 
 if __name__ == "__main__":
+    endings.begin()
     threads.begin()
     print("Starting; on two idle cores it takes some minutes in all.", flush=True)
 
@@ -22,57 +23,25 @@ import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import pandas as pd
-from lightning.pytorch import Callback, Trainer
-from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from rotopo.data import films
 from rotopo.data.batch import collate_prompts
 from rotopo.lightning_cli import RotopoCLI, built
 from rotopo.models.policy import Sampling
+from rotopo.progress import Progress
 from rotopo.report import plots
+from rotopo.run.whereabouts import Whereabouts
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 LESS = ("--data.train_pairs=160", "--data.validation=0", "--data.test=0.05")
 # Both tests have the same reference; one of another run may differ from this one's by its rounding.
 CACHED = "--model.policy.reference=cached"
-QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
 JUDGED_PROMPTS = 32
 PROMPTS_PER_BATCH = 16
 SHOWN_PROMPTS = 3
-
-
-class Bar(Callback):
-    """A line for each stage of the Trainer's: what it is, how far, and how long it took."""
-
-    def __init__(self) -> None:
-        self.title = ""
-        self.bar = bar([], self.title)
-
-    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
-        self.bar = bar(range(int(trainer.estimated_stepping_batches)), self.title)
-
-    def on_test_start(self, trainer: Trainer, *_: Any) -> None:
-        self.bar = bar(range(sum(trainer.num_test_batches)), self.title)
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.bar.update()
-
-    def on_test_batch_end(self, *_: Any) -> None:
-        self.bar.update()
-
-    def on_train_end(self, *_: Any) -> None:
-        self.bar.close()
-
-    def on_test_end(self, *_: Any) -> None:
-        self.bar.close()
-
-
-def bar(steps: Any, title: str) -> tqdm:
-    return tqdm(steps, title, ncols=79, disable=not title)
 
 
 class Quickstart(RotopoCLI):
@@ -83,16 +52,19 @@ class Quickstart(RotopoCLI):
     seconds: float
 
     def carry_out(self, subcommand: str) -> None:
-        bar = Bar()
-        self.trainer.callbacks.append(bar)
-        self.before = self.test(bar, "Test before training")
-        bar.title, start = "Training", time.perf_counter()
+        # What a run says of itself is in the table below, or at its end.
+        self.trainer.callbacks = [
+            one for one in self.trainer.callbacks if not isinstance(one, Whereabouts)
+        ]
+        self.before = self.test("Test before training")
+        start = time.perf_counter()
+        print("Training", flush=True)
         super().carry_out(subcommand)
         self.seconds = time.perf_counter() - start
-        self.after = self.test(bar, "Test after training")
+        self.after = self.test("Test after training")
 
-    def test(self, bar: Bar, title: str) -> dict[str, float]:
-        bar.title = title
+    def test(self, title: str) -> dict[str, float]:
+        print(title, flush=True)
         with redirect_stdout(io.StringIO()):
             self.trainer.test(self.model, self.datamodule, verbose=False)
         return {name: float(value) for name, value in self.trainer.callback_metrics.items()}
@@ -117,7 +89,8 @@ def generate(cli: RotopoCLI, sampling: Sampling) -> pd.DataFrame:
     table = pd.DataFrame({"prompt": [source[first[prompt]]["prompt"] for prompt in prompts]})
     for name, reference in (("before", True), ("after", False)):
         responses = []
-        for start in bar(range(0, len(prompts), PROMPTS_PER_BATCH), f"Sentences {name} training"):
+        starts = range(0, len(prompts), PROMPTS_PER_BATCH)
+        for start in Progress(starts, f"Sentences {name} training"):
             part = [list(p) for p in prompts[start : start + PROMPTS_PER_BATCH]]
             batch = collate_prompts(part, data.pad_id, range(len(part)))
             responses += policy.generate(batch, sampling, data.stop_ids, reference)
@@ -138,7 +111,7 @@ def main() -> None:
     warnings.formatwarning = lambda message, *_: f"\n{lines(str(message))}\n"
     place = f"--trainer.default_root_dir={output}"
     with TemporaryDirectory() as cache:
-        own = [*QUIET, *LESS, CACHED, f"--model.policy.reference_cache={cache}", place]
+        own = [*LESS, CACHED, f"--model.policy.reference_cache={cache}", place]
         cli = built(Quickstart, ["fit", f"--config={CONFIG}", *own, *options])
     before, after = cli.before, cli.after
     run = Path(cli.trainer.log_dir)
@@ -150,7 +123,7 @@ def main() -> None:
         scores = [analyser.polarity_scores(text)["compound"] for text in responses[name]]
         responses[f"vader_{name}"] = scores
     responses.to_json(output / "responses.jsonl", orient="records", lines=True)
-    plots.implicit_rewards(run / "metrics.csv", output / "implicit_rewards.png")
+    plots.implicit_rewards(run, output / "implicit_rewards.png")
 
     held_out = len(cli.datamodule.test_dataloader().dataset)
     trained = sum(p.numel() for p in cli.model.parameters() if p.requires_grad)
@@ -190,4 +163,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with endings.in_one_line(instead="before its end."):
+        sys.exit(main())

@@ -9,6 +9,7 @@ from rotopo.callbacks.pair_metrics import Displacement, ImplicitRewards
 from rotopo.callbacks.pair_scores import PairScores
 from rotopo.callbacks.perplexity import Perplexity
 from rotopo.callbacks.predictions import PredictionWriter
+from rotopo.callbacks.progress import ProgressLine
 from rotopo.callbacks.reference import CacheReference
 from rotopo.callbacks.speed import Speed
 from rotopo.callbacks.yardstick import Yardstick
@@ -25,6 +26,7 @@ __all__ = [
     "PairScores",
     "Perplexity",
     "PredictionWriter",
+    "ProgressLine",
     "Speed",
     "Yardstick",
 ]

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
+from rotopo.callbacks.learning_rate import LearningRate
 from rotopo.data.module import PairwiseDataModule
 from rotopo.errors import InputError
 from rotopo.run.lightning import callbacks_of, data_if_any
@@ -99,7 +100,7 @@ class Monitors(Callback):
         known |= {name for one in callbacks for name in getattr(one, "metric_names", ())}
         if any(_is_the_users(part) for part in (module, *callbacks)):
             return
-        rates = any(isinstance(one, LearningRateMonitor) for one in callbacks)
+        rates = any(isinstance(one, LearningRate | LearningRateMonitor) for one in callbacks)
         for place, name in monitored(trainer):
             # Of each layer, or of each group of parameters: told apart only when they are logged.
             late = name.startswith("orthogonality/") or (rates and name.startswith("lr-"))

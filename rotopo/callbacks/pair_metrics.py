@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rotopo.data.batch import PairBatch
 from rotopo.data.module import PairwiseDataModule
+from rotopo.devices import for_float64
 from rotopo.metrics.means import PairMeans
 from rotopo.models.outcome import StepOutput
 from rotopo.run.lightning import data_if_any
@@ -50,7 +51,7 @@ class PairMetricsCallback(Callback):
             self.pair_metric_names |= values.keys()
             values = {**values, **_by_label(trainer, values, batch, name)}
             means = means or PairMeans(tuple(values))
-            means.to(module.device).update(values)
+            means.to(for_float64(module.device)).update(values)
         return means
 
     def _log(

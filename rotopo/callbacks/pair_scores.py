@@ -8,6 +8,7 @@ from rotopo.callbacks.yardstick import yardstick_rows
 from rotopo.data.batch import PairBatch, Role
 from rotopo.data.formats import PLACE
 from rotopo.data.messages import Message, text_of
+from rotopo.devices import for_float64
 from rotopo.files import to_json, to_jsonl, write_whole
 from rotopo.metrics.rewards import RewardMetrics
 from rotopo.metrics.yardstick import COLUMNS, columns
@@ -27,6 +28,19 @@ _TITLES = {
     "length_rank_correlation": "the same, of ranks",
     "length_matched_accuracy": "accuracy at matched lengths",
 }
+# What the table has by other names: of rewards, and of log-ratios to the reference.
+_SAME = (
+    *(f"rewards/{name}" for name in ("chosen", "rejected", "accuracy")),
+    *(f"yardstick/{name}" for name in ("margin", "accuracy", "displaced")),
+    *(
+        f"yardstick/log_ratio{per}/{name}"
+        for per in ("", "_per_token")
+        for name in ("chosen", "rejected")
+    ),
+    "displacement/chosen_up",
+    "displacement/rejected_down",
+    *(f"yardstick/kl_per_token/on_data/{name}" for name in ("forward", "reverse")),
+)
 _SHOWN = 60  # characters of a text in the printed sample
 
 
@@ -44,11 +58,15 @@ class PairScores(Callback):
 
     Args:
         samples: how many pairs to print, evenly spaced over the split.
+
+    Attributes:
+        told: names of metrics that the table has, whoever has logged them.
     """
 
     def __init__(self, samples: int = 4) -> None:
         self.samples = samples
         self.metrics: RewardMetrics | None = None
+        self.told: set[str] = set()
 
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
         data = data_of(trainer)
@@ -67,7 +85,7 @@ class PairScores(Callback):
             pl_module.compared,
             parts.known(rows, PLACE),
         )
-        self.metrics = metrics.to(pl_module.device)
+        self.metrics = metrics.to(for_float64(pl_module.device))
 
     def on_test_batch_end(
         self,
@@ -92,9 +110,11 @@ class PairScores(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.metrics is not None
+        self.told = set()
         found = self.metrics.compute()
         if not found:
             return
+        self.told = {f"test/{name}" for name in (*_TITLES, *_SAME)}
         named = {"": found} | {f"{name}/": one for name, one in found.get("sets", {}).items()}
         for prefix, values in named.items():
             for name in (name for name in _TITLES if values[name] is not None):
@@ -148,11 +168,11 @@ def _table(found: dict[str, Any]) -> str:
         text = "undefined" if value is None else f"{value:.4f}"
         if name == "accuracy":
             text = _accuracy(found)
-            if found["ties"]:
-                text += f"  {found['ties']} ties count as wrong"
         if name == "length_matched_accuracy":
             text += f"  ({found['length_matched_pairs']} pairs)"
         rows.append((title, text))
+        if name == "accuracy" and found["ties"]:
+            rows.append(("ties, which count as wrong", str(found["ties"])))
         if name == "accuracy" and yardstick is not None:
             rows.append(("accuracy by the yardstick (h > 0)", _accuracy(yardstick)))
     if yardstick is not None:

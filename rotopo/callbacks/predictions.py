@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from rotopo.endings import ended
 from rotopo.errors import InputError
 from rotopo.files import to_jsonl, write_whole
 from rotopo.run.folder import folder_of
@@ -86,8 +87,16 @@ class PredictionWriter(Callback):
         os.fsync(self.part.fileno())
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        if self.part is not None:
-            self.part.close()  # and with it the lock
+        if self.part is None:
+            return
+        self.part.close()  # and with it the lock
+        stop = ended(exception)
+        if stop is not None and self.folder.is_dir():
+            done = sum(file.read_bytes().count(b"\n") for file in self.folder.glob("part-*.jsonl"))
+            stop.advice = (
+                f"after {done} rows, which are kept in {self.folder}: the same command goes on "
+                "from there."
+            )
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         assert self.part is not None

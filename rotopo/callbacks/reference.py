@@ -5,13 +5,13 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from tqdm.auto import tqdm
 
 from rotopo.data.batch import Role
 from rotopo.data.module import PairwiseDataModule
 from rotopo.data.rows import Rows
 from rotopo.errors import InputError
-from rotopo.run.lightning import data_if_any, data_of
+from rotopo.progress import Progress
+from rotopo.run.lightning import data_if_any, data_of, is_hidden
 from rotopo.run.steps import works_in_steps_only
 
 
@@ -65,13 +65,13 @@ def cache_rows(trainer: Trainer, rows: Rows, places: Sequence[int], description:
         trainer: while it runs.
         rows: the rows.
         places: which of them, one at least.
-        description: of the progress bar.
+        description: of the loop, as it is shown.
     """
     module: Any = trainer.lightning_module
     data = data_of(trainer)
     if module.policy.cache is None:
         return
-    bar = tqdm(data.batches(rows, places), description, disable=not trainer.is_global_zero)
+    bar = Progress(data.batches(rows, places), description, hidden=is_hidden(trainer))
     with trainer.precision_plugin.forward_context():
         module.policy.cache_reference(bar)
     trainer.strategy.barrier()

@@ -130,8 +130,7 @@ class Speed(Callback):
                 flops = decoder.flops(tokens, targets, scores, online)
                 values["mfu"] = flops / (seconds * self.peak * trainer.world_size)
         for name, value in values.items():
-            bar = name in ("pairs_per_second", "floor_share")
-            pl_module.log(f"speed/{name}", float(value), prog_bar=bar, batch_size=1)
+            pl_module.log(f"speed/{name}", float(value), batch_size=1)
 
 
 def _peak(trainer: Trainer, module: Any) -> float | None:

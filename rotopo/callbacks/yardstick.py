@@ -89,5 +89,5 @@ def yardstick_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     kls = found["kl_per_token"]["on_data"]
     for name, sign in (("forward", "(reference ‖ policy)"), ("reverse", "(policy ‖ reference)")):
         text = "undefined (other vocabularies)" if kls[name] is None else f"{kls[name]:.4g}"
-        rows.append((f"KL per token on the data {sign}", text))
+        rows.append((f"KL per token {sign}", text))
     return rows

@@ -4,8 +4,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Features, LargeList, List, Value
+from datasets import Dataset, Features, LargeList, List, Value, arrow_dataset
 
+from rotopo import ranks
 from rotopo.data import dialogue, formats, messages, schemas
 from rotopo.data import values as values_of_texts
 from rotopo.data.schemas import Format, Preference, naming_row, read_row
@@ -23,6 +24,7 @@ from rotopo.data.tokenized import Outcome, TokenizedPair
 from rotopo.data.tokens import OnBadRow, OnUnwritten, PairEncoder
 from rotopo.errors import InputError
 from rotopo.files import sha256, writing_whole_folder
+from rotopo.progress import Progress
 
 _HASHES = "hashes.json"
 # Which decide what a row says.
@@ -226,35 +228,54 @@ def _tokenize(
     if num_proc is None:
         num_proc = min(os.cpu_count() or 1, len(rows) // 10_000)
     ids = List(Value("int32"))
-    return rows.map(
-        partial(
-            _tokenize_batch,
-            features=rows.features,
-            read=read,
-            encoder=encoder,
-            drop=drop,
-            extra=extra,
-            known=numbers,
-        ),
-        batched=True,
-        with_indices=True,
-        remove_columns=rows.column_names,
-        features=Features(
-            prompt=ids,
-            chosen=ids,
-            rejected=ids,
-            **dict.fromkeys(extra, ids),
-            row=Value("int64"),
-            outcome=Value("int8"),
-            left_out=Value("string"),
-        ),
-        num_proc=num_proc if num_proc > 1 else None,
-        cache_file_name=str(folder / "mapped.arrow"),
-        load_from_cache_file=False,
-        # Else datasets hashes the tokenizer, whose pickle is not stable.
-        new_fingerprint=hashlib.sha256(str(folder).encode()).hexdigest()[:16],
-        desc="Tokenising",
-    )
+    with _in_our_way():
+        return rows.map(
+            partial(
+                _tokenize_batch,
+                features=rows.features,
+                read=read,
+                encoder=encoder,
+                drop=drop,
+                extra=extra,
+                known=numbers,
+            ),
+            batched=True,
+            with_indices=True,
+            remove_columns=rows.column_names,
+            features=Features(
+                prompt=ids,
+                chosen=ids,
+                rejected=ids,
+                **dict.fromkeys(extra, ids),
+                row=Value("int64"),
+                outcome=Value("int8"),
+                left_out=Value("string"),
+            ),
+            num_proc=num_proc if num_proc > 1 else None,
+            cache_file_name=str(folder / "mapped.arrow"),
+            load_from_cache_file=False,
+            # Else datasets hashes the tokenizer, whose pickle is not stable.
+            new_fingerprint=hashlib.sha256(str(folder).encode()).hexdigest()[:16],
+            desc="Tokenising",
+        )
+
+
+class _Bar(Progress):
+    """Takes what datasets gives its own bar."""
+
+    def __init__(self, total: int, initial: int = 0, **_: Any) -> None:
+        super().__init__((), "Tokenising", total - initial, hidden=ranks.number() > 0)
+
+
+@contextmanager
+def _in_our_way() -> Iterator[None]:
+    """Show how far datasets is as all else is shown: its own bar is one endless line in a log."""
+    theirs = arrow_dataset.hf_tqdm  # told nowhere else; a test says when it moves
+    arrow_dataset.hf_tqdm = _Bar
+    try:
+        yield
+    finally:
+        arrow_dataset.hf_tqdm = theirs
 
 
 def _save(mapped: Dataset, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """``rotopo judge``: policies against a baseline under several judges, from files of scores."""
 
+from itertools import product
 from pathlib import Path
 
 from rotopo.errors import InputError
@@ -8,6 +9,7 @@ from rotopo.judge.comparison import agreements, diversity, verdict
 from rotopo.judge.judgement import PolicyResult, Result, scores_csv
 from rotopo.judge.length_control import NO_EQUAL_LENGTH
 from rotopo.judge.scores import read_perplexity, read_scores
+from rotopo.progress import Progress
 
 
 def judge(
@@ -60,13 +62,15 @@ def judge(
     table = read_scores(scores, baseline)
     judges = list(table[baseline])
 
-    policies: dict[str, PolicyResult] = {}
-    for policy, by_judge in table.items():
-        found = {
-            name: verdict(own, table[baseline][name], tie, level, resamples, seed)
-            for name, own in by_judge.items()
-        }
-        policies[policy] = {"judges": found, "texts": diversity(by_judge[judges[0]])}
+    policies: dict[str, PolicyResult] = {
+        policy: {"judges": {}, "texts": diversity(by_judge[judges[0]])}
+        for policy, by_judge in table.items()
+    }
+    for policy, name in Progress(list(product(table, judges)), "judging"):
+        policies[policy]["judges"][name] = verdict(
+            table[policy][name], table[baseline][name], tie, level, resamples, seed
+        )
+    for policy in policies:
         if perplexity and policy in perplexity:
             policies[policy]["texts"]["perplexity"] = read_perplexity(perplexity[policy])
 

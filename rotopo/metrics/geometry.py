@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from rotopo.devices import for_float64
 from rotopo.errors import InputError
 from rotopo.models.sharding import gathered, in_turn
 from rotopo.rotation.givens import Delta
@@ -168,6 +169,7 @@ def effective_rank(hidden: Tensor) -> Tensor:
     Source: Roy and Vetterli, "The effective rank" (2007). A scalar from 1 (one direction) to
     min(T, D) (all directions equally); nothing constrains it, so its fall is evidence of collapse.
     """
+    hidden = hidden.to(for_float64(hidden.device))  # without float64, mps has no SVD either
     values = torch.linalg.svdvals(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))
     shares = values / values.sum()
     return torch.special.entr(shares).sum().exp()

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from rotopo.devices import exact
+
 
 class PairMeans(Metric):
     """Means over pairs of several named values.
@@ -31,8 +33,8 @@ class PairMeans(Metric):
     def update(self, values: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Add a batch: for each name its values [B], and which rows have one [B]."""
         pairs = [values[name] for name in self.names]
-        self.sums += torch.stack([torch.where(has, v, 0).double().sum() for v, has in pairs])
-        self.counts += torch.stack([has.sum() for _, has in pairs])
+        self.sums += torch.stack([exact(torch.where(has, v, 0)).sum() for v, has in pairs])
+        self.counts += torch.stack([has.sum() for _, has in pairs]).to(self.counts.device)
 
     def compute(self) -> dict[str, Tensor]:
         """The means of the values that any row had."""

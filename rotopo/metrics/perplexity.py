@@ -8,6 +8,7 @@ import torch
 
 from rotopo.data.batch import Role, TokenizedRow, collate
 from rotopo.data.needs import Needs
+from rotopo.devices import exact
 from rotopo.errors import InputError
 from rotopo.models.modes import evaluating
 
@@ -77,9 +78,9 @@ def perplexity(
         for first in range(0, len(rows), windows_per_batch):
             batch = collate(rows[first : first + windows_per_batch], 0, "padded", loss_scale=1.0)
             log_probs = policy(batch.to(policy.device), needs)
-            total -= float(log_probs.chosen.double().sum())
+            total -= float(exact(log_probs.chosen).sum())
             if log_probs.reference_chosen is not None:
-                reference_total -= float(log_probs.reference_chosen.double().sum())
+                reference_total -= float(exact(log_probs.reference_chosen).sum())
 
     if not math.isfinite(total):
         raise InputError(f"{file}: its log-probs are not finite: the policy has diverged.")

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from rotopo.devices import exact
 from rotopo.errors import InputError
 from rotopo.metrics.bootstrap import mean_interval
 from rotopo.metrics.calibration import calibration_error
@@ -103,7 +104,7 @@ class RewardMetrics(Metric):
         policy that is compared the columns of the comparison."""
         columns = (rows, chosen, rejected, chosen_tokens, rejected_tokens, *beside)
         assert isinstance(self.table, list)
-        self.table.append(torch.stack([c.detach().double() for c in columns], 1).flatten())
+        self.table.append(torch.stack([exact(c.detach()) for c in columns], 1).flatten())
 
     def pairs(self) -> ScoredPairs:
         """This rank's pairs; within ``sync_context`` those of all ranks."""

@@ -39,6 +39,12 @@ class Run:
     settings: str
     facts: dict[str, Any]
 
+    @property
+    def reward_unit(self) -> str | None:
+        """The unit of its rewards, empty where they have none; None where the run does not say."""
+        unit = self.facts.get("reward_unit")
+        return unit if isinstance(unit, str) else None
+
 
 @dataclass(frozen=True)
 class Training(Run):

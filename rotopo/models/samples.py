@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from rotopo import ranks
 from rotopo.data.batch import collate_prompts
@@ -15,6 +14,7 @@ from rotopo.errors import InputError
 from rotopo.files import write_whole
 from rotopo.models.policy import Policy
 from rotopo.models.settings import Sampling
+from rotopo.progress import Progress
 
 _PROMPTS_AT_ONCE = 64
 # How responses are drawn, a part of the hash: what was drawn in another way is not taken for them.
@@ -86,7 +86,8 @@ def draw(
     if policy.sharding is not None:  # every rank has to work whenever one does
         mine += missing[: turns - len(mine)]
     whose = "the reference" if reference else "the policy"
-    for number in tqdm(mine, desc=f"Sampling {whose}", disable=not mine or ranks.number() > 0):
+    hidden = not mine or ranks.number() > 0
+    for number in Progress(mine, f"Sampling {whose}", hidden=hidden):
         batch = collate_prompts([prompts[i] for i in parts[number]], encoder.pad_id, parts[number])
         responses = policy.generate(
             batch.to(policy.device), sampling, encoder.stop_ids, reference=reference

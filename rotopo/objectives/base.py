@@ -58,6 +58,8 @@ class PreferenceModule(PairwiseModule):
     strength: ClassVar[str] = "beta"
     # Whether a response's reward depends on the other response of its pair.
     paired_rewards: bool = False
+    # β, λ and their like have no unit.
+    reward_unit = "nats"
     # Tokens at most of a response drawn from the reference, for objectives that need one.
     sample_tokens: int = 0
 

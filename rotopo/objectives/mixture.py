@@ -60,6 +60,10 @@ class Mixture(PreferenceModule):
         self.needs = reduce(or_, (part.needs for part in objectives))
         self.sample_tokens = max(part.sample_tokens for part in objectives)
 
+    @property
+    def reward_unit(self) -> str:  # type: ignore[override]
+        return self.parts[0].reward_unit
+
     def losses(self, log_probs: PairLogProbs) -> Tensor:
         terms = [part.losses(_of_part(i, log_probs)) for i, part in enumerate(self.parts)]
         return sum(w * term for w, term in zip(self.weights, terms, strict=True))  # type: ignore[return-value]

@@ -68,6 +68,11 @@ class DPO(ReferenceObjective):
         self.wpo_clamp = wpo_clamp
         self.needs = Needs(moments=wpo)
 
+    @property
+    def reward_unit(self) -> str:  # type: ignore[override]
+        unit = "nats" if self.divergence == "reverse_kl" else ""  # else f′(u) is no logarithm
+        return f"{unit} per token".strip() if self.normalise_length else unit
+
     def losses(self, log_probs: PairLogProbs) -> Tensor:
         pair_losses = losses.dpo(self.margin(log_probs), self.label_smoothing)
         return pair_losses * self._wpo_weights(log_probs) if self.wpo else pair_losses
@@ -116,6 +121,10 @@ class IPO(ReferenceObjective):
         super().__init__(**kwargs)
         self.beta = positive("beta", beta)
         self.normalise = either("normalise", normalise, "sum", "mean")
+
+    @property
+    def reward_unit(self) -> str:  # type: ignore[override]
+        return "nats" if self.normalise == "sum" else "nats per token"
 
     def losses(self, log_probs: PairLogProbs) -> Tensor:
         return losses.ipo(self.margin(log_probs) / self.beta, self.beta)

@@ -247,6 +247,7 @@ class SFT(PreferenceModule):
     """
 
     needs = Needs(reference=False, pairs=False)
+    reward_unit = "nats per token"
 
     def losses(self, log_probs: PairLogProbs) -> Tensor:
         return -log_probs.chosen_mean

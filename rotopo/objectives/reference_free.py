@@ -28,6 +28,7 @@ class SimPO(PreferenceModule):
     """
 
     needs = _NO_REFERENCE
+    reward_unit = "nats per token"
 
     def __init__(self, beta: float = 2.0, gamma: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -59,6 +60,7 @@ class AlphaPO(PreferenceModule):
     """
 
     needs = _NO_REFERENCE
+    reward_unit = "per token"
 
     def __init__(
         self, beta: float = 2.5, gamma: float = 0.1, alpha: float = 0.25, **kwargs: Any
@@ -125,6 +127,7 @@ class ORPO(PreferenceModule):
     """
 
     needs = _NO_REFERENCE
+    reward_unit = "nats per token"
     strength = "odds_weight"
 
     def __init__(self, odds_weight: float = 0.1, **kwargs: Any) -> None:
@@ -177,6 +180,10 @@ class TPO(PreferenceModule):
         self.gold_weight = in_range("gold_weight", gold_weight, 0, float("inf"))
         self.normalise = either("normalise", normalise, "sum", "mean")
         self.gamma = gamma
+
+    @property
+    def reward_unit(self) -> str:  # type: ignore[override]
+        return "nats" if self.normalise == "sum" else "nats per token"
 
     def losses(self, log_probs: PairLogProbs) -> Tensor:
         chosen, rejected = self.rewards(log_probs)

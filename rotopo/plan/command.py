@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from rotopo.callbacks.arithmetic import Decoder, is_known
 from rotopo.callbacks.speed import count
 from rotopo.data.needs import Needs
+from rotopo.described.rephrase import InPlainWords
 from rotopo.errors import InputError
 from rotopo.files import to_json, write_whole
 from rotopo.models.beside import embeddings
@@ -24,6 +24,7 @@ from rotopo.plan.result import Plan, Row
 from rotopo.plan.search import most_pairs
 from rotopo.plan.settings import Lengths, load_of, reference_cached, refuse_rounds, strategy_of
 from rotopo.plan.text import render
+from rotopo.progress import Progress
 from rotopo.training import PairwiseModule
 
 GIB = 2**30
@@ -87,7 +88,7 @@ def make(args: list[str], options: argparse.Namespace) -> Plan:
     others = [Strategy(kind, strategy.ranks) for kind in ("ddp", "fsdp2")]
     ways = [strategy, *(o for o in others if o.kind != strategy.kind and strategy.ranks > 1)]
     rows = []
-    for way, again in tqdm([(w, c) for w in ways for c in (own, not own)], "Planning", leave=False):
+    for way, again in Progress([(w, c) for w in ways for c in (own, not own)], "Planning"):
         with planner(
             module,
             config,
@@ -187,12 +188,15 @@ def _flops(module: PairwiseModule, load: Load, pairs_per_step: int, cached: bool
     return decoder.flops(tokens, targets, scores, online) * pairs_per_step / load.pairs
 
 
+class _Parser(InPlainWords, argparse.ArgumentParser):
+    pass
+
+
 def own_options() -> argparse.ArgumentParser:
     """The parser of what is no option of a fit."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "rotopo plan",
         description="What a fit takes of a GPU, before one is booked.",
-        allow_abbrev=False,
     )
     card = parser.add_mutually_exclusive_group()
     names = ", ".join(CARDS)

@@ -1,14 +1,15 @@
 """``rotopo report``: one page of reward models, trainings, generations and judgements."""
 
+import warnings
 from pathlib import Path
 
 from rotopo.errors import InputError
 from rotopo.files import write_whole
 from rotopo.judge.judgement import read_judgement
-from rotopo.metrics.displacement import at_equal_margin, log_ratios
 from rotopo.metrics.runs import read_test, read_training
+from rotopo.report.glance import at_a_glance
 from rotopo.report.inputs import Inputs, read_embeddings, read_responses
-from rotopo.report.page import render, with_minus
+from rotopo.report.page import render
 from rotopo.report.sections import all_sections
 
 
@@ -26,7 +27,7 @@ def report(
     published: bool = False,
     samples: int = 6,
     smoothing: int = 5,
-    perplexity: float = 30.0,
+    tsne_perplexity: float = 30.0,
     seed: int = 0,
 ) -> None:
     """Make one self-contained HTML page of runs and judgements.
@@ -49,7 +50,8 @@ def report(
         published: put the alignment report's own figures beside the reward models'.
         samples: sample pairs and sample prompts to show, evenly spaced over the rows.
         smoothing: logged steps that the drawn curves average over.
-        perplexity: t-SNE's; lowered to (n − 1)/3 for few points.
+        tsne_perplexity: of the map, about how many neighbours a point has; lowered to (n − 1)/3
+            for few points.
         seed: of t-SNE and the word clouds.
 
     Raises:
@@ -60,8 +62,8 @@ def report(
         raise InputError(f"samples is {samples}: it has to be at least 0.")
     if smoothing < 1:
         raise InputError(f"smoothing is {smoothing}: it has to be at least 1.")
-    if perplexity <= 0:
-        raise InputError(f"perplexity is {perplexity}: it has to be above 0.")
+    if tsne_perplexity <= 0:
+        raise InputError(f"tsne_perplexity is {tsne_perplexity}: it has to be above 0.")
     if output.is_dir():
         raise InputError(f"output: {output} is a folder: name the HTML file.")
     try:
@@ -92,48 +94,18 @@ def report(
         published=published,
         samples=samples,
         smoothing=smoothing,
-        perplexity=perplexity,
+        tsne_perplexity=tsne_perplexity,
         seed=seed,
     )
-    sections = all_sections(inputs)
+    with warnings.catch_warnings():
+        # Signs that the pictures' font lacks are in the reader's.
+        warnings.filterwarnings("ignore", "Glyph")
+        sections = all_sections(inputs)
+        page = render(title, about, at_a_glance(inputs), sections)
     if not sections:
         raise InputError(
             "nothing to report on: give at least one of reward_models, reward_training, policies, "
             "policy_tests, responses, judge and embeddings."
         )
-    write_whole(output, render(title, about, _summary(inputs), sections))
+    write_whole(output, page)
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
-
-
-def _summary(inputs: Inputs) -> list[str]:
-    verdicts = inputs.verdicts
-    lines = []
-    for test in inputs.reward_tests:
-        low, high = test.metrics["accuracy_interval"]
-        lines.append(
-            f"Reward model {test.name}: accuracy {test.metrics['accuracy']:.3f} (95% interval "
-            f"{low:.3f} to {high:.3f}) on {test.metrics['pairs']:,} held-out pairs."
-        )
-    for policy in [] if verdicts is None else verdicts.policies[1:]:
-        assert verdicts is not None
-        parts = []
-        for name in verdicts.judges:
-            found = verdicts.result["policies"][policy]["judges"][name]
-            low, high = found["interval"]
-            parts.append(f"{found['win_rate']:.1%} under {name} ({low:.1%} to {high:.1%})")
-        lines.append(
-            f"{policy} against {verdicts.baseline}, {verdicts.result['prompts']:,} prompts: win "
-            f"rate {', '.join(parts)}; {verdicts.level} intervals."
-        )
-    tables = {run.name: log_ratios(run, "train", inputs.smoothing) for run in inputs.fits}
-    for name, at in at_equal_margin({n: t for n, t in tables.items() if len(t)}).items():
-        ways = [
-            f"the {which}'s log-ratio is {with_minus(at[which], 2)}"
-            for which in ("chosen", "rejected")
-        ]
-        fall = at["chosen"] < 0 and at["rejected"] < 0
-        lines.append(
-            f"{name}, at a training margin of {at['margin']:.2f} nats: {' and '.join(ways)} nats"
-            + (": both have become less likely (likelihood displacement)." if fall else ".")
-        )
-    return lines

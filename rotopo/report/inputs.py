@@ -13,7 +13,7 @@ from rotopo.errors import InputError
 from rotopo.judge.judgement import Judgement
 from rotopo.metrics.reading import lines_with, need
 from rotopo.metrics.runs import Test, Training
-from rotopo.report import plots
+from rotopo.report import figures
 
 _RESPONSE_FIELDS = {"row": int, "prompt": list, "response": str, "tokens": int}
 
@@ -42,7 +42,7 @@ class Inputs:
         published: whether the alignment report's own figures are beside the reward models'.
         samples: how many pairs and prompts to show.
         smoothing: logged steps that curves average over.
-        perplexity: t-SNE's.
+        tsne_perplexity: of the map.
         seed: of t-SNE and the word clouds.
     """
 
@@ -56,7 +56,7 @@ class Inputs:
     published: bool
     samples: int
     smoothing: int
-    perplexity: float
+    tsne_perplexity: float
     seed: int
 
     @property
@@ -67,8 +67,8 @@ class Inputs:
         runs = (run.name for run in [*self.fits, *self.tests])
         named = dict.fromkeys(chain(runs, self.answers, judged))
         others = [name for name in named if name != baseline]
-        colours = {name: plots.SERIES[i % len(plots.SERIES)] for i, name in enumerate(others)}
-        return colours if baseline is None else colours | {baseline: plots.GREY}
+        colours = {name: figures.SERIES[i % len(figures.SERIES)] for i, name in enumerate(others)}
+        return colours if baseline is None else colours | {baseline: figures.GREY}
 
 
 def read_responses(setting: str, name: str, file: Path) -> dict[int, Response]:

@@ -26,6 +26,20 @@ for (const table of document.querySelectorAll("table.sortable")) {
     });
   });
 }
+// A table that is wider than the page shows it, and at which edge it goes on.
+for (const frame of document.querySelectorAll(".frame")) {
+  const table = frame.firstElementChild;
+  const first = table.querySelector("th");
+  const look = () => {
+    const beyond = table.scrollWidth - table.clientWidth;
+    frame.classList.toggle("wide", beyond > 1);
+    frame.classList.toggle("goes-left", table.scrollLeft > 1);
+    frame.classList.toggle("goes-right", table.scrollLeft < beyond - 1);
+    frame.style.setProperty("--first", `${first.offsetWidth}px`);
+  };
+  table.addEventListener("scroll", look, { passive: true });
+  new ResizeObserver(look).observe(table);
+}
 // What is folded on the screen is not folded on paper.
 addEventListener("beforeprint", () => {
   for (const details of document.querySelectorAll("details.more")) details.open = true;

@@ -13,9 +13,12 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from rotopo.errors import InputError
-from rotopo.report.plots import CHOSEN, INK
+from rotopo.report.figures import CHOSEN, FONT, INK, STYLE, TICK, shortened
 
 _HERE = Path(__file__).parent
+# Of the page and of its pictures, whose letters are texts too, measured in a wider family.
+_FAMILY = "system-ui, -apple-system, Segoe UI, Roboto, Helvetica Neue, Arial, sans-serif"
+_NAME = 2.2  # inches of a name in a table at most
 # Colours of the pictures that a dark page needs lighter; all others read on both.
 _IN_THE_DARK = {INK: "#d9dde3", CHOSEN: "#4aa3e0"}
 _DARK = "".join(
@@ -30,12 +33,14 @@ _DARK = f"<style>@media (prefers-color-scheme: dark){{{_DARK}}}</style>"
 class Cell:
     """A cell of a table: what is shown, and what it is sorted by (a number or a text).
 
-    ``None`` to sort by comes last, whichever the direction. ``below`` is shown under it.
+    ``None`` to sort by comes last, whichever the direction. ``below`` is shown under it, and
+    ``whole``, where the text is shortened, in a tooltip.
     """
 
     text: str
     key: float | str | None
     below: str = ""
+    whole: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Table:
         rows: cells, as many as there are headers.
         emphasis: for each row, whether it stands apart (figures that are not the run's own).
         long: whether there are whole texts in it, so that rows are stacked on a phone.
+        hints: what a header stands for in the files, by header, for a tooltip.
     """
 
     caption: str
@@ -55,6 +61,7 @@ class Table:
     rows: list[list[Cell]]
     emphasis: list[bool] = field(default_factory=list)
     long: bool = False
+    hints: dict[str, str] = field(default_factory=dict)
 
     @property
     def numeric(self) -> set[int]:
@@ -65,24 +72,32 @@ class Table:
 
 @dataclass(frozen=True)
 class Panel:
-    """A figure, and what it shows in words for those who do not see it."""
+    """A figure, what it shows in words for those who do not see it, and the names on it, which it
+    may have shortened."""
 
     figure: Figure
     alt: str
+    names: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The names that are too long to be on a picture for certain."""
+        return "\n".join(name for name in self.names if shortened(name, TICK) != name)
 
     @property
     def address(self) -> str:
         """The figure as an SVG inside a data: address."""
         stream = io.StringIO()
-        settings: dict[Any, Any] = {
+        settings: dict[Any, Any] = STYLE | {
             "svg.hashsalt": "rotopo",
+            "svg.fonttype": "none",
             "savefig.transparent": True,
             "savefig.dpi": 192,
         }
         with matplotlib.rc_context(settings):
             self.figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
         svg = stream.getvalue()
-        svg = svg[svg.index("<svg") :]
+        svg = svg[svg.index("<svg") :].replace(f"'{FONT}'", _FAMILY)
         start = svg.index(">") + 1
         svg = " ".join((svg[:start] + _DARK + svg[start:]).split())
         return "data:image/svg+xml," + quote(svg.replace('"', "'"), safe=" /:=;,()'-.!*~@+$?[]&")
@@ -167,8 +182,10 @@ def number(value: float | None, digits: int = 3, below: str = "") -> Cell:
 
 
 def with_minus(value: float, digits: int) -> str:
-    """A number as text, its minus sign a minus sign."""
-    return f"{value:,.{digits}f}".replace("-", "−")
+    """A number as text, its minus sign a minus sign; with two digits where so few behind the point
+    would make it zero."""
+    vanishes = value != 0 and abs(value) < 0.5 * 10**-digits
+    return (f"{value:.1e}" if vanishes else f"{value:,.{digits}f}").replace("-", "−")
 
 
 def text(value: str) -> Cell:
@@ -176,8 +193,15 @@ def text(value: str) -> Cell:
     return Cell(value, value.casefold())
 
 
-def render(title: str, about: str, summary: list[str], sections: list[Section]) -> str:
+def label(value: str) -> Cell:
+    """A name, which may be a path: the whole of a long one is in a tooltip."""
+    shown = shortened(value, _NAME)
+    return Cell(shown, value.casefold(), whole="" if shown == value else value)
+
+
+def render(title: str, about: str, summary: list[tuple[str, str]], sections: list[Section]) -> str:
     """The page as HTML: all text escaped, styles and script inside, nothing asked of a network.
+    The summary is what it is of, and what there is to say.
 
     The page's own policy lets no script run but the one that sorts its tables, named by its hash.
 
@@ -205,6 +229,7 @@ def render(title: str, about: str, summary: list[str], sections: list[Section]) 
         summary=summary,
         sections=sections,
         style=(_HERE / "page.css").read_text(encoding="utf-8"),
+        family=_FAMILY,
         script=script,
         digest=digest,
     )

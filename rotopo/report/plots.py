@@ -12,65 +12,49 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from rotopo.errors import InputError
-from rotopo.metrics.runs import Training
-
-# Okabe and Ito's colours and their like, which the colour-blind can tell apart.
-CHOSEN, REJECTED, MARGIN = "#0072b2", "#d55e00", "#009e73"
-# Of policies and models: not those of chosen and rejected, until there are many.
-SERIES = ("#8a6fd1", "#c98a00", "#009e73", "#cc79a7", "#56b4e9", "#9a6324", CHOSEN, REJECTED)
-GREY = "#848b94"
-# Of axes and letters. The page makes it, and blue, lighter in the dark.
-INK = "#1f2328"
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelsize": 9,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.formatter.use_mathtext": True,
-    "axes.formatter.limits": (-3, 5),
-    "lines.linewidth": 1.5,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "legend.handlelength": 1.6,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "hatch.linewidth": 0.6,
-    **dict.fromkeys(
-        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
-    ),
-}
-WIDTH, HEIGHT = 3.7, 2.8  # inches: the width of a phone's column at 96 pixels an inch
+from rotopo.metrics.runs import Training, read_training
+from rotopo.report.figures import (
+    CHOSEN,
+    GREY,
+    HEIGHT,
+    MARGIN,
+    REJECTED,
+    SERIES,
+    STYLE,
+    TITLE,
+    WIDTH,
+    legend_below,
+    new,
+    panel,
+    save,
+    short,
+)
 
 
-def implicit_rewards(metrics: Path, picture: Path, smoothing: int = 5) -> None:
+@matplotlib.rc_context(STYLE)
+def implicit_rewards(folder: Path, picture: Path, smoothing: int = 5) -> None:
     """Chosen and rejected implicit rewards, their margin and the accuracy over training.
 
     Args:
-        metrics: the ``metrics.csv`` of a run.
+        folder: of a run of ``rotopo fit``.
         picture: the image to write; its suffix names the format.
         smoothing: optimiser steps that the drawn lines average over; the faint ones are raw.
 
     Raises:
-        InputError: the file holds no implicit rewards.
+        InputError: there is no run, or it logged no implicit rewards.
     """
-    table = pd.read_csv(metrics)
-    if "train/rewards/chosen" not in table:
-        raise InputError(f"{metrics} holds no train/rewards/chosen: is it a preference run's?")
-    run = Training("", metrics.parent, "", {}, table)
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    run = read_training("run", folder.name, folder)
+    if "train/rewards/chosen" not in run.metrics:
+        raise InputError(f"{folder} has logged no rewards: is it a preference run's?")
+    figure = new(2.2 * WIDTH, HEIGHT + 0.3)
     rewards, accuracy = figure.subplots(1, 2)
     _draw_rewards(rewards, run, smoothing, validation=False)
     rewards.set_title("Implicit rewards (training)")
     curve(accuracy, run.logged("train/rewards/accuracy"), smoothing, CHOSEN)
     accuracy.axhline(0.5, color=GREY, linewidth=0.8)
     accuracy.set(xlabel="optimiser step", ylim=(0, 1.02), title="Share of pairs with margin > 0")
-    for axes in (rewards, accuracy):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(picture, dpi=150)
+    accuracy.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    save(figure, picture)
 
 
 def curve(
@@ -80,7 +64,9 @@ def curve(
     if smoothing > 1:
         axes.plot(values.index, values, color=colour, alpha=0.25, linewidth=0.7)
     smooth = values.rolling(smoothing, min_periods=1).mean()
-    axes.plot(smooth.index, smooth, color=colour, label=label, linestyle=style)
+    line: dict[str, Any] = {"linestyle": style, "markersize": 4}
+    line["marker"] = "s" if len(values) == 1 else ""  # there is no line of one step
+    axes.plot(smooth.index, smooth, color=colour, label=label, **line)
 
 
 def points(axes: Axes, values: pd.Series, colour: str, label: str = "") -> None:
@@ -93,15 +79,15 @@ def points(axes: Axes, values: pd.Series, colour: str, label: str = "") -> None:
 def loss_and_rate(run: Training, smoothing: int) -> Figure:
     """The loss, in training and validation, above the learning rate where it was logged."""
     rates = [column for column in run.metrics if column.startswith("lr-")]
-    figure = Figure(figsize=(WIDTH, HEIGHT + (0.9 if rates else 0)), layout="constrained")
+    figure = new(height=HEIGHT + (1.1 if rates else 0))
     if rates:
-        loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=(2.4, 1))
-        for column, colour in zip(rates, SERIES, strict=False):
+        loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 1))
+        for i, column in enumerate(rates):
             values = run.logged(column)
-            rate.plot(values.index, values, color=colour, label=column.removeprefix("lr-"))
+            label = _rate_name(column) if len(rates) > 1 else ""
+            rate.plot(values.index, values, color=SERIES[i % len(SERIES)], label=label)
         rate.set(ylabel="learning rate", xlabel="optimiser step", ylim=(0, None))
-        if len(rates) > 1:
-            rate.legend()
+        rate.yaxis.set_major_locator(MaxNLocator(3))
     else:
         loss = figure.subplots()
         loss.set_xlabel("optimiser step")
@@ -109,8 +95,11 @@ def loss_and_rate(run: Training, smoothing: int) -> Figure:
     if len(validation := run.logged("val/loss")):
         points(loss, validation, SERIES[1], "validation")
         loss.legend()
-    loss.set(ylabel="loss (nats)", title=run.name)
+    loss.set(ylabel="loss (nats)", title=short(run.name, TITLE, 9.5, bold=True))
     loss.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if len(rates) > 1:
+        handles, labels = rate.get_legend_handles_labels()
+        legend_below(figure, handles, labels)
     return figure
 
 
@@ -128,32 +117,36 @@ def displacement(
     validation: dict[str, pd.DataFrame],
     colours: dict[str, str],
     common: float | None,
-) -> Figure:
-    """Log-ratios of chosen (full lines) and rejected (broken) against their margin, by policy.
+) -> list[Figure]:
+    """Log-ratios of the chosen and of the rejected against their margin, by policy.
+
+    A margin goes to and fro from step to step. The line joins the steps at which a policy's margin
+    is larger than at all before, and so leads from left to right; all steps are a faint one.
 
     Args:
         training: of :func:`rotopo.metrics.displacement.log_ratios`, smoothed, by policy.
-        validation: the same of the validation pairs: circles chosen, crosses rejected.
+        validation: the same of the validation pairs, drawn as points.
         colours: of the policies.
         common: the margin at which policies are compared, or None.
     """
-    figure, axes = panel("Log-ratio against margin", height=3.4)
-    axes.axhline(0, color=GREY, linewidth=0.8)
-    if common is not None:
-        axes.axvline(common, color=GREY, linewidth=0.8, linestyle=":")
-    for name, table in training.items():
-        margin, colour = table.chosen - table.rejected, colours[name]
-        axes.plot(margin, table.chosen, color=colour, linewidth=1.1, label=name)
-        axes.plot(margin, table.rejected, color=colour, linewidth=1.1, linestyle=(0, (3, 1.5)))
-        held_out = validation[name]
-        margin = held_out.chosen - held_out.rejected
-        axes.plot(margin, held_out.chosen, "o", color=colour, markeredgecolor="white")
-        axes.plot(margin, held_out.rejected, "X", color=colour, markeredgecolor="white")
-    axes.plot([], [], color=GREY, marker="o", label="chosen")
-    axes.plot([], [], color=GREY, marker="X", linestyle=(0, (3, 1.5)), label="rejected")
-    axes.set(xlabel="margin: chosen − rejected (nats)", ylabel=r"log $\pi/\pi_{ref}$ (nats)")
-    figure.legend(loc="outside lower center", ncols=3)
-    return figure
+    figures = []
+    for which in ("chosen", "rejected"):
+        figure, axes = panel(f"{which.capitalize()} responses", height=HEIGHT + 0.2)
+        axes.axhline(0, color=GREY, linewidth=0.8)
+        if common is not None:
+            axes.axvline(common, color=GREY, linewidth=0.8, linestyle=":")
+        for name, table in training.items():
+            margin, colour = table.chosen - table.rejected, colours[name]
+            axes.plot(margin, table[which], color=colour, linewidth=0.7, alpha=0.3)
+            first = margin > margin.cummax().shift(fill_value=-np.inf)
+            axes.plot(margin[first], table[which][first], color=colour, linewidth=1.8, label=name)
+            held_out = validation[name]
+            margin = held_out.chosen - held_out.rejected
+            axes.plot(margin, held_out[which], "o", color=colour, markeredgecolor="white")
+        axes.set(xlabel="margin: chosen − rejected (nats)", ylabel="log-ratio (nats)")
+        legend_below(figure)
+        figures.append(figure)
+    return figures
 
 
 @matplotlib.rc_context(STYLE)
@@ -172,14 +165,14 @@ def over_training(
     for run in runs:
         for i, (column, style) in enumerate(columns[run.name].items()):
             values = run.logged(column)
-            label = "" if i else run.name
+            label = run.name if i == len(columns[run.name]) - 1 else ""
             axes.plot(values.index, values, style, color=colours[run.name], label=label)
     # A range below a thousandth of the value is round-off, and is not blown up to a trend.
     low, high = axes.get_ylim()
     middle, half = (low + high) / 2, max(high - low, abs(low + high) / 2000) / 2
     axes.set(xlabel="optimiser step", title=title, ylim=(middle - half, middle + half))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.legend()
+    legend_below(figure)
     return figure
 
 
@@ -196,16 +189,8 @@ def over_layers(
     axes.set_xlabel("hidden layer (0: embeddings)")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    axes.legend()
+    legend_below(figure)
     return figure
-
-
-def panel(title: str, height: float = HEIGHT) -> tuple[Figure, Axes]:
-    """A figure with one pair of axes."""
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(title)
-    return figure, axes
 
 
 def histogram(axes: Axes, samples: dict[str, np.ndarray], colours: dict[str, str]) -> None:
@@ -220,6 +205,15 @@ def histogram(axes: Axes, samples: dict[str, np.ndarray], colours: dict[str, str
         axes.hist(values, edges, color=colours[name], histtype="step", linewidth=1.1)
 
 
+def reward_label(unit: str | None) -> str:
+    """Of an axis of rewards.
+
+    Args:
+        unit: of :attr:`rotopo.metrics.runs.Run.reward_unit`.
+    """
+    return {"": "reward (no unit)", None: "reward"}.get(unit, f"reward ({unit})")
+
+
 def _draw_rewards(axes: Axes, run: Training, smoothing: int, validation: bool) -> None:
     styles = {"chosen": (CHOSEN, "-"), "rejected": (REJECTED, "-"), "margin": (MARGIN, "--")}
     axes.axhline(0, color=GREY, linewidth=0.8)
@@ -227,6 +221,12 @@ def _draw_rewards(axes: Axes, run: Training, smoothing: int, validation: bool) -
         curve(axes, run.logged(f"train/rewards/{name}"), smoothing, colour, name, style)
         if validation:
             points(axes, run.logged(f"val/rewards/{name}"), colour)
-    axes.set(xlabel="optimiser step", ylabel="reward (nats × β)")
+    axes.set(xlabel="optimiser step", ylabel=reward_label(run.reward_unit))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.legend()
+
+
+def _rate_name(column: str) -> str:
+    """What a learning rate's column is of, in words: lr-AdamW/pg2 is of the second group."""
+    optimiser, _, group = column.removeprefix("lr-").partition("/pg")
+    return f"{optimiser}, group {group}" if group else optimiser

@@ -1,6 +1,7 @@
 """Pictures of scores: of reward models on pairs, of judges on policies' responses."""
 
 from itertools import combinations
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -11,7 +12,7 @@ from rotopo.intervals import wilson_interval
 from rotopo.judge.judgement import Judgement
 from rotopo.metrics.calibration import binned
 from rotopo.metrics.runs import Test
-from rotopo.report.plots import (
+from rotopo.report.figures import (
     CHOSEN,
     GREY,
     HEIGHT,
@@ -19,10 +20,14 @@ from rotopo.report.plots import (
     REJECTED,
     SERIES,
     STYLE,
-    WIDTH,
-    histogram,
+    TICK,
+    TITLE,
+    legend_below,
+    new,
     panel,
+    short,
 )
+from rotopo.report.plots import histogram
 
 MOST_GROUPS = 30
 
@@ -30,7 +35,7 @@ MOST_GROUPS = 30
 @matplotlib.rc_context(STYLE)
 def scores(test: Test) -> Figure:
     """A reward model's scores of chosen and rejected responses: histograms, and boxes below."""
-    figure = Figure(figsize=(WIDTH, HEIGHT + 0.7), layout="constrained")
+    figure = new(height=HEIGHT + 0.7)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     samples = {
         "chosen": test.pairs.chosen_score.to_numpy(),
@@ -38,7 +43,7 @@ def scores(test: Test) -> Figure:
     }
     colours = {"chosen": CHOSEN, "rejected": REJECTED}
     histogram(top, samples, colours)
-    top.set(ylabel="responses", title=test.name)
+    top.set(ylabel="responses", title=short(test.name, TITLE, 9.5, bold=True))
     top.legend()
     boxes(bottom, samples, colours)
     bottom.set_xlabel("score")
@@ -66,23 +71,67 @@ def reliability(test: Test) -> Figure:
 
 
 @matplotlib.rc_context(STYLE)
-def groups(tests: list[Test], names: list[str]) -> Figure:
-    """Accuracy of each group of pairs, under each reward model, with 95 % Wilson intervals."""
+def groups(tests: list[Test], names: list[str], kind: Literal["groups", "sets"]) -> Figure:
+    """Accuracy of each group of pairs, or of each evaluation set, under each model, with 95 %
+    intervals: those of the test, or Wilson's where it has none."""
     figure, axes = panel("", height=1.1 + 0.16 * len(names) * (len(tests) + 1))
     for i, test in enumerate(tests):
         for j, name in enumerate(names):
-            if name not in test.metrics["groups"]:
+            if name not in test.metrics[kind]:
                 continue
-            found = test.metrics["groups"][name]
+            found = test.metrics[kind][name]
             y = j + 0.6 * ((i + 0.5) / len(tests) - 0.5)
-            label = test.name if j == 0 else ""
-            ends = wilson_interval(found["accuracy"], found["pairs"])
+            ends = found.get("accuracy_interval") or wilson_interval(
+                found["accuracy"], found["pairs"]
+            )
             axes.plot(ends, [y, y], color=SERIES[i % 8], lw=1)
-            axes.plot(found["accuracy"], y, "o", color=SERIES[i % 8], markersize=4.5, label=label)
+            axes.plot(
+                found["accuracy"], y, "o", color=SERIES[i % 8], markersize=4.5, label=test.name
+            )
     axes.axvline(0.5, color=GREY, linewidth=0.8, linestyle="--")
-    axes.set_yticks(range(len(names)), [_short(name) for name in names])
+    axes.set_yticks(range(len(names)), [short(name, TICK) for name in names])
     axes.set(xlim=(-0.02, 1.02), ylim=(len(names) - 0.4, -0.6), xlabel="accuracy")
-    figure.legend(loc="outside lower center", ncols=2)
+    legend_below(figure)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def mean_log_ratios(rows: list[tuple[str, dict[str, float]]], unit: str) -> Figure:
+    """Mean log-ratios to the reference of the chosen and the rejected: the line between the two
+    is the margin.
+
+    Args:
+        rows: names of policies, or of sets, and their ``chosen`` and ``rejected``.
+        unit: of them.
+    """
+    figure, axes = panel("", 1.1 + 0.3 * len(rows))
+    axes.axvline(0, color=GREY, linewidth=0.8)
+    for i, (_, found) in enumerate(rows):
+        axes.plot([found["rejected"], found["chosen"]], [i, i], color=GREY, linewidth=1.2)
+        for name, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
+            axes.plot(found[name], i, "o", color=colour, markersize=6, label=name)
+    axes.set_yticks(range(len(rows)), [short(name, TICK) for name, _ in rows])
+    axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel=f"log-ratio ({unit})")
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    legend_below(figure)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def accuracy_against_kl(tests: list[Test], colours: dict[str, str]) -> Figure:
+    """Each policy's accuracy by its log-ratios against how far it is from the reference."""
+    figure, axes = panel("Accuracy against distance")
+    for test in tests:
+        found, colour = test.metrics["yardstick"], colours[test.name]
+        kl = found["kl_per_token"]["on_data"]["forward"]
+        if kl is not None:
+            axes.plot([kl, kl], found["accuracy_interval"], color=colour, linewidth=1)
+            axes.plot(kl, found["accuracy"], "o", color=colour, markersize=6, label=test.name)
+    axes.axhline(0.5, color=GREY, linewidth=0.8, linestyle="--")
+    axes.set(xlabel="KL(reference ‖ policy) (nats per token)", ylabel="accuracy", ylim=(0, 1.03))
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    legend_below(figure)
     return figure
 
 
@@ -91,7 +140,7 @@ def differences(judgement: Judgement, judge: str, policy: str) -> Figure:
     """Each prompt's score of a policy's response less that of the baseline's, in their order."""
     table = judgement.table(judge)
     ordered = np.sort((table[policy] - table[judgement.baseline]).to_numpy())
-    figure, axes = panel(f"{policy}, judged by {judge}")
+    figure, axes = panel(f"{short(policy, 1.2, 9.5)}, judged by {short(judge, 0.8, 9.5)}")
     colours = np.where(ordered > 0, CHOSEN, REJECTED)
     axes.bar(np.arange(1, len(ordered) + 1), ordered, width=1.0, color=colours, linewidth=0)
     axes.axhline(0, color=INK, linewidth=0.8)
@@ -99,7 +148,9 @@ def differences(judgement: Judgement, judge: str, policy: str) -> Figure:
     axes.axhline(
         mean, color=GREY, linewidth=1, linestyle="--", label=f"mean {mean:+.3g}".replace("-", "−")
     )
-    axes.set(xlabel="prompts, by difference", ylabel=f"score − {_short(judgement.baseline)}")
+    axes.set(
+        xlabel="prompts, by difference", ylabel=f"score − {short(judgement.baseline, TICK, 9)}"
+    )
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.legend()
     return figure
@@ -109,19 +160,22 @@ def differences(judgement: Judgement, judge: str, policy: str) -> Figure:
 def win_rates(judgement: Judgement, colours: dict[str, str]) -> Figure:
     """Win rates against the baseline, a group of bars for each judge, with their intervals."""
     policies = judgement.policies[1:]
-    figure, axes = panel(f"Win rate against {_short(judgement.baseline)}", height=HEIGHT + 0.4)
+    bars = len(policies) * len(judgement.judges)
+    figure, axes = panel(f"Win rate against {judgement.baseline}", 1.2 + 0.26 * bars, names=True)
     width = 0.8 / len(policies)
     for i, policy in enumerate(policies):
         found = [judgement.result["policies"][policy]["judges"][j] for j in judgement.judges]
         rates = np.array([verdict["win_rate"] for verdict in found])
         ends = np.array([verdict["interval"] for verdict in found]).T
-        x = np.arange(len(found)) + (i + 0.5) * width - 0.4
-        axes.bar(x, rates, width * 0.92, color=colours[policy], label=policy)
-        axes.errorbar(x, rates, np.abs(ends - rates), fmt="none", color=INK, capsize=2.5, lw=1)
-    axes.axhline(0.5, color=GREY, linewidth=0.9, linestyle="--")
-    axes.set_xticks(range(len(judgement.judges)), [_short(j) for j in judgement.judges])
-    axes.set(ylim=(0, 1.04), ylabel="win rate, ties as one half", xlabel="judge")
-    figure.legend(loc="outside lower center", ncols=3)
+        y = np.arange(len(found)) + (i + 0.5) * width - 0.4
+        axes.barh(y, rates, width * 0.92, color=colours[policy], label=policy)
+        spread = np.abs(ends - rates)
+        axes.errorbar(rates, y, xerr=spread, fmt="none", color=INK, capsize=2.5, lw=1)
+    axes.axvline(0.5, color=GREY, linewidth=0.9, linestyle="--")
+    axes.set_yticks(range(len(judgement.judges)), [short(j, TICK) for j in judgement.judges])
+    axes.set(xlim=(0, 1.04), xlabel="win rate, ties as one half", ylabel="judge")
+    axes.set_ylim(len(judgement.judges) - 0.4, -0.6)
+    legend_below(figure)
     return figure
 
 
@@ -131,12 +185,12 @@ def mean_scores(judgement: Judgement, colours: dict[str, str]) -> list[Figure]:
     figures = []
     for judge in judgement.judges:
         names = judgement.policies
-        figure, axes = panel(f"Judge: {judge}", height=1.0 + 0.38 * len(names))
+        figure, axes = panel(f"Judge: {judge}", 1.0 + 0.38 * len(names), names=True)
         for i, policy in enumerate(names):
             found = judgement.result["policies"][policy]["judges"][judge]
             axes.plot(found["score_interval"], [i, i], color=colours[policy], linewidth=2)
             axes.plot(found["mean_score"], i, "o", color=colours[policy], markersize=6)
-        axes.set_yticks(range(len(names)), [_short(name) for name in names])
+        axes.set_yticks(range(len(names)), [short(name, TICK) for name in names])
         axes.set(ylim=(len(names) - 0.5, -0.5), xlabel="mean score")
         axes.grid(axis="x", color=GREY, alpha=0.25, linewidth=0.6)
         axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -163,8 +217,8 @@ def judges_crossed(judgement: Judgement, colours: dict[str, str]) -> list[Figure
                 label=policy,
                 rasterized=len(first) > 500,
             )
-        axes.set(xlabel=f"score by {_short(a, 30)}", ylabel=f"score by {_short(b, 30)}")
-        figure.legend(loc="outside lower center", ncols=3)
+        axes.set(xlabel=f"score by {short(a, 2, 9)}", ylabel=f"score by {short(b, 2, 9)}")
+        legend_below(figure)
         figures.append(figure)
     return figures
 
@@ -189,10 +243,6 @@ def boxes(axes, samples: dict[str, np.ndarray], colours: dict[str, str]) -> None
     for box, name in zip(drawn["boxes"], samples, strict=True):
         box.set_facecolor(colours[name])
         box.set_alpha(0.75)
-    axes.set_yticks(range(1, len(samples) + 1), [_short(name) for name in samples])
+    axes.set_yticks(range(1, len(samples) + 1), [short(name, TICK) for name in samples])
     axes.yaxis.set_minor_locator(NullLocator())
     axes.invert_yaxis()
-
-
-def _short(name: str, most: int = 18) -> str:
-    return name if len(name) <= most else name[: most - 1] + "…"

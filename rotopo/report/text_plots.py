@@ -1,7 +1,5 @@
 """Pictures of texts: their lengths, their words, and a map of their embeddings."""
 
-from pathlib import Path
-
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
@@ -10,10 +8,20 @@ from sklearn.manifold import TSNE
 from wordcloud import WordCloud
 
 from rotopo.metrics.runs import Test
-from rotopo.report.plots import CHOSEN, GREY, HEIGHT, REJECTED, STYLE, WIDTH, histogram, panel
+from rotopo.report.figures import (
+    CHOSEN,
+    GREY,
+    HEIGHT,
+    REJECTED,
+    STYLE,
+    font_file,
+    legend_below,
+    new,
+    panel,
+)
+from rotopo.report.plots import histogram
 from rotopo.report.score_plots import boxes
 
-_FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 _CLOUD_WORDS = 70
 
 
@@ -51,13 +59,13 @@ def response_lengths(tokens: dict[str, np.ndarray], colours: dict[str, str]) -> 
     first, axes = panel("Lengths", height=1.0 + 0.42 * len(tokens))
     boxes(axes, tokens, colours)
     axes.set_xlabel("length (tokens)")
-    second, axes = panel("Share of responses up to a length")
+    figure, axes = panel("Share of responses up to a length")
     styles = ("-", "--", "-.", ":")
     for i, (name, values) in enumerate(tokens.items()):
         axes.ecdf(values, color=colours[name], linestyle=styles[i % 4], label=name)
     axes.set(xlabel="length (tokens)", ylabel="share of responses")
-    axes.legend()
-    return [first, second]
+    legend_below(figure)
+    return [first, figure]
 
 
 @matplotlib.rc_context(STYLE)
@@ -71,7 +79,7 @@ def embedding_map(
 
         x = PCA(50, random_state=seed).fit_transform(x)
     flat = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(x)
-    figure = Figure(figsize=(WIDTH, HEIGHT + 1.1), layout="constrained")
+    figure = new(height=HEIGHT + 0.9)
     axes = figure.subplots()
     for name, marker in zip(colours, "o^sDvX<>" * 9, strict=False):
         own = flat[labels == name]
@@ -87,7 +95,7 @@ def embedding_map(
             rasterized=len(flat) > 600,
         )
     axes.set(xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)", xticks=[], yticks=[])
-    figure.legend(loc="outside lower center", ncols=3, markerscale=1.6)
+    legend_below(figure)
     return figure
 
 
@@ -105,7 +113,7 @@ def word_cloud(name: str, texts: list[str], colour: str, seed: int) -> tuple[Fig
         mode="RGBA",
         background_color=None,
         color_func=lambda *_, **__: colour,
-        font_path=str(_FONT),
+        font_path=str(font_file()),
         max_words=_CLOUD_WORDS,
         collocations=False,
         prefer_horizontal=1.0,
@@ -115,15 +123,12 @@ def word_cloud(name: str, texts: list[str], colour: str, seed: int) -> tuple[Fig
         min_word_length=2,
     )
     counts = cloud.process_text("\n".join(texts))
-    signs = get_font(_FONT).get_charmap()
+    signs = get_font(font_file()).get_charmap()
     known = {word: n for word, n in counts.items() if all(ord(sign) in signs for sign in word)}
     if not known:
         return None, len(counts)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 2.5), layout="constrained")
-        axes = figure.subplots()
-        image = cloud.generate_from_frequencies(known).to_array()
-        axes.imshow(image)
-        axes.set_title(name)
+        figure, axes = panel(name, 2.5)
+        axes.imshow(cloud.generate_from_frequencies(known).to_array())
         axes.axis("off")
     return figure, len(counts) - len(known)

@@ -24,6 +24,7 @@ from rotopo.robust.resampling import NewPair, Resampling, check, resample
 from rotopo.robust.scoring import require_pairs, score
 from rotopo.robust.selection import keep, n_kept, threshold
 from rotopo.run.folder import folder_of
+from rotopo.run.interruption import ending_at_once
 from rotopo.run.lightning import data_of, remake_loaders_every_epoch
 
 
@@ -127,7 +128,9 @@ class Alternation(Callback):
                 "this callback: begin anew."
             )
         if len(self.decisions) < rounds:
-            self.decisions.append(self._decide(trainer, rows))
+            with ending_at_once(trainer):
+                decision = self._decide(trainer, rows)
+            self.decisions.append(decision)
             self._write(trainer)
             self._log(trainer)
         decision = self.decisions[rounds - 1]

@@ -6,6 +6,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from rotopo.devices import exact
 from rotopo.metrics.ranking import auroc
 from rotopo.robust.selection import keep, n_kept
 
@@ -68,7 +69,7 @@ class FlipDetection(Metric):
         """Add a batch: a number that each pair has to itself, its margin, whether it is flipped,
         each [B]. A pair that comes again counts once."""
         assert isinstance(self.table, list)
-        columns = [c.detach().double() for c in (places, margins, flipped)]
+        columns = [exact(c.detach()) for c in (places, margins, flipped)]
         self.table.append(torch.stack(columns, 1).flatten())
 
     def compute(self) -> dict[str, float]:

@@ -8,14 +8,15 @@ import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from rotopo.data.rows import Rows, unpaired_rows
 from rotopo.data.sampler import EvalSampler
+from rotopo.devices import exact
 from rotopo.errors import InputError
 from rotopo.models.modes import evaluating
 from rotopo.models.outcome import PairOutcome
-from rotopo.run.lightning import data_of
+from rotopo.progress import Progress
+from rotopo.run.lightning import data_of, is_hidden
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def scored(trainer: Trainer, rows: Rows, description: str) -> Iterator[tuple[Ten
     Args:
         trainer: while it runs.
         rows: of any pairs.
-        description: of the progress bar.
+        description: of the loop, as it is shown.
 
     Yields:
         places of the rows [B], and their loss and the rewards of chosen and rejected, float64 on
@@ -71,8 +72,7 @@ def scored(trainer: Trainer, rows: Rows, description: str) -> Iterator[tuple[Ten
     loader = data.batches(rows, range(len(rows)))
     sampler = loader.batch_sampler
     assert isinstance(sampler, EvalSampler)
-    hidden = None if trainer.is_global_zero else True
-    bar = tqdm(loader, description, leave=False, disable=hidden)
+    bar = Progress(loader, description, hidden=is_hidden(trainer))
     with evaluating(trainer.lightning_module):
         for number, batch in enumerate(bar):
             batch = trainer.strategy.batch_to_device(batch)
@@ -81,7 +81,7 @@ def scored(trainer: Trainer, rows: Rows, description: str) -> Iterator[tuple[Ten
             values = torch.stack([pairs.losses, pairs.chosen, pairs.rejected], 1)
             places = torch.tensor(sampler.batches[number])
             # Behind the last row stands the first again, where rows are fewer than ranks.
-            yield places.where(places < len(rows), 0), values.to("cpu", torch.float64)
+            yield places.where(places < len(rows), 0), exact(values).cpu()
 
 
 def require_pairs(rows: Rows, who: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from rotopo.errors import InputError
@@ -26,6 +26,41 @@ def flatten_names(callbacks: Iterable[Callback]) -> None:
                 flat = f"{name.replace('/', '_')}{one.CHECKPOINT_EQUALS_CHAR}"
                 one.filename = re.sub(rf"(\{{{re.escape(name)}[:}}])", rf"{flat}\1", one.filename)
             one.auto_insert_metric_name = False
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps ``last.ckpt`` in a run that is given no ModelCheckpoint.
+
+    It is written when the file of Lightning's default would be, at the end of each epoch or after
+    each validation within one, and also at the end of training.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(filename=self.CHECKPOINT_NAME_LAST)
+        self._step = -1
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        self._step = trainer.global_step
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._step != trainer.global_step and not is_trial(trainer):
+            self.best_model_path = self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST)
+            trainer.save_checkpoint(self.best_model_path)
+
+
+def with_last(callbacks: list[Callback], enabled: bool | None) -> list[Callback]:
+    """A run's callbacks, with :class:`LastCheckpoint` where none of them keeps checkpoints.
+
+    Args:
+        callbacks: the user's.
+        enabled: ``trainer.enable_checkpointing``.
+    """
+    if enabled is False or any(isinstance(one, Checkpoint) for one in callbacks):
+        return callbacks
+    return [*callbacks, LastCheckpoint()]
 
 
 class OwnCheckpoints(Callback):

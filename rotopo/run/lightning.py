@@ -37,6 +37,11 @@ def counts_versions(keeper: ModelCheckpoint) -> bool:
     return keeper._enable_version_counter
 
 
+def is_hidden(trainer: Trainer) -> bool:
+    """Whether this process shows no progress: a rank but the first, or without a progress bar."""
+    return not trainer.is_global_zero or trainer.progress_bar_callback is None
+
+
 def is_trial(trainer: Trainer) -> bool:
     """Whether it is ``fast_dev_run``, of which nothing is logged or kept. Lightning's type has no
     such attribute; the Trainer does."""
@@ -51,6 +56,12 @@ def trainer_of(module: LightningModule) -> Trainer | None:
 def cluster_environment(trainer: Trainer) -> ClusterEnvironment | None:
     """How the ranks were started. Which environment Lightning has found is told nowhere else."""
     return trainer._accelerator_connector.cluster_environment
+
+
+def leave_signals(trainer: Trainer) -> None:
+    """Have Lightning take no signals. Its handler of SIGTERM waits, inside itself, for the other
+    ranks wherever they are, and no setting leaves it out."""
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
 
 def remake_loaders_every_epoch(trainer: Trainer) -> None:

@@ -102,6 +102,8 @@ class Resumption:
             torch.set_rng_state(state["torch"])
             if state["cuda"] is not None and torch.cuda.is_available():
                 torch.cuda.set_rng_state(state["cuda"])
+            if state.get("mps") is not None and torch.backends.mps.is_available():
+                torch.mps.set_rng_state(state["mps"])
 
     def _validate_if_due(self, trainer: Trainer) -> None:
         """Do the validation that a checkpoint was written just before.
@@ -161,6 +163,7 @@ def _random_state() -> dict[str, Any]:
         "python": random.getstate(),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
     }
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from jsonargparse import ArgumentParser
 
+from rotopo import endings
 from rotopo.errors import InputError
 
 
@@ -18,8 +19,14 @@ def run(study: Callable[..., None], name: str, description: str, args: list[str]
         args: arguments without the program's name; None reads them from the process.
 
     Raises:
-        SystemExit: with status 2 after bad input, whose message is printed without a traceback.
+        SystemExit: with status 2 after bad input, whose message is printed without a traceback;
+            after a signal with 128 + its number.
     """
+    with endings.in_one_line(instead="before its end."):
+        _run(study, name, description, args)
+
+
+def _run(study: Callable[..., None], name: str, description: str, args: list[str] | None) -> None:
     parser = ArgumentParser(prog=f"python -m rotopo.studies.{name}", description=description)
     parser.add_function_arguments(study)
     parsed = parser.parse_args(args)

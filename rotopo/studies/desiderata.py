@@ -13,17 +13,23 @@ too, though its notebooks do not use them, and so is ln λ = −5 … 5 of the p
 grids, the thresholds of the verdicts and the sizes of the samples are ours.
 """
 
+from rotopo import endings
+
+if __name__ == "__main__":
+    endings.begin()
+
 import inspect
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 import rotopo.objectives
 from rotopo.errors import InputError
 from rotopo.objectives import DPO, IPO, TYPO, Mixture
 from rotopo.objectives.base import PreferenceModule
+from rotopo.progress import Progress
 from rotopo.studies import command, results
 from rotopo.studies import desiderata_plots as plots
 from rotopo.studies.desiderata_tables import (
@@ -42,6 +48,7 @@ from rotopo.studies.desiderata_tables import (
     samples_of,
     spread,
 )
+from rotopo.studies.results import Job
 from rotopo.studies.surfaces import surface
 from rotopo.studies.tabular import Convention, Prompt, arms, at_strength, kl
 
@@ -81,7 +88,9 @@ def study(
     draws: int = 8,
     sampled_lambdas: tuple[float, ...] = SAMPLED_LAMBDAS,
 ) -> None:
-    """Study objectives on single prompts: compute everything, and only then write.
+    """Study objectives on single prompts: compute everything, and only then write the results.
+
+    What has been computed is kept meanwhile: the same command goes on from it.
 
     Args:
         output: folder for tables and pictures.
@@ -120,21 +129,69 @@ def study(
         raise InputError(f"samples is {samples} and draws {draws}: give 0 or more, and 2 or more.")
     objectives = paper_objectives() if objective is None else labelled(objective)
 
-    tables = {
-        "interpolation": interpolation(objectives, prompt, lambdas, convention),
-        "preservation": preservation(objectives, good_prompt, bad_prompt, log_lambdas, convention),
-        "constraint": constraint(prompt, alphas, convention),
-        "criteria": criteria(objectives, prompt, good_prompt, log_lambdas, convention),
-    }
-    if samples:
-        tables["sampled"] = samples_of(
-            objectives, prompt, sampled_lambdas, samples, draws, convention
-        )
+    both = good_prompt, bad_prompt
+    jobs = [
+        *(
+            Job(
+                "interpolation",
+                f"{name}, λ = {x}",
+                1,
+                partial(interpolation, one, prompt, (x,), convention),
+            )
+            for name, one in each(objectives)
+            for x in sorted(lambdas)
+        ),
+        *(
+            Job(
+                "preservation",
+                f"{name}, ln λ = {x}",
+                2,
+                partial(preservation, one, *both, (x,), convention),
+            )
+            for name, one in each(objectives)
+            for x in sorted(log_lambdas)
+        ),
+        *(
+            Job("constraint", f"α = {x}", 2, partial(constraint, prompt, (x,), convention))
+            for x in sorted(alphas)
+        ),
+        *(
+            Job(
+                "criteria",
+                name,
+                2 + len(log_lambdas),
+                partial(criteria, one, prompt, good_prompt, log_lambdas, convention),
+            )
+            for name, one in each(objectives)
+        ),
+        *(
+            Job(
+                "sampled",
+                f"{name}, λ = {x}",
+                1 + draws,
+                partial(samples_of, one, prompt, (x,), samples, draws, convention),
+            )
+            for name, one in each(objectives)
+            for x in sorted(sampled_lambdas)
+            if samples
+        ),
+    ]
+    settings = [
+        true,
+        reference,
+        good,
+        bad_true,
+        bad_reference,
+        convention,
+        samples,
+        draws,
+        log_lambdas,
+    ]
+    parts = results.Parts(output, [settings, list(objectives)], map(type, objectives.values()))
+    tables = parts.tables(jobs, "desiderata")
     surfaces = {
         name: surface(at_strength(module, 1.0), SURFACE)
-        for name, module in tqdm(
-            (registered() | objectives).items(), "losses", leave=False, disable=None
-        )
+        for name, module in Progress((registered() | objectives).items(), "pictures of losses")
     }
     figures = {
         "interpolation": plots.interpolation(
@@ -146,10 +203,19 @@ def study(
             convention,
         ),
         "constraint": plots.constraint(tables["constraint"]),
-        "losses": plots.losses(surfaces, SURFACE),
+        "losses": plots.losses(
+            {name: surfaces[name] for name in objectives},
+            {name: own for name, own in surfaces.items() if name not in objectives},
+            SURFACE,
+        ),
     }
 
-    results.write(output, tables, figures, summary(tables, convention))
+    results.write(output, tables, figures, summary(tables, convention), parts)
+
+
+def each(objectives: Objectives) -> list[tuple[str, Objectives]]:
+    """Every objective alone, behind its name."""
+    return [(name, {name: module}) for name, module in objectives.items()]
 
 
 def paper_objectives() -> Objectives:

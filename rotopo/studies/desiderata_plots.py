@@ -10,14 +10,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
+from rotopo.report.figures import STYLE, grid, legend_below, lines, new
 from rotopo.studies.tabular import Convention, Prompt
 
 _COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
 _POLICY, _REFERENCE = r"$\pi_\theta$", r"$\pi_{ref}$"
 _HIGHEST_KL = 0.6  # nats; beyond it nothing differs that matters
 _ARROWS = 4  # every how many points of a surface there is an arrow
+_PANEL = 3.1  # inches of a panel's width
+_ACROSS = 12.8  # inches of the losses
 
 
+@matplotlib.rc_context(STYLE)
 def interpolation(table: pd.DataFrame, prompt: Prompt, samples: pd.DataFrame | None) -> Figure:
     """π_θ over λ, a panel for each objective, with π_ref and π* as lines.
 
@@ -29,7 +33,7 @@ def interpolation(table: pd.DataFrame, prompt: Prompt, samples: pd.DataFrame | N
         samples: of :func:`rotopo.studies.desiderata_tables.samples_of`, drawn as dots, or None.
     """
     names = table.objective.unique()
-    figure, panels = _panels(len(names), 4, 3.1, 2.7)
+    figure, panels = _panels(len(names), 4, _PANEL, 2.7)
     for axes, name in zip(panels, names, strict=True):
         rows = table[table.objective == name]
         unsure = rows.remark.str.contains("apart|no fixed point")
@@ -44,15 +48,17 @@ def interpolation(table: pd.DataFrame, prompt: Prompt, samples: pd.DataFrame | N
             if samples is not None:
                 drawn = samples[(samples.objective == name) & (samples.seed >= 0)]
                 axes.plot(drawn["lambda"], drawn[column], ".", color=colour, alpha=0.35, ms=4)
-        axes.set(ylim=(-0.03, 1.03), title=name)
+        axes.set(ylim=(-0.03, 1.03), title=lines(name, _PANEL - 0.6, 9.5))
         if unsure.any():
-            axes.set_title(f"{name}\n(gap: no single minimiser)", fontsize=9)
+            said = axes.get_title(loc="left") + "\n(gap: no single minimiser)"
+            axes.set_title(said, fontweight="normal")
         _log_lambda(axes, rows["lambda"])
     panels[0].set_ylabel(_POLICY)
     _legend(figure, panels[0], [(":", r"$\pi^*$"), ("--", _REFERENCE)], samples is not None)
     return figure
 
 
+@matplotlib.rc_context(STYLE)
 def preservation(
     table: pd.DataFrame, reference_kl: float, convention: Convention = "ordered_pairs"
 ) -> Figure:
@@ -64,7 +70,7 @@ def preservation(
         convention: of the table; ``official`` divides every KL by the number of responses.
     """
     names = table.objective.unique()
-    figure, panels = _panels(len(names), 4, 3.1, 2.7)
+    figure, panels = _panels(len(names), 4, _PANEL, 2.7)
     for axes, name in zip(panels, names, strict=True):
         rows = table[table.objective == name]
         strengths = rows["log_lambda"].map(math.exp)
@@ -74,7 +80,7 @@ def preservation(
         ):
             axes.plot(strengths, rows[f"kl_{which}"], color=colour, label=label)
             axes.axhline(reference, color=colour, linewidth=0.8, linestyle="--", alpha=0.6)
-        axes.set(ylim=(-0.02 * _HIGHEST_KL, _HIGHEST_KL), title=name)
+        axes.set(ylim=(-0.02 * _HIGHEST_KL, _HIGHEST_KL), title=lines(name, _PANEL - 0.6, 9.5))
         if (rows[["kl_good", "kl_bad"]] > _HIGHEST_KL).all(axis=None):
             axes.text(0.5, 0.5, "higher everywhere", ha="center", transform=axes.transAxes)
         _log_lambda(axes, strengths)
@@ -84,6 +90,7 @@ def preservation(
     return figure
 
 
+@matplotlib.rc_context(STYLE)
 def constraint(table: pd.DataFrame) -> Figure:
     """π_θ under DPO and under the RLHF loss, over α.
 
@@ -108,19 +115,40 @@ def constraint(table: pd.DataFrame) -> Figure:
     axes.set_xticks(sorted(set(table.alpha)), minor=False)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
-    figure.legend(loc="outside right center", frameon=False)
+    legend_below(figure)
     return figure
 
 
-def losses(surfaces: dict[str, Tensor], log_ratios: Tensor) -> Figure:
+@matplotlib.rc_context(STYLE)
+def losses(asked: dict[str, Tensor], others: dict[str, Tensor], log_ratios: Tensor) -> Figure:
     """Each loss over (Δw, Δl) as colour, and the direction of its descent as arrows.
 
     Args:
-        surfaces: of :func:`rotopo.studies.surfaces.surface`, by name, each [3, n, n].
+        asked: of :func:`rotopo.studies.surfaces.surface`, by name, each [3, n, n]; they come first
+            and large.
+        others: the same, of what they are compared with, small.
         log_ratios: Δ, nats [n].
     """
-    columns = 6
-    figure, panels = _panels(len(surfaces), columns, 2.1, 2.15)
+    kinds = [(asked, 4, 9.5)] + ([(others, 8, 7.5)] if others else [])
+    heights = [
+        math.ceil(len(own) / min(len(own), columns)) * (_ACROSS / max(columns, 4) + 0.25) + 0.3
+        for own, columns, _ in kinds
+    ]
+    figure = new(_ACROSS, sum(heights) + 0.6)
+    parts = figure.subfigures(len(kinds), 1, squeeze=False, height_ratios=heights).flatten()
+    for part, (own, columns, size) in zip(parts, kinds, strict=True):
+        _surfaces(grid(part, len(own), columns), own, log_ratios, size, columns)
+    figure.suptitle(
+        "Loss (dark is low, each panel on its own scale) and descent, over the log-ratios of the "
+        "chosen (Δw) and the rejected (Δl); λ = 1 where there is one",
+        fontsize=9.5,
+    )
+    return figure
+
+
+def _surfaces(
+    panels: list[Axes], surfaces: dict[str, Tensor], log_ratios: Tensor, size: float, columns: int
+) -> None:
     x = log_ratios.numpy()
     some = torch.arange(len(x))[_ARROWS // 2 :: _ARROWS]
     for i, (axes, (name, values)) in enumerate(zip(panels, surfaces.items(), strict=True)):
@@ -141,33 +169,21 @@ def losses(surfaces: dict[str, Tensor], log_ratios: Tensor) -> Figure:
             pivot="mid",
         )
         axes.plot(x, x, color="white", linewidth=0.6, linestyle=":")
-        axes.set_title(name, fontsize=8)
+        axes.set_title(lines(name, _ACROSS / columns - 0.4, size, most=3), fontsize=size)
         axes.set(xticks=[-4, 0, 4], yticks=[-4, 0, 4])
-        axes.tick_params(labelsize=7)
+        axes.tick_params(labelsize=size - 1)
         axes.set_aspect("equal")
         if i % columns == 0:
-            axes.set_ylabel("Δl, nats", fontsize=8)
+            axes.set_ylabel("Δl, nats", fontsize=size)
         if i >= len(surfaces) - columns:
-            axes.set_xlabel("Δw, nats", fontsize=8)
-    figure.suptitle(
-        "Loss (dark is low, each panel on its own scale) and descent, over the log-ratios of the "
-        "chosen (Δw) and the rejected (Δl); λ = 1 where there is one",
-        fontsize=9,
-    )
-    return figure
+            axes.set_xlabel("Δw, nats", fontsize=size)
 
 
 def _panels(n: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
     """A figure of n panels in rows of so many columns, and its axes."""
     columns = min(columns, n)
-    rows = math.ceil(n / columns)
-    figure = Figure(figsize=(width * columns + 0.6, height * rows + 0.5), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
-    for axes in grid[n:]:
-        axes.remove()
-    for axes in grid[:n]:
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure, grid[:n]
+    figure = new(width * columns + 0.6, height * math.ceil(n / columns) + 0.2)
+    return figure, grid(figure, n, columns)
 
 
 def _log_lambda(axes: Axes, strengths: pd.Series) -> None:
@@ -176,13 +192,13 @@ def _log_lambda(axes: Axes, strengths: pd.Series) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _legend(figure: Figure, axes: Axes, lines: list[tuple[str, str]], samples: bool) -> None:
+def _legend(figure: Figure, axes: Axes, kinds: list[tuple[str, str]], samples: bool) -> None:
     """One legend below all panels: the responses, and what the kinds of lines are."""
     handles, labels = axes.get_legend_handles_labels()
-    for style, name in lines:
+    for style, name in kinds:
         handles += axes.plot([], [], color="grey", linestyle=style)
         labels.append(name)
     if samples:
         handles += axes.plot([], [], ".", color="grey")
         labels.append("samples")
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    legend_below(figure, handles, labels)

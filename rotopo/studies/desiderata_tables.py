@@ -5,7 +5,6 @@ from itertools import product
 
 import pandas as pd
 from torch import Tensor
-from tqdm import tqdm
 
 from rotopo.objectives import DPO
 from rotopo.objectives.base import PreferenceModule
@@ -47,7 +46,7 @@ def interpolation(
     rows = population(prompt, convention)
     table = []
     jobs = list(product(objectives.items(), sorted(lambdas)))
-    for (name, objective), strength in tqdm(jobs, "interpolation", leave=False, disable=None):
+    for (name, objective), strength in jobs:
         found = solve(at_strength(objective, strength), rows)
         table.append({"objective": name, "lambda": strength, **_columns(found)})
     return pd.DataFrame(table)
@@ -69,7 +68,7 @@ def preservation(
     table = []
     jobs = list(product(objectives.items(), sorted(log_lambdas)))
     both = {name: population(prompt, convention) for name, prompt in (("good", good), ("bad", bad))}
-    for (name, objective), log_lambda in tqdm(jobs, "preservation", leave=False, disable=None):
+    for (name, objective), log_lambda in jobs:
         row = {"objective": name, "log_lambda": log_lambda}
         remarks = []
         for which, rows in both.items():
@@ -129,7 +128,7 @@ def criteria(
     """
     table = []
     rows, kept = population(prompt, convention), population(good, convention)
-    for name, objective in tqdm(objectives.items(), "criteria", leave=False, disable=None):
+    for name, objective in objectives.items():
         low, high = (solve(at_strength(objective, limit), rows) for limit in LIMITS)
         on_good = [solve(at_strength(objective, math.exp(x)), kept) for x in log_lambdas]
         to_reference = high.distance(prompt.reference)
@@ -171,9 +170,7 @@ def samples_of(
     data = {-1: population(prompt, convention)}
     data |= {seed: sampled(prompt, samples, seed, convention) for seed in range(draws)}
     jobs = list(product(objectives.items(), sorted(lambdas), data.items()))
-    for (name, objective), strength, (seed, rows) in tqdm(
-        jobs, "samples", leave=False, disable=None
-    ):
+    for (name, objective), strength, (seed, rows) in jobs:
         found = solve(at_strength(objective, strength), rows)
         table.append({"objective": name, "lambda": strength, "seed": seed, **_columns(found)})
     return pd.DataFrame(table)

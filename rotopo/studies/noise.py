@@ -7,18 +7,25 @@ pairs, and how well the margins of the training pairs tell the flipped ones
 so that differences between methods are taken seed by seed.
 """
 
+from rotopo import endings
+
+if __name__ == "__main__":
+    endings.begin()
+
 import math
+from dataclasses import asdict
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from rotopo.errors import InputError
 from rotopo.objectives.base import in_range
+from rotopo.progress import Progress
 from rotopo.studies import command, noise_plots, results
 from rotopo.studies.noise_language_model import LanguageModel, LanguageModelRuns
 from rotopo.studies.noise_methods import Method, Outcome
@@ -79,6 +86,8 @@ def study(
 ) -> None:
     """Compare objectives under flipped labels: compute everything, and only then write results.
 
+    What has been computed is kept meanwhile: the same command goes on from it.
+
     Args:
         output: folder for tables and the picture.
         task: tabular: a small network on drawn prompts and candidates, whose true reward is known;
@@ -116,19 +125,24 @@ def study(
         raise InputError(f"seeds is {runs}: give numbers from 0.")
     for rate in rates:
         in_range("noise", rate, 0, 0.5)
-    cells = list(product(methods, sorted(rates)))
-    for method, rate in cells:
+    for method, rate in product(methods, sorted(rates)):
         chosen.check(method, rate)
 
+    def rows_of(method: Method, rate: float, seed: int) -> list[dict[str, Any]]:
+        run = {"task": task, "objective": method.name, "noise": rate, "seed": seed}
+        outcome = chosen.run(method, rate, seed)
+        measures = {name: getattr(outcome, name) for name in MEASURES}
+        return [run | measures, *(run | vars(round_) for round_ in outcome.rounds)]
+
+    settings = asdict(tabular) if task == "tabular" else asdict(language_model)
+    parts = results.Parts(output, [task, settings, runs], {method.objective for method in methods})
     rows, rounds = [], []
-    bar = tqdm(cells, "cells", disable=None)
-    for method, rate in bar:
-        bar.set_postfix_str(f"{method.name}, {rate:.0%} flipped")
-        for seed in runs:
-            run = {"task": task, "objective": method.name, "noise": rate, "seed": seed}
-            outcome = chosen.run(method, rate, seed)
-            rows.append(run | {name: getattr(outcome, name) for name in MEASURES})
-            rounds += [run | vars(round_) for round_ in outcome.rounds]
+    for method, rate, seed in Progress(list(product(methods, sorted(rates), runs)), "runs"):
+        row, *more = parts.of(
+            f"{method.name}, {rate}, {seed}", partial(rows_of, method, rate, seed)
+        )
+        rows.append(row)
+        rounds += more
     table = pd.DataFrame(rows)
     table[list(MEASURES)] = table[list(MEASURES)].astype(float)
     summary = summarised(table)
@@ -137,7 +151,9 @@ def study(
         tables["rounds"] = pd.DataFrame(rounds)
     else:
         (output / "rounds.csv").unlink(missing_ok=True)  # of an earlier study
-    results.write(output, tables, {"noise": noise_plots.noise(summary)}, printed(summary))
+    asked = None if names is None else [method.name for method in methods]
+    figures = {"noise": noise_plots.noise(summary, asked)}
+    results.write(output, tables, figures, printed(summary), parts)
 
 
 def summarised(table: pd.DataFrame) -> pd.DataFrame:

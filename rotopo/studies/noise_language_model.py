@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from rotopo import lightning_cli
+from rotopo.endings import Ended
 from rotopo.errors import InputError
 from rotopo.objectives import DPO, RobustDPO
 from rotopo.objectives.base import ReferenceObjective, positive
@@ -164,7 +164,7 @@ class LanguageModelRuns:
         with quiet(folder / "log.txt"):
             try:
                 cli = lightning_cli.run(["fit", *files, *arguments, *place])
-            except SIGTERMException:
+            except Ended:
                 raise
             except SystemExit as stop:  # the message is in the log, and is this error's context
                 raise InputError(f"{method.name}: {stop.__context__}") from stop

@@ -103,7 +103,7 @@ def test_a_monitor_that_no_metric_has_is_refused(message, config, options, place
         ([*saving("val/loss"), "--trainer.limit_val_batches=0"], "trainer.limit_val_batches"),
         ([*plateau("val/loss"), "--data.validation=0"], "does not validate"),
         (early("test/loss"), "take 'val/loss'"),
-        (early("lr-AdamW"), "lr-AdamW"),
+        (early("lr-SGD"), "lr-SGD"),
         (early("noise/auroc"), "noise/auroc"),
     ],
 )

@@ -145,6 +145,28 @@ def test_rewards_start_at_zero_and_follow_the_log_probs(name):
         assert to_other is None or not to_other.any()
 
 
+@every
+def test_the_unit_of_the_rewards_is_what_they_are_in(name):
+    """Twice the nats in twice the tokens: rewards in nats double, and those per token stay."""
+    objective = OBJECTIVES[name]
+    parts = [-torch.rand(4, dtype=torch.float64, generator=torch.manual_seed(i)) for i in range(4)]
+    beside = {"mismatched_log_ratio": torch.zeros(4, dtype=torch.float64)}
+    once, twice = (
+        torch.stack(
+            rewards_of(
+                objective, log_probs(*(n * p for p in parts), [2 * n] * 4, [2 * n] * 4, **beside)
+            )
+        )
+        for n in (1, 2)
+    )
+    if objective.reward_unit == "nats per token":
+        torch.testing.assert_close(twice, once)
+    elif objective.reward_unit == "nats":
+        torch.testing.assert_close(twice, 2 * once)
+    else:  # in the form of no logarithm
+        assert not torch.allclose(twice, 2 * once)
+
+
 # Of these some pull back from a margin that is large, or hold likelihoods where they are.
 TURNING = {"IPO", "IPO-sum", "SPPO", "NCA", "EXO", "AOT", "APO-down"} | {
     "DPO-smoothed", "RobustDPO", "DiscoPOP"

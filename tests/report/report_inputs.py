@@ -24,9 +24,20 @@ AWKWARD = (
     "</details></table></main>{{ 7 * 7 }} & \"quotes\" 'and' `ticks` \\u0000 %s",
 )
 
+SET = "data/preferences/2026/a_set_with_a_long_path/held_out.jsonl"
 
-def save_test(folder: Path, seed: int, shift: float, scale: float, groups: bool = False) -> Path:
-    """A run of ``rotopo test`` on 300 pairs, whose chosen score higher by about ``shift``."""
+
+def save_test(
+    folder: Path,
+    seed: int,
+    shift: float,
+    scale: float,
+    groups: bool = False,
+    policy: bool = False,
+    unit: str = "nats",
+) -> Path:
+    """A run of ``rotopo test`` on 300 pairs, whose chosen score higher by about ``shift``; of a
+    policy with the yardstick, and of two sets."""
     numbers = np.random.default_rng(seed)
     texts = np.random.default_rng(7)  # the same pairs for every reward model
     pairs = []
@@ -70,11 +81,32 @@ def save_test(folder: Path, seed: int, shift: float, scale: float, groups: bool 
             for name, own in (table.groupby("group") if groups else [])
         },
     }
+    if policy:
+        metrics["yardstick"] = _yardstick(shift, accuracy)
+        metrics["sets"] = {
+            name: {**metrics, "pairs": n, "groups": {}, "yardstick": _yardstick(own, accuracy)}
+            for name, n, own in (("films", 200, shift), (SET, 100, shift / 2))
+        }
     folder.mkdir(parents=True)
     (folder / "test.json").write_text(json.dumps(metrics), encoding="utf-8")
     lines = (json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
     (folder / "test_pairs.jsonl").write_text("".join(lines), encoding="utf-8")
-    return _settings(folder, "rotopo.reward.RewardModule", "backbone")
+    if policy:
+        return _settings(folder, "rotopo.objectives.DPO", "policy", unit)
+    return _settings(folder, "rotopo.reward.RewardModule", "backbone", "")
+
+
+def _yardstick(shift: float, accuracy: float) -> dict[str, Any]:
+    return {
+        "margin": 10 * shift,
+        "margin_interval": [9 * shift, 11 * shift],
+        "accuracy": accuracy,
+        "accuracy_interval": [accuracy - 0.05, accuracy + 0.05],
+        "log_ratio": {"chosen": -2 * shift, "rejected": -12 * shift},
+        "log_ratio_per_token": {"chosen": -0.05 * shift, "rejected": -0.3 * shift},
+        "displaced": 0.64,
+        "kl_per_token": {"on_data": {"forward": 0.0123, "reverse": None}},
+    }
 
 
 def save_reward_fit(folder: Path, seed: int = 0) -> Path:
@@ -83,7 +115,8 @@ def save_reward_fit(folder: Path, seed: int = 0) -> Path:
     table = pd.DataFrame({"epoch": 0, "step": steps, "lr-AdamW": 1e-4 * np.minimum(1, steps / 8)})
     table["train/loss"] = 0.69 - 0.2 * steps / 80 + numbers.normal(0, 0.06, 80)
     validation = pd.DataFrame({"epoch": 0, "step": [39, 79], "val/loss": [0.62, 0.55]})
-    return _fit(folder, pd.concat([table, validation]), "rotopo.reward.RewardModule", "backbone")
+    log = pd.concat([table, validation])
+    return _fit(folder, log, "rotopo.reward.RewardModule", "backbone", "")
 
 
 def save_policy_fit(
@@ -107,6 +140,7 @@ def save_policy_fit(
         if reference:
             rows[f"{stage}/displacement/chosen_up"] = up
             rows[f"{stage}/displacement/rejected_down"] = -down
+        rows[f"{stage}/rewards/accuracy"] = 0.75
     validation["val/loss"] = 0.6
     geometry = pd.DataFrame({"epoch": 0, "step": at[::10]})
     for layer in range(7):
@@ -114,7 +148,9 @@ def save_policy_fit(
         geometry[f"geometry/distance/{layer:02d}"] = 0.03 * layer * at[::10] / steps * fall
     geometry["geometry/neuron_cosine"] = 0.031 + 1e-4 * fall * at[::10] / steps
     geometry["geometry/hyperspherical_energy"] = 1 + 1e-3 * fall * at[::10] / steps
-    return _fit(folder, pd.concat([table, validation, geometry]), "rotopo.objectives.DPO", "policy")
+    log = pd.concat([table, validation, geometry])
+    unit = "nats" if reference else "nats per token"
+    return _fit(folder, log, f"rotopo.objectives.{'DPO' if reference else 'SimPO'}", "policy", unit)
 
 
 def save_responses(file: Path, seed: int, length: float, n: int = 48) -> Path:
@@ -210,7 +246,12 @@ def everything(folder: Path) -> dict[str, Any]:
             "RoPO": save_policy_fit(folder / "ropo", 2, 60, 2.0),
             "SimPO": save_policy_fit(folder / "simpo", 3, 40, 1.0, reference=False),
         },
-        "policy_tests": {"DPO": save_test(folder / "dpo_test", 4, 0.6, 0.9)},
+        "policy_tests": {
+            "DPO": save_test(folder / "dpo_test", 4, 0.6, 0.9, policy=True),
+            "runs/a_long_path/to_a_run_of/SimPO": save_test(
+                folder / "simpo_test", 5, 0.4, 0.9, policy=True, unit="nats per token"
+            ),
+        },
         "responses": {
             "base": save_responses(folder / "base.jsonl", 0, 40),
             "DPO": save_responses(folder / "dpo.jsonl", 1, 26),
@@ -222,16 +263,17 @@ def everything(folder: Path) -> dict[str, Any]:
     }
 
 
-def _fit(folder: Path, metrics: pd.DataFrame, module: str, base: str) -> Path:
+def _fit(folder: Path, metrics: pd.DataFrame, module: str, base: str, unit: str) -> Path:
     folder.mkdir(parents=True)
     metrics.to_csv(folder / "metrics.csv", index=False)
-    return _settings(folder, module, base)
+    return _settings(folder, module, base, unit)
 
 
-def _settings(folder: Path, module: str, base: str) -> Path:
+def _settings(folder: Path, module: str, base: str, unit: str) -> Path:
     model = {"path": "SmolLM2-135M-Instruct", "adapter": {"class_path": "peft.LoraConfig"}}
     settings = {"seed_everything": 0, "model": {"class_path": module, "init_args": {base: model}}}
-    facts = {"base_fingerprint": "d20f91c2e654ac84", "fingerprint": "8686562f16371ed0"}
+    facts: dict[str, Any] = {"base_fingerprint": "d20f91c2e654ac84", "reward_unit": unit}
+    facts |= {"fingerprint": "8686562f16371ed0"}
     facts |= {"torch": "2.13.0+cpu", "peft": "0.21.2", "pairs/train": 480, "pairs/validation": 101}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     (folder / "hparams.yaml").write_text(yaml.safe_dump(facts), encoding="utf-8")

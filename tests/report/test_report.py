@@ -3,16 +3,19 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from urllib.parse import unquote
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from rotopo.cli import main
 from rotopo.errors import InputError
 from rotopo.judge.judgement import read_judgement
 from rotopo.report.command import report
+from rotopo.report.figures import panel
 from rotopo.report.page import Panel, Section, Table, number, render, text
-from rotopo.report.plots import panel
+from rotopo.report.sections.runs_and_settings import in_words
 from tests.report import report_inputs as inputs
 
 
@@ -103,12 +106,15 @@ def test_what_is_in_the_files_is_on_the_page(html, everything):
     assert "not a comparison under equal terms" in page.text
     assert "Without a reference, and so not drawn: SimPO" in page.text
     assert "8686562f16371ed0" in page.text
-    assert page.text.count("seed_everything: 0") == 7
+    assert page.text.count("seed_everything: 0") == 8
     headings = re.findall(r"<h3>(.*?)</h3>", html)
+    assert len(set(headings)) == len(headings)
     for title in (
         *("How long the responses are", "Words of the pairs", "Map of the responses"),
         *("Scores of chosen and rejected responses", "Calibration", "Accuracy by group"),
-        *("Loss and learning rate", "Implicit rewards over training"),
+        *("Loss and learning rate", "Accuracy by evaluation set", "Log-ratios to the reference"),
+        "Implicit rewards over training, in nats",
+        "Implicit rewards over training, in nats per token",
         *("Displacement at an equal margin", "Hidden states and neurons"),
         *("How long the generations are", "Words of the generations"),
         *("Judges and policies crossed", "Differences prompt by prompt"),
@@ -116,14 +122,79 @@ def test_what_is_in_the_files_is_on_the_page(html, everything):
         assert title in headings
 
 
+def test_every_policy_is_at_a_glance_with_its_accuracy(html, everything):
+    summary = html[html.index('<section class="summary"') : html.index("Data</h2>")]
+    lines = dict(re.findall(r'<li><b dir="auto">(.*?)</b>: (.*?)</li>', summary, re.DOTALL))
+    tested = json.loads((everything["policy_tests"]["DPO"] / "test.json").read_text())
+    assert {"DPO", "RoPO", "SimPO", "base", "Reward model trained"} < lines.keys()
+    assert f"accuracy {tested['accuracy']:.3f} (95% interval" in lines["DPO"]
+    assert "accuracy 0.750 on validation pairs" in lines["SimPO"]
+    assert lines["base"] == "the baseline of the judgement, 48 prompts."
+
+
+def test_the_yardstick_and_the_sets_are_on_the_page(html, everything):
+    page = Page(html)
+    for folder in everything["policy_tests"].values():
+        metrics = json.loads((folder / "test.json").read_text())
+        for found in (metrics, *metrics["sets"].values()):
+            own = found["yardstick"]
+            for value, digits in (
+                (own["margin"], 3),
+                (own["log_ratio"]["chosen"], 3),
+                (own["log_ratio_per_token"]["rejected"], 4),
+                (own["kl_per_token"]["on_data"]["forward"], 4),
+            ):
+                assert number(value, digits).text in page.text
+    # Where a path is shortened, a tooltip has the whole of it.
+    cells = [a for tag, a in page.elements if tag == "td" and a.get("title") == inputs.SET]
+    assert len(cells) == 6
+    assert any(inputs.SET in (a.get("title") or "") for a in page.all("img"))
+
+
+def test_no_internal_name_is_in_the_text(html):
+    """Outside of the settings themselves, and of tooltips."""
+    text = Page(re.sub(r"<pre.*?</pre>", "", html, flags=re.DOTALL)).text
+    internal = r"\b(?:val|train|test|pairs|rows|geometry)/\w+|rotopo\.\w+|\w+_fingerprint|Config\b"
+    assert re.findall(internal, text) == []
+    assert "training pairs" in text
+    facts = ("pairs/train", "rows/films/train/too_long", "left_out/a/b", "torch", "noise/flipped")
+    assert [in_words(fact) for fact in facts] == [
+        "training pairs",
+        "training rows of films too long, left out",
+        "rows left out of a/b",
+        "version of torch",
+        "labels flipped",
+    ]
+
+
+def test_what_is_not_drawn_is_not_in_the_captions(tmp_path):
+    """Neither validation, nor learning rates, nor smoothing."""
+    run = inputs.save_policy_fit(tmp_path / "run", 0, 40, 2.0)
+    log = pd.read_csv(run / "metrics.csv")
+    kept = [c for c in log if not c.startswith(("val/", "lr-", "geometry/"))]
+    log[kept].dropna(subset="train/loss").to_csv(run / "metrics.csv", index=False)
+    report(tmp_path / "page.html", policies={"DPO": run}, smoothing=1)
+    text = Page((tmp_path / "page.html").read_text()).text
+    for word in ("oints:", "points on", "Below: the learning", "(faint)", "smoothed"):
+        assert word not in text
+    assert "Without a logged learning rate: DPO" in text
+
+
+def test_pictures_are_in_the_family_of_the_page(html):
+    """Which has no serifs, like code, whose letters have a width of their own."""
+    families = re.findall(r"font-family: ([^;'\"]+)|--sans: ([^;]+);", unquote(html))
+    assert len({family for pair in families for family in pair if family}) == 1
+    assert not re.search(r"(?<!sans-)serif", html)
+
+
 def test_captions_say_what_intervals_lengths_and_margins_are(html):
     page = Page(html)
     assert page.text.count("These intervals take the pairs as independent") == 2
-    assert "groups where data.group_by is set" in page.text
+    assert "whole groups of pairs where the data has them" in page.text
     assert "the end-of-turn token included, which the lengths of generations" in page.text
     assert "without the end-of-turn token, which the lengths of the pairs count" in page.text
     assert "with a reference an untrained policy's margins are zero, up to rounding" in page.text
-    assert page.text.count("95% intervals") == 2
+    assert page.text.count("48 prompts, 95% intervals") == 2
     assert "against base; 95% bootstrap intervals" in page.text
     assert "No win rate at equal length" not in page.text
 
@@ -138,7 +209,7 @@ def test_a_judgements_level_and_refusals_are_on_the_page(tmp_path):
     page = Page((tmp_path / "page.html").read_text())
     assert "against base; 90% bootstrap intervals" in page.text
     assert "mean scores, with 90% bootstrap intervals" in page.text
-    assert page.text.count("; 90% intervals.") == 2
+    assert page.text.count("48 prompts, 90% intervals") == 2
     assert "95%" not in page.text
     assert "No win rate at equal length (–) where a policy's responses are all longer" in page.text
     low, high = result["policies"]["DPO"]["judges"]["VADER"]["length_controlled_interval"]
@@ -171,8 +242,9 @@ def test_a_single_training_makes_a_page_of_its_parts_only(tmp_path):
     report(tmp_path / "page.html", policies={"SimPO": run})
     html = (tmp_path / "page.html").read_text()
     assert re.findall(r"<h2 id.*?>(.*?)</h2>", html) == [
-        *("Training", "Policies", "Geometry", "Runs and settings")
+        *("At a glance", "Training", "Policies", "Geometry", "Runs and settings")
     ]
+    assert '<b dir="auto">SimPO</b>: accuracy 0.750 on validation pairs, as last logged.' in html
     assert "Without a config.yaml" in html
 
 
@@ -236,6 +308,8 @@ report(Path("page.html"), reward_training={{"RM": Path({str(run)!r})}})
 def test_cells_sort_by_value_and_show_minus_signs():
     assert number(-1234.5678).text == "−1,234.568"
     assert number(-1234.5678).key == -1234.5678
+    assert number(-2.14e-5).text == "−2.1e−05"
+    assert number(0.0).text == "0.000"
     assert number(None).key is None
     assert number(float("nan")).text == "–"
     table = Table("t", ["a", "b"], [[text("x"), number(1.0)], [text("y"), number(None)]])

@@ -113,6 +113,29 @@ def test_everything_unfolds_and_nothing_hangs_over(page):
     assert beyond == []
 
 
+def test_wide_tables_show_where_they_go_on_and_keep_their_first_column(page):
+    frames = page.locator(".frame.wide")
+    assert frames.count() > 0
+    for frame in frames.all():
+        table, first = frame.locator(".table"), frame.locator("tbody td").first
+        edges = "n => ['::before', '::after'].map(e => getComputedStyle(n, e).opacity)"
+        place = first.evaluate("n => n.getBoundingClientRect().left")
+        page.wait_for_timeout(200)  # the edge fades in
+        assert frame.evaluate(edges) == ["0", "1"]
+        table.evaluate("n => n.scrollTo(n.scrollWidth, 0)")
+        page.wait_for_timeout(200)
+        assert frame.evaluate(edges) == ["1", "0"]
+        assert abs(first.evaluate("n => n.getBoundingClientRect().left") - place) < 1
+        assert frame.locator("xpath=following-sibling::p").is_visible()
+
+
+def test_all_letters_are_sans_serif_but_those_of_code(page):
+    script = """() => [...new Set([...document.querySelectorAll('body *')]
+        .filter(node => !node.closest('pre')).map(node => getComputedStyle(node).fontFamily))]"""
+    (family,) = page.evaluate(script)
+    assert family.endswith("sans-serif")
+
+
 def test_every_picture_is_drawn_and_named(page):
     pictures = page.locator("img")
     assert pictures.count() > 25

@@ -36,6 +36,7 @@ PRIVATE = {
         "_process_group_backend": ModelParallelStrategy,
         "_should_check_val_epoch": _TrainingEpochLoop,
         "_should_check_val_fx": _TrainingEpochLoop,
+        "_signal_connector": Trainer,
         "_trainer": LightningModule,
     },
     "rotopo/lightning_cli.py": {

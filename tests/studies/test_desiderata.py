@@ -286,11 +286,11 @@ def test_the_command_writes_tables_and_pictures_and_prints(tmp_path, capsys, coa
 def test_the_command_takes_any_objective(option, names, tmp_path, monkeypatch):
     studied = []
 
-    def stop(objectives, *_):
-        studied.extend(objectives)
+    def stop(self, jobs, title):
+        studied.extend(job.of for job in jobs if job.table == "criteria")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(desiderata, "interpolation", stop)
+    monkeypatch.setattr(desiderata.results.Parts, "tables", stop)
     with pytest.raises(KeyboardInterrupt):
         desiderata.main(["--output", str(tmp_path), *option])
     assert studied == names
@@ -318,11 +318,27 @@ def test_an_output_that_is_a_file_is_refused_before_anything_is_computed(tmp_pat
     assert_refuses_a_file(desiderata.main, tmp_path, SMALL, capsys)
 
 
-def test_a_failure_at_the_end_leaves_the_results_of_before(tmp_path, monkeypatch, coarse):
+def test_a_failure_at_the_end_leaves_the_results_of_before(tmp_path, monkeypatch, coarse, capsys):
+    interpolation_plot, losses_plot = desiderata_plots.interpolation, desiderata_plots.losses
     (tmp_path / "criteria.csv").write_text("before")
     for broken in ("losses", "interpolation"):
         monkeypatch.setattr(desiderata_plots, broken, lambda *_: 1 / 0)
+    command = ["--output", str(tmp_path), *SMALL, "--objective=IPO"]
     with pytest.raises(ZeroDivisionError):
-        desiderata.main(["--output", str(tmp_path), *SMALL, "--objective=IPO"])
-    assert [file.name for file in tmp_path.iterdir()] == ["criteria.csv"]
-    assert (tmp_path / "criteria.csv").read_text() == "before"
+        desiderata.main(command)
+    kept, results = sorted(tmp_path.iterdir(), reverse=True)
+    assert results.name == "criteria.csv"
+    assert results.read_text() == "before"
+
+    # What it has computed is kept, and the same command goes on from it; another starts over.
+    monkeypatch.setattr(tables, "solve", lambda *_: 1 / 0)
+    monkeypatch.setattr(desiderata.plots, "interpolation", interpolation_plot)
+    monkeypatch.setattr(desiderata.plots, "losses", losses_plot)
+    with pytest.raises(ZeroDivisionError):
+        desiderata.main([*command, "--true=[0.6,0.2,0.2]"])
+    assert f"Starting over: {kept.name}" in capsys.readouterr().err
+    desiderata.main(command)
+    assert f"Going on: {kept} has " in capsys.readouterr().err
+    assert not kept.exists()
+    table = pd.read_csv(tmp_path / "interpolation.csv").set_index("lambda")
+    assert table.loc[1, "pi_1"] == pytest.approx(0.4532, abs=1e-4)

@@ -1,5 +1,6 @@
 """The noise study's command, its intervals, and what has to come out."""
 
+import json
 import math
 
 import matplotlib.image
@@ -190,13 +191,27 @@ def test_an_output_that_is_a_file_is_refused_before_anything_is_computed(tmp_pat
     assert_refuses_a_file(noise.main, tmp_path, SHORT, capsys)
 
 
-def test_a_failure_at_the_end_leaves_the_results_of_before(tmp_path, monkeypatch):
+def test_a_failure_at_the_end_leaves_the_results_of_before(tmp_path, monkeypatch, capsys):
     (tmp_path / "results.csv").write_text("before")
     monkeypatch.setattr(noise_plots, "noise", lambda *_: 1 / 0)
+    command = ["--output", str(tmp_path), *SHORT, "--objective=ROPO+filter", "--noise=0.2"]
     with pytest.raises(ZeroDivisionError):
-        noise.main(["--output", str(tmp_path), *SHORT, "--objective=DPO", "--noise=0"])
-    assert [file.name for file in tmp_path.iterdir()] == ["results.csv"]
-    assert (tmp_path / "results.csv").read_text() == "before"
+        noise.main(command)
+    kept, results = sorted(tmp_path.iterdir(), reverse=True)
+    assert results.name == "results.csv"
+    assert results.read_text() == "before"
+
+    # What it has computed is kept, and the same command goes on from it.
+    rows = kept.read_text().splitlines()
+    kept.write_text(rows[0] + "\n")  # as if it had been killed after one run of two
+    monkeypatch.undo()
+    noise.main(command)
+    assert f"Going on: {kept} has 1 parts" in capsys.readouterr().err
+    assert not kept.exists()
+    gone_on = pd.read_csv(results)
+    whole = [json.loads(line)["rows"][0] for line in rows]
+    pd.testing.assert_frame_equal(gone_on, pd.DataFrame(whole), check_dtype=False)
+    assert len(pd.read_csv(tmp_path / "rounds.csv")) > 0
 
 
 def test_names_in_the_picture_are_moved_apart_as_little_as_can_be():

@@ -2,16 +2,16 @@
 
 import numpy as np
 
-from rotopo.report import plots, text_plots
+from rotopo.report import figures, text_plots
 from rotopo.report.inputs import Inputs
-from rotopo.report.page import Panel, Part, Picture, Section
+from rotopo.report.page import Panel, Part, Picture, Section, with_minus
 from rotopo.report.parts import word_clouds
 
 ORDER = 10
 
 
 def section(inputs: Inputs) -> Section:
-    clouds = {"chosen": plots.CHOSEN, "rejected": plots.REJECTED}
+    clouds = {"chosen": figures.CHOSEN, "rejected": figures.REJECTED}
     parts: list[Part] = []
     for test in [*inputs.reward_tests, *inputs.tests][:1]:
         n = len(test.pairs)
@@ -29,7 +29,7 @@ def section(inputs: Inputs) -> Section:
                     Panel(
                         second,
                         "Histogram of chosen less rejected length, mean "
-                        f"{(chosen - rejected).mean():+.1f} tokens.",
+                        f"{with_minus((chosen - rejected).mean(), 1)} tokens.",
                     ),
                 ],
                 f"Lengths in tokens of the {n:,} chosen and {n:,} rejected responses of the "
@@ -42,7 +42,7 @@ def section(inputs: Inputs) -> Section:
         parts += word_clouds("Words of the pairs", texts, clouds, inputs.seed)
     if inputs.embeddings is not None:
         known = clouds | inputs.colours
-        parts.append(_map(*inputs.embeddings, known, inputs.perplexity, inputs.seed))
+        parts.append(_map(*inputs.embeddings, known, inputs.tsne_perplexity, inputs.seed))
     return Section("Data", parts)
 
 
@@ -55,13 +55,13 @@ def _map(
     if len({known[k] for k in kinds if k in known}) == len(kinds):
         palette = {name: known[name] for name in kinds}
     else:  # pairs and policies together would share colours
-        palette = {name: plots.SERIES[i % len(plots.SERIES)] for i, name in enumerate(kinds)}
+        palette = {name: figures.SERIES[i % len(figures.SERIES)] for i, name in enumerate(kinds)}
     counts = ", ".join(f"{name} {(labels == name).sum():,}" for name in kinds)
     figure = text_plots.embedding_map(x, labels, palette, perplexity, seed)
     reduced = x.shape[1] > 50 and n > 50
     return Picture(
         "Map of the responses",
-        [Panel(figure, f"Scatter plot of {n} embedded responses: {counts}.")],
+        [Panel(figure, f"Scatter plot of {n} embedded responses: {counts}.", tuple(kinds))],
         f"t-SNE (perplexity {perplexity:.3g}, seed {seed}"
         + (", after a projection on 50 principal components" if reduced else "")
         + f") of {n:,} embeddings of {x.shape[1]} dimensions: {counts}. Neighbours on the map are "

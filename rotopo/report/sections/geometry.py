@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from rotopo.metrics.runs import Training
-from rotopo.report import plots
+from rotopo.report import figures, plots
 from rotopo.report.inputs import Inputs
 from rotopo.report.page import Panel, Picture, Section
 
@@ -18,14 +18,19 @@ def section(inputs: Inputs) -> Section:
             taken = {other.name for other in runs}
             name = f"reward model {run.name}" if run.name in taken else run.name
             runs.append(Training(name, run.folder, run.settings, run.facts, run.metrics))
-            palette.setdefault(name, plots.SERIES[(len(palette) + 1) % len(plots.SERIES)])
-    panels = []
+            palette.setdefault(name, figures.SERIES[(len(palette) + 1) % len(figures.SERIES)])
+    panels, captions = [], []
+    names = tuple(run.name for run in runs)
     ranks = {run.name: _layers(run, "geometry/effective_rank/") for run in runs}
     with_ranks = [run for run in runs if ranks[run.name]]
     if with_ranks:
         ends = {name: {c[0]: ":", c[-1]: "-"} for name, c in ranks.items() if c}
         figure = plots.over_training(with_ranks, ends, palette, "Effective rank (dimensions)")
-        panels.append(Panel(figure, _last_values("Effective rank", with_ranks, ends)))
+        panels.append(Panel(figure, _last_values("Effective rank", with_ranks, ends), names))
+        captions.append(
+            "Effective rank of the hidden states of all tokens: dotted after the embeddings, full "
+            "after the last layer."
+        )
     distances = {run.name: _layers(run, "geometry/distance/") for run in runs}
     with_distances = [run for run in runs if distances[run.name]]
     if with_distances:
@@ -33,25 +38,31 @@ def section(inputs: Inputs) -> Section:
             with_distances, distances, palette, "Relative distance to the reference"
         )
         alt = _last_values("Distance to the reference by layer", with_distances, distances)
-        panels.append(Panel(figure, alt))
-    for column, title in (
-        ("geometry/neuron_cosine", "Mean |cos| between neurons"),
-        ("geometry/hyperspherical_energy", "Hyperspherical energy / at the start"),
+        panels.append(Panel(figure, alt, names))
+        captions.append(
+            "Relative distance: mean over tokens of ‖h − h_ref‖ / ‖h_ref‖ at each layer, as last "
+            "logged."
+        )
+    for column, title, said in (
+        ("geometry/neuron_cosine", "Mean |cos| between neurons", "Mean |cos|"),
+        (
+            "geometry/hyperspherical_energy",
+            "Hyperspherical energy / at the start",
+            "Hyperspherical energy",
+        ),
     ):
         own = [run for run in runs if len(run.logged(column))]
         if own:
             columns = {run.name: {column: "-"} for run in own}
             figure = plots.over_training(own, columns, palette, title)
-            panels.append(Panel(figure, _last_values(title, own, columns)))
+            panels.append(Panel(figure, _last_values(title, own, columns), names))
+            captions.append(
+                f"{said}: of the adapted weights' neurons, adapter merged; under a rotation it "
+                "cannot change, by construction."
+            )
     if not panels:
         return Section("Geometry", [])
-    caption = (
-        "Measured on a fixed batch of pairs by the Geometry callback. Effective rank of the hidden "
-        "states of all tokens: dotted after the embeddings, full after the last layer. Relative "
-        "distance: mean over tokens of ‖h − h_ref‖ / ‖h_ref‖ at each layer, as last logged. Mean "
-        "|cos| and hyperspherical energy: of the adapted weights' neurons, adapter merged. Under a "
-        "rotation the last two cannot change, by construction."
-    )
+    caption = " ".join(["Measured on a fixed batch of pairs.", *captions])
     return Section("Geometry", [Picture("Hidden states and neurons", panels, caption)])
 
 

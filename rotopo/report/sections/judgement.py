@@ -3,7 +3,7 @@
 from rotopo.judge.length_control import NO_EQUAL_LENGTH
 from rotopo.report import score_plots
 from rotopo.report.inputs import Inputs
-from rotopo.report.page import Cell, Panel, Part, Picture, Section, Table, number, text
+from rotopo.report.page import Cell, Panel, Part, Picture, Section, Table, label, number, text
 from rotopo.report.parts import interval_text
 
 ORDER = 70
@@ -19,7 +19,7 @@ def section(inputs: Inputs) -> Section:
     for policy in verdicts.policies:
         for judge in verdicts.judges:
             found = verdicts.result["policies"][policy]["judges"][judge]
-            cells = [text(policy), text(judge)]
+            cells = [label(policy), label(judge)]
             cells.append(number(found["mean_score"], below=interval_text(found["score_interval"])))
             if policy == baseline:
                 rows.append([*cells, *[Cell("–", None)] * 6])
@@ -47,7 +47,11 @@ def section(inputs: Inputs) -> Section:
     others = verdicts.policies[1:]
     means = score_plots.mean_scores(verdicts, colours)
     panels = [
-        Panel(figure, f"Mean scores of {', '.join(verdicts.policies)} under {judge}.")
+        Panel(
+            figure,
+            f"Mean scores of {', '.join(verdicts.policies)} under {judge}.",
+            (judge, *verdicts.policies),
+        )
         for figure, judge in zip(means, verdicts.judges, strict=True)
     ]
     if others:
@@ -56,16 +60,24 @@ def section(inputs: Inputs) -> Section:
             Panel(
                 score_plots.win_rates(verdicts, colours),
                 f"Bars of the win rates of {', '.join(others)} under {', '.join(verdicts.judges)}.",
+                (*verdicts.judges, *verdicts.policies),
             ),
         )
     crossed = score_plots.judges_crossed(verdicts, colours)
-    panels += [Panel(figure, "Scatter plot of scores under two judges.") for figure in crossed]
+    panels += [
+        Panel(
+            figure,
+            "Scatter plot of scores under two judges.",
+            (*verdicts.judges, *verdicts.policies),
+        )
+        for figure in crossed
+    ]
     parts.append(
         Picture(
             "Judges and policies crossed",
             panels,
-            f"Win rates against {baseline} and mean scores, with {verdicts.level} bootstrap "
-            "intervals"
+            (f"Win rates against {baseline} and mean scores" if others else "Mean scores")
+            + f", with {verdicts.level} bootstrap intervals"
             + ("; each response's score under one judge against another's" if crossed else "")
             + f" ({n:,} prompts). Judges' scales are their own.",
         )
@@ -79,6 +91,7 @@ def section(inputs: Inputs) -> Section:
                         score_plots.differences(verdicts, judge, policy),
                         f"Sorted bars of the score differences of {policy} to {baseline} under "
                         f"{judge}.",
+                        (policy, judge, baseline),
                     )
                     for judge in verdicts.judges
                     for policy in others

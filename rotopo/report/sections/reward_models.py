@@ -6,8 +6,19 @@ from rotopo.metrics.calibration import CALIBRATION_BINS
 from rotopo.metrics.runs import Test
 from rotopo.report import score_plots
 from rotopo.report.inputs import Inputs
-from rotopo.report.page import Cell, Panel, Part, Picture, Section, Table, number, text, with_minus
-from rotopo.report.parts import measures, prompt_text, spread
+from rotopo.report.page import (
+    Cell,
+    Panel,
+    Part,
+    Picture,
+    Section,
+    Table,
+    label,
+    number,
+    text,
+    with_minus,
+)
+from rotopo.report.parts import MEASURED, by_set, measures, prompt_text, spread
 
 ORDER = 20
 
@@ -21,7 +32,7 @@ _PUBLISHED = {
 
 _INDEPENDENT = (
     "These intervals take the pairs as independent; the accuracy's in the table above draws whole "
-    "groups where data.group_by is set."
+    "groups of pairs where the data has them."
 )
 
 
@@ -30,9 +41,8 @@ def section(inputs: Inputs) -> Section:
     parts: list[Part] = []
     if tests:
         caption = (
-            "Reward models on held-out pairs; 95% bootstrap intervals. Mean and standard deviation "
-            "over all responses. ECE: expected calibration error of σ(chosen − rejected). Equal "
-            "length: pairs whose lengths differ by at most a tenth."
+            "Reward models on held-out pairs; 95% bootstrap intervals, over whole groups of pairs "
+            f"where the data has them. {MEASURED}"
         )
         if inputs.published:
             caption += (
@@ -42,6 +52,7 @@ def section(inputs: Inputs) -> Section:
                 "equal terms."
             )
         parts.append(measures(tests, caption, _PUBLISHED if inputs.published else {}))
+        parts += by_set(tests, "the reward models")
         parts.append(
             Picture(
                 "Scores of chosen and rejected responses",
@@ -51,6 +62,7 @@ def section(inputs: Inputs) -> Section:
                         f"Histograms and boxes of {test.name}'s scores: chosen, mean "
                         f"{test.pairs.chosen_score.mean():.3f}, rejected, mean "
                         f"{test.pairs.rejected_score.mean():.3f}.",
+                        (test.name,),
                     )
                     for test in tests
                 ],
@@ -67,6 +79,7 @@ def section(inputs: Inputs) -> Section:
                         score_plots.reliability(test),
                         f"Reliability diagram of {test.name}, calibration error "
                         f"{number(test.metrics.get('ece')).text}.",
+                        (test.name,),
                     )
                     for test in tests
                 ],
@@ -99,8 +112,9 @@ def _groups(tests: list[Test]) -> list[Part]:
             "Accuracy by group",
             [
                 Panel(
-                    score_plots.groups(with_groups, shown),
+                    score_plots.groups(with_groups, shown, "groups"),
                     f"Accuracy of {len(shown)} groups of pairs under each reward model.",
+                    (*shown, *(test.name for test in with_groups)),
                 )
             ],
             f"Accuracy in each group of held-out pairs, largest group first ({sizes[shown[0]]:,} "
@@ -116,7 +130,7 @@ def _groups(tests: list[Test]) -> list[Part]:
                 "RewardBench's sections (arXiv 2403.13787): accuracy, weighted as there.",
                 ["model", *columns],
                 [
-                    [text(test.name), *(number(test.metrics["sections"].get(c)) for c in columns)]
+                    [label(test.name), *(number(test.metrics["sections"].get(c)) for c in columns)]
                     for test in sections
                 ],
             )
