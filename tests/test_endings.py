@@ -15,6 +15,9 @@ import os, signal, sys, time
 from rotopo import endings
 from rotopo.files import writing_whole
 from pathlib import Path
+# As in a terminal, even where the tests run in the background and ignore them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 {before}
 with endings.in_one_line("before the end."):
     with writing_whole(Path("whole.txt")) as stream:
