@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from rotopo.errors import chain
+from rotopo.errors import InputError, chain
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C"}
@@ -43,14 +43,22 @@ class Ended(SystemExit):
         return f"ended by {name}" + (f" {self.advice}" if self.advice else ".")
 
 
-def ended(error: BaseException | None) -> Ended | None:
-    """The end that an error came from, if it did: what is torn down by it may fail in turn."""
-    return next((one for one in chain(error) if isinstance(one, Ended)), None)
+_raised: list[Ended] = []  # since the command began
+
+
+def ended(error: BaseException) -> Ended | None:
+    """The end that an error came from, if it did: what is torn down by it may fail in turn, and a
+    library that it has interrupted may raise an error of its own in its place."""
+    found = next((one for one in chain(error) if isinstance(one, Ended)), None)
+    if found is None and _raised and not isinstance(error, InputError | SystemExit):
+        return _raised[-1]
+    return found
 
 
 def end(number: int) -> None:
     """Raise :class:`Ended`."""
-    raise Ended(number)
+    _raised.append(Ended(number))
+    raise _raised[-1]
 
 
 class Signals:
@@ -160,6 +168,7 @@ def in_one_line(otherwise: str = "", instead: str = "") -> Iterator[None]:
         SystemExit: with the status 128 + the signal's number.
     """
     signals = Signals()
+    _raised.clear()
     signals.take()
     try:
         yield
