@@ -17,6 +17,7 @@ _NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C"}
 # Seconds in which signals count as one: what a terminal sends to all processes of a command, its
 # shell or torchrun sends to them once more.
 _AT_ONCE = 0.5
+_EXIT = 30.0  # seconds that a process has to exit once it has said that it is ended
 # Which process of a command it is, as whoever started it says; set before torch is imported.
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 
@@ -180,6 +181,11 @@ def in_one_line(otherwise: str = "", instead: str = "") -> Iterator[None]:
         with suppress(OSError, ValueError):
             sys.stdout.flush()
         say(str(stop))
+        # What a library does as the process exits may wait for what will not come, such as another
+        # rank, or a thread that the signal has left without work.
+        late = threading.Timer(_EXIT, os._exit, [128 + stop.number])
+        late.daemon = True
+        late.start()
         sys.exit(stop.code)
     finally:
         signals.give_back()
