@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from rotopo import endings, threads
 from rotopo.described import read
-from rotopo.described.check import mistakes
+from rotopo.described.check import look_through
+from rotopo.described.rephrase import InPlainWords
 from rotopo.errors import InputError
 from rotopo.help.command import answer
 from rotopo.help.pages import COMMANDS
@@ -55,11 +56,14 @@ def _main(args: list[str], own: bool) -> None:
     if page is not None:
         print(page, end="")
         return
-    wrong = mistakes(args, read(), list(COMMANDS))
+    wrong, foreign = look_through(args, read(), list(COMMANDS))
     for line in wrong:
         print(f"rotopo: {line}", file=sys.stderr)
     if wrong:
         sys.exit(2)
+    if foreign:
+        named = ", ".join(dict.fromkeys(foreign))
+        print(f"rotopo: the settings of {named} are known once it is imported", file=sys.stderr)
     if own:
         threads.begin()
     from rotopo.refusals import fault
@@ -96,7 +100,7 @@ def call(command: str, args: list[str]) -> None:
     Raises:
         SystemExit: with status 2 after bad input, whose message is printed without a traceback.
     """
-    from jsonargparse import auto_cli
+    from jsonargparse import ArgumentParser, auto_cli
 
     from rotopo.refusals import in_one_line, messages
 
@@ -106,7 +110,14 @@ def call(command: str, args: list[str]) -> None:
         if command in _ON_SETTINGS:
             function(args)
             return
-        auto_cli(function, args=args, as_positional=False, prog=f"rotopo {command}")
+        parser = type("Parser", (InPlainWords, ArgumentParser), {})
+        auto_cli(
+            function,
+            args=args,
+            as_positional=False,
+            prog=f"rotopo {command}",
+            parser_class=parser,
+        )
 
 
 if __name__ == "__main__":

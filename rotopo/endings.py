@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from rotopo.errors import chain
+from rotopo.errors import InputError, chain
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C"}
 # Seconds in which signals count as one: what a terminal sends to all processes of a command, its
 # shell or torchrun sends to them once more.
 _AT_ONCE = 0.5
+_EXIT = 30.0  # seconds that a process has to exit once it has said that it is ended
 # Which process of a command it is, as whoever started it says; set before torch is imported.
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 
@@ -43,14 +44,22 @@ class Ended(SystemExit):
         return f"ended by {name}" + (f" {self.advice}" if self.advice else ".")
 
 
-def ended(error: BaseException | None) -> Ended | None:
-    """The end that an error came from, if it did: what is torn down by it may fail in turn."""
-    return next((one for one in chain(error) if isinstance(one, Ended)), None)
+_raised: list[Ended] = []  # since the command began
+
+
+def ended(error: BaseException) -> Ended | None:
+    """The end that an error came from, if it did: what is torn down by it may fail in turn, and a
+    library that it has interrupted may raise an error of its own in its place."""
+    found = next((one for one in chain(error) if isinstance(one, Ended)), None)
+    if found is None and _raised and not isinstance(error, InputError | SystemExit):
+        return _raised[-1]
+    return found
 
 
 def end(number: int) -> None:
     """Raise :class:`Ended`."""
-    raise Ended(number)
+    _raised.append(Ended(number))
+    raise _raised[-1]
 
 
 class Signals:
@@ -160,6 +169,7 @@ def in_one_line(otherwise: str = "", instead: str = "") -> Iterator[None]:
         SystemExit: with the status 128 + the signal's number.
     """
     signals = Signals()
+    _raised.clear()
     signals.take()
     try:
         yield
@@ -171,6 +181,11 @@ def in_one_line(otherwise: str = "", instead: str = "") -> Iterator[None]:
         with suppress(OSError, ValueError):
             sys.stdout.flush()
         say(str(stop))
+        # What a library does as the process exits may wait for what will not come, such as another
+        # rank, or a thread that the signal has left without work.
+        late = threading.Timer(_EXIT, os._exit, [128 + stop.number])
+        late.daemon = True
+        late.start()
         sys.exit(stop.code)
     finally:
         signals.give_back()

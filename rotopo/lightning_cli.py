@@ -23,7 +23,7 @@ from rotopo.callbacks.monitors import Monitors
 from rotopo.data.doctor.diagnosis import refusal, render
 from rotopo.data.module import PairwiseDataModule
 from rotopo.described import read
-from rotopo.described.check import mistakes
+from rotopo.described.check import look_through
 from rotopo.errors import InputError, SeveralErrors, input_error
 from rotopo.files import full_disk
 from rotopo.introspection import live
@@ -96,7 +96,7 @@ class RotopoCLI(LightningCLI):
     _checkpoint: tuple[str, dict[str, Any]] | None = None  # that is named: path and content
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = super().init_parser(**kwargs, allow_abbrev=False)
+        parser = super().init_parser(**{"prog": "rotopo", **kwargs}, allow_abbrev=False)
         parser.__class__ = Parser  # Lightning names its own
         return parser
 
@@ -116,7 +116,7 @@ class RotopoCLI(LightningCLI):
                 super().parse_arguments(parser, args)
         except InputError as error:
             # All that is wrong, with the classes that the file knows nothing of.
-            found = mistakes(args, live(read()), list(self.subcommands()))
+            found = look_through(args, live(read()), list(self.subcommands())).wrong
             raise (SeveralErrors(found) if found else error) from None
         for file in self._settings().get("config") or []:
             if file is not None:  # a checkpoint's settings

@@ -9,29 +9,19 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from importlib import import_module
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jsonargparse._typehints as jsonargparse_typehints
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-from rotopo.described.rephrase import rephrased
+from rotopo.described.rephrase import InPlainWords
 from rotopo.errors import InputError
 
 
-class Parser(LightningArgumentParser):
-    """Writes settings without validating them again: they come from its own parsing. Takes the
-    names of settings in full alone."""
-
-    def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """What is wrong, in one line, and not its own page with the usage above."""
-        if not self.exit_on_error:
-            super().error(message, ex)
-        raise InputError(rephrased(message)) from ex
+class Parser(InPlainWords, LightningArgumentParser):
+    """Writes settings without validating them again: they come from its own parsing."""
 
     def dump(self, *args: Any, skip_validation: bool = True, **kwargs: Any) -> str:
         return super().dump(*args, skip_validation=skip_validation, **kwargs)

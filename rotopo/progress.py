@@ -54,14 +54,14 @@ def duration(seconds: float) -> str:
 
 
 def between(whole: float, most: float) -> float:
-    """Seconds from one line of a log to the next: some ten lines for all of it, where that is not
+    """Seconds from one line of a log to the next: some five lines for all of it, where that is not
     too often or too seldom.
 
     Args:
         whole: seconds that all of it takes.
         most: seconds.
     """
-    return min(max(EVERY, whole / 10), most)
+    return min(max(EVERY, whole / 5), most)
 
 
 class Screen:
@@ -148,7 +148,7 @@ class Progress(Generic[T]):
     """A loop that says how far it is.
 
     In a terminal its line goes when the loop is over. In a log it says nothing of what takes less
-    than ten seconds; else there is a line after the first item, some ten more, and a last.
+    than ten seconds; else there is a line after the first item, some five more, and a last.
 
     Args:
         items: of the loop; None for one that calls :meth:`update` itself.

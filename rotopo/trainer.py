@@ -70,7 +70,16 @@ class Telling(pytorch.Trainer):
         datamodule: Any = None,
         weights_only: bool | None = None,
     ) -> Any:
-        """As Lightning's."""
+        """Test a model on the test split, and tell what was found.
+
+        Args:
+            model: what the Trainer works on.
+            dataloaders: in the place of a datamodule.
+            ckpt_path: the checkpoint to take the weights from.
+            verbose: print what is found.
+            datamodule: the data.
+            weights_only: load nothing but tensors and plain values.
+        """
         found = super().test(model, dataloaders, ckpt_path, False, datamodule, weights_only)
         return self._told("test", found, verbose)
 
@@ -83,15 +92,24 @@ class Telling(pytorch.Trainer):
         datamodule: Any = None,
         weights_only: bool | None = None,
     ) -> Any:
-        """As Lightning's."""
+        """Test a model on the validation split, and tell what was found.
+
+        Args:
+            model: what the Trainer works on.
+            dataloaders: in the place of a datamodule.
+            ckpt_path: the checkpoint to take the weights from.
+            verbose: print what is found.
+            datamodule: the data.
+            weights_only: load nothing but tensors and plain values.
+        """
         found = super().validate(model, dataloaders, ckpt_path, False, datamodule, weights_only)
         return self._told("val", found, verbose)
 
     def _told(self, stage: str, found: Any, verbose: bool) -> Any:
-        if verbose and self.is_global_zero:
+        if verbose and self.is_global_zero and any(found):
             scores = [one for one in callbacks_of(self) if isinstance(one, PairScores)]
-            table = results_table(stage, found, set().union(*(one.told for one in scores)))
-            print(f"\n{table}" if scores else table, flush=True)
+            told = set().union(*(one.told for one in scores))
+            print(results_table(stage, found, told), flush=True)
         return found
 
 

@@ -108,6 +108,9 @@ def _command(
     arguments: list[str], log: Path, cache: Path, fault: Fault | None, environment: dict[str, str]
 ) -> None:
     multiprocessing.set_start_method("fork", force=True)  # of loaders' workers
+    # As in a terminal, even where the tests run in the background and ignore them.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with log.open("ab", buffering=0) as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)

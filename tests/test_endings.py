@@ -15,6 +15,9 @@ import os, signal, sys, time
 from rotopo import endings
 from rotopo.files import writing_whole
 from pathlib import Path
+# As in a terminal, even where the tests run in the background and ignore them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 {before}
 with endings.in_one_line("before the end."):
     with writing_whole(Path("whole.txt")) as stream:
@@ -70,13 +73,19 @@ def test_what_is_ignored_stays_so(tmp_path):
     assert end(process, signal.SIGTERM)[0] == 143
 
 
-def test_a_failure_while_it_ends_is_no_traceback(tmp_path):
+@pytest.mark.parametrize(
+    "fails",
+    [
+        "finally: 1 / 0",
+        "except BaseException: pass\n        raise ImportError",  # which knows of no signal
+    ],
+)
+def test_a_failure_while_it_ends_is_no_traceback(tmp_path, fails):
     work = """try:
             print("ready", flush=True)
             time.sleep(20)
-        finally:
-            1 / 0"""
-    process = started(tmp_path, work=work)
+        FAILS"""
+    process = started(tmp_path, work=work.replace("FAILS", fails))
     assert end(process, signal.SIGINT) == (130, "rotopo: ended by Ctrl-C before the end.\n")
 
 

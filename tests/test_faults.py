@@ -151,7 +151,9 @@ class Laboratory:
         planted = fault if isinstance(fault, Fault) else None
         process = self.start(one, root, last_good(root), planted)
         if not isinstance(fault, Fault):
-            process.join(fault[0] * seconds)
+            while not (root / "log.txt").exists():  # the fork has not begun yet
+                time.sleep(0.01)
+            process.join(0.1 + fault[0] * seconds)
             if process.is_alive():
                 os.kill(process.pid, fault[1])
         process.join(60)
@@ -580,6 +582,46 @@ def test_of_two_ranks_one_is_killed(laboratory, tmp_path, record_property):
         lines.append(line)
     printed(record_property, "Two ranks", lines)
     assert all(line["weights equal"] for line in lines)
+
+
+@pytest.mark.slow
+def test_ctrl_c_of_two_ranks_is_one_message_and_they_go_on(laboratory, tmp_path):
+    """A terminal sends it to both, and torchrun once more."""
+    one = Try(0, "DPO, LoRA with dropout", 8, 1, 0, True, ())
+
+    def start(root: Path, resume: Path | None = None) -> list[ForkServerProcess]:
+        options, port = [*strategy("ddp"), "--trainer.devices=2"], free_port()
+        ranks = [environment("torchrun", rank, 2, 1, port) for rank in range(2)]
+        return [
+            laboratory.start(one, root, resume, None, *options, environment=rank) for rank in ranks
+        ]
+
+    def ctrl_c(ranks: list[ForkServerProcess], root: Path) -> str:
+        for _ in range(2):
+            for process in ranks:
+                os.kill(process.pid, signal.SIGINT)
+            time.sleep(0.1)
+        assert end(ranks, 30) == [130, 130], (root / "log.txt").read_text()
+        log = (root / "log.txt").read_text()
+        assert "Traceback" not in log
+        (told,) = [row for row in log.splitlines() if row.startswith("rotopo: ended by ")]
+        return told
+
+    early, root, whole = (tmp_path / name for name in ("early", "run", "whole"))
+    ranks = start(early)
+    time.sleep(0.5)
+    assert "before the first step" in ctrl_c(ranks, early)
+
+    ranks = start(root)
+    deadline = time.monotonic() + 60
+    while len(list(root.rglob("*.ckpt"))) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    told = ctrl_c(ranks, root)
+    last = last_good(root)
+    assert told.endswith(f"go on with: the same command and --ckpt_path {shlex.quote(str(last))}")
+    assert end(start(root, last), 120) == end(start(whole), 120) == [0, 0]
+    assert equal(outcome(root)[0], outcome(whole)[0])
 
 
 # Jobs that SLURM starts again.

@@ -83,7 +83,8 @@ def test_callbacks_that_come_by_themselves_are_those_of_every_run():
     import rotopo.callbacks
     from rotopo.objectives.base import PreferenceModule
 
-    always = {type(one).__name__ for one in PreferenceModule.always_on(None)} | {"Finite"}
+    always = {type(one).__name__ for one in PreferenceModule.always_on(None)}
+    always |= {"Finite", "ProgressLine"}
     assert {*rotopo.callbacks.__all__} - always <= set(ADDED)
     assert not always & set(ADDED)
 

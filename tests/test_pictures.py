@@ -25,8 +25,8 @@ from rotopo.metrics.displacement import log_ratios
 from rotopo.metrics.runs import read_test, read_training
 from rotopo.objectives import DPO, IPO
 from rotopo.report import figures
+from rotopo.studies import desiderata_plots, noise, noise_plots
 from rotopo.studies import desiderata_tables as tables
-from rotopo.studies import noise
 from rotopo.studies.surfaces import surface
 from rotopo.studies.tabular import Prompt, at_strength
 from tests.drawn import faults
@@ -232,6 +232,33 @@ def flat(made: Any) -> list[Any]:
     return (
         [one for part in made for one in flat(part)] if isinstance(made, list | tuple) else [made]
     )
+
+
+def test_what_was_asked_for_comes_first_and_large():
+    at = torch.linspace(-5, 5, 3, dtype=torch.float64)
+    own = surface(at_strength(IPO(), 1.0), at)
+    others = {f"other {i}": own for i in range(9)}
+    for asked in (["IPO"], ["IPO", "DPO (divergence=js)"]):
+        figure = desiderata_plots.losses(dict.fromkeys(asked, own), others, at)
+        figure.draw_without_rendering()
+        boxes = {axes.get_title(loc="left"): axes.get_window_extent() for axes in figure.axes}
+        assert list(boxes) == [*asked, *others]
+        first, rest = list(boxes.values())[: len(asked)], list(boxes.values())[len(asked) :]
+        assert min(box.width for box in first) > 2 * max(box.width for box in rest)
+        assert min(box.y0 for box in first) > max(box.y1 for box in rest)
+
+
+def test_the_noise_studys_objectives_asked_for_are_in_colour():
+    runs = pd.DataFrame(
+        {"task": "tabular", "objective": name, "noise": rate, "seed": 0, "accuracy": 0.7}
+        | {"auroc": 0.6, "recall": 0.5}
+        for name in ("SimPO", "TYPO", "DPO")
+        for rate in (0.0, 0.2)
+    )
+    for asked, grey in ((["SimPO", "TYPO"], {"DPO"}), (None, {"SimPO", "TYPO"})):
+        figure = noise_plots.noise(noise.summarised(runs), asked)
+        names = {text.get_text(): text.get_color() for text in figure.axes[0].texts}
+        assert {name for name, colour in names.items() if colour == "0.45"} == grey
 
 
 def test_the_pictures_are_found(tmp_path):

@@ -30,7 +30,7 @@ def test_quickstart_trains_tests_generates_and_saves(tmp_path, monkeypatch, caps
     printed = capsys.readouterr().out
     assert "orthogonality error" in printed
     assert "0.693" in printed  # ln 2, the loss before training
-    assert printed.count("before: ") == 3
+    assert printed.count("before: ") == 1
     assert (tmp_path / "implicit_rewards.png").stat().st_size > 10_000
     (file,) = tmp_path.glob("version_0/checkpoints/last.ckpt")
     checkpoint = torch.load(file, weights_only=True)

@@ -104,6 +104,23 @@ def test_so_is_what_is_wrong_in_a_file(message, tmp_path, text, expected):
     assert expected in message(f"--config={tmp_path / 'more.yaml'}")
 
 
+def test_a_class_of_the_users_own_is_described_once_it_is_imported(message):
+    error = message("--model=tests.test_refusals.StumblesToo", "--model.betaa=2", "--trainer.x=1")
+    assert error.splitlines() == [
+        "rotopo: model.betaa: StumblesToo has no setting 'betaa'; did you mean 'beta'?",
+        "rotopo: trainer.x: the Trainer has no setting 'x'",
+    ]
+
+
+def test_all_that_is_wrong_with_the_data_is_said_in_one_go(message):
+    error = message("--data.pairs_per_step=0", "--data.validation=2", "--data.max_length=1")
+    assert [line.partition(" is ")[0] for line in error.splitlines() if "rotopo: " in line] == [
+        "rotopo: data.validation",
+        "rotopo: data.pairs_per_step",
+        "rotopo: data.max_length",
+    ]
+
+
 def test_a_class_whose_file_misses_a_package_is_one_line(message, tmp_path, monkeypatch):
     (tmp_path / "my_objectives.py").write_text("import no_such_package\n\nclass Mine: ...\n")
     monkeypatch.syspath_prepend(tmp_path)

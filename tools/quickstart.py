@@ -41,7 +41,7 @@ LESS = ("--data.train_pairs=160", "--data.validation=0", "--data.test=0.05")
 CACHED = "--model.policy.reference=cached"
 JUDGED_PROMPTS = 32
 PROMPTS_PER_BATCH = 16
-SHOWN_PROMPTS = 3
+SHOWN_PROMPTS = 1
 
 
 class Quickstart(RotopoCLI):

@@ -125,7 +125,7 @@ class PairScores(Callback):
             write_whole(folder / "test_pairs.jsonl", to_jsonl(lines))
             write_whole(folder / "test.json", to_json(found))
             print(_table(found), _sample(lines, self.samples), sep="\n\n")
-            print(f"\n{len(lines)} pairs in {folder / 'test_pairs.jsonl'}")
+            print(f"\n{len(lines)} pairs in {folder / 'test_pairs.jsonl'}\n")
 
     def _lines(self, trainer: Trainer) -> list[dict[str, Any]]:
         """What is written of all ranks' pairs."""

@@ -137,7 +137,7 @@ class ProgressLine(ProgressBar):
 
     Args:
         every_n_steps: optimiser steps from one line of a log to the next. None is
-            ``trainer.log_every_n_steps``, but not within ten seconds of the last line, or a tenth
+            ``trainer.log_every_n_steps``, but not within ten seconds of the last line, or a fifth
             of the whole training, nor later than a minute after it.
     """
 

@@ -6,6 +6,7 @@ of another version, a form that is seldom written) it leaves to the parser.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from rotopo.described import Description
 from rotopo.described.nearest import meant, nearest, nearest_file
@@ -21,8 +22,20 @@ _BARE = ("-h", "--help", "--print_config", "--print_shtab")
 _GIVES_SETTINGS = ("-c", "--config", "--ckpt_path", "--model")
 
 
-def mistakes(args: Sequence[str], description: Description, commands: Sequence[str]) -> list[str]:
-    """What is surely wrong with a command line, a line each.
+class Looked(NamedTuple):
+    """A command line, looked through.
+
+    Attributes:
+        wrong: what is surely wrong with it, a line each.
+        foreign: class paths in it that are not described.
+    """
+
+    wrong: list[str]
+    foreign: list[str]
+
+
+def look_through(args: Sequence[str], description: Description, commands: Sequence[str]) -> Looked:
+    """Look for mistakes in a command line.
 
     Args:
         args: without the program's name.
@@ -30,17 +43,19 @@ def mistakes(args: Sequence[str], description: Description, commands: Sequence[s
         commands: all that there are, of which those that are described are checked.
     """
     if not args or args[0][:1] == "-":
-        return []
+        return Looked([], [])
     command, *rest = args
+    if command in description.commands and command in commands:
+        check = Check(description, command)
+        return Looked(check.lines(rest), check.values.foreign)
     if command in commands:
-        known = command in description.commands
-        return Check(description, command).lines(rest) if known else []
+        return Looked([], [])
     if command.endswith(FILES):
         near: str | None = f"rotopo fit --config {command}"
     else:
         near = nearest(command, commands)
     first = f"did you mean {near}?" if near else "no such command"
-    return [f"{command}: {first}", f"the commands are {', '.join(commands)}"]
+    return Looked([f"{command}: {first}", f"the commands are {', '.join(commands)}"], [])
 
 
 class Check:

@@ -1,6 +1,9 @@
 """What jsonargparse says of a setting, which is a page, in one line and in plain words."""
 
 import re
+from typing import Any, NoReturn
+
+from rotopo.errors import InputError
 
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)':\s*(.*)")
@@ -8,6 +11,25 @@ _OPTION = re.compile(r"Option '([^']+)' is not accepted")
 _EXPECTED = re.compile(r"Expected an? (<class '[^']+'>|.*?)(?:\. Got value: (.*))?$", re.M)
 _GIVEN = re.compile(r"Given value: (.*)$", re.M)
 _NESTED = re.compile(r"NestedArg\(key='[^']*', val=(.*)\)$")
+
+
+class InPlainWords:
+    """Of a parser: it says what is wrong in one line, and takes names in full alone."""
+
+    exit_on_error: bool
+
+    def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)  # type: ignore[call-arg]
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Refuse, in place of a page with the usage above.
+
+        Raises:
+            InputError: says what is wrong.
+        """
+        if not self.exit_on_error:  # it is asked by another parser, which goes on from there
+            super().error(message, ex)  # type: ignore[misc]
+        raise InputError(rephrased(message)) from ex
 
 
 def rephrased(message: str) -> str:
@@ -37,10 +59,10 @@ def rephrased(message: str) -> str:
     no_class = re.search(r"Expected a dot import path string: (\S+)", message)
     if no_class is not None:
         return f"{prefix}there is no class {no_class.group(1)!r}"
-    if kinds and value:
+    if kinds and (exact or given is not None):
         return f"{prefix}expected {' or '.join(kinds)}, found {_quoted(value)}"
     text = " ".join(_KEY.sub("", message).strip(": \n").split())
-    text = text.replace("argument subcommand: invalid choice:", "no such command:")
+    text = re.sub(r"the following arguments are required: (.*)", r"\1: has to be given", text)
     return f"{prefix}{text}"
 
 
@@ -60,4 +82,4 @@ def _value(text: str) -> str:
 
 
 def _quoted(value: str) -> str:
-    return value if value[:1] in "'\"[{(" else repr(value)
+    return value if value.startswith(("'", '"', "[", "{", "(")) else repr(value)

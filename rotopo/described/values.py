@@ -38,6 +38,7 @@ class Values:
         root: the command, with the classes in effect in its settings.
         found: what is wrong.
         checkpoint: the last one named, and where.
+        foreign: class paths that are not described, and may bring further short names along.
     """
 
     def __init__(self, description: Description, command: str) -> None:
@@ -45,7 +46,7 @@ class Values:
         self.root = Slot(description.commands[command])
         self.found: list[str | Unknown | NoClass] = []
         self.checkpoint: tuple[str, str] | None = None
-        self._foreign = False  # whether a class is named that may bring others along
+        self.foreign: list[str] = []
 
     def lines(self) -> list[str]:
         """All that is wrong, a line each."""
@@ -55,7 +56,7 @@ class Values:
                 said.append(f"{one.place.at(one.line)}{one.place.path}: {self._words(one)}")
             elif isinstance(one, str):
                 said.append(one)
-            elif not self._foreign:
+            elif not self.foreign:
                 said.append(one.said)
         return list(dict.fromkeys(said))
 
@@ -194,7 +195,7 @@ class Values:
         if "." in text:
             found = known.of(text)
             if found is None and text.partition(".")[0] not in ("rotopo", *known.versions):
-                self._foreign = True
+                self.foreign.append(text)
             elif found is None and is_nowhere(text):
                 self._no_class(takes, text, place, line)
             return found

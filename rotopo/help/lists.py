@@ -31,8 +31,8 @@ def formats() -> str:
     rows = []
     for name, one in FORMATS.items():
         columns = [*one.columns, *(f"[{column}]" for column in one.optional)]
-        said = re.sub(r"``", "", " ".join((one.read.__doc__ or "").split()))
-        rows.append(f"  {name:<15}{', '.join(columns)}\n{paragraph(_sentence(said), 17)}")
+        said = " ".join((one.read.__doc__ or "").replace("``", "").split()).split(". ")[0]
+        rows.append(f"  {name:<15}{', '.join(columns)}\n{paragraph(said, 17)}")
     common = " and ".join(COMMON_COLUMNS)
     return page(
         "Formats of rows, for --data.format; found by the columns where none is named:",
@@ -84,7 +84,3 @@ def _without_its_name(one: Described) -> str:
     said = rest if rest and len(name.split()) < 3 else said
     first = said.split(" ")[0]
     return said[0].lower() + said[1:] if first[1:] == first[1:].lower() else said
-
-
-def _sentence(text: str) -> str:
-    return re.split(r"(?<=[.;:])\s", text)[0].rstrip(";:.") + "."

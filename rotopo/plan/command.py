@@ -12,6 +12,7 @@ import torch
 from rotopo.callbacks.arithmetic import Decoder, is_known
 from rotopo.callbacks.speed import count
 from rotopo.data.needs import Needs
+from rotopo.described.rephrase import InPlainWords
 from rotopo.errors import InputError
 from rotopo.files import to_json, write_whole
 from rotopo.models.beside import embeddings
@@ -187,12 +188,15 @@ def _flops(module: PairwiseModule, load: Load, pairs_per_step: int, cached: bool
     return decoder.flops(tokens, targets, scores, online) * pairs_per_step / load.pairs
 
 
+class _Parser(InPlainWords, argparse.ArgumentParser):
+    pass
+
+
 def own_options() -> argparse.ArgumentParser:
     """The parser of what is no option of a fit."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "rotopo plan",
         description="What a fit takes of a GPU, before one is booked.",
-        allow_abbrev=False,
     )
     card = parser.add_mutually_exclusive_group()
     names = ", ".join(CARDS)

@@ -133,12 +133,12 @@ def shortened(name: str, inches: float, size: float = 8, bold: bool = False) -> 
     return shown
 
 
-def lines(name: str, inches: float, size: float, most: int = 2) -> str:
+def lines(name: str, inches: float, size: float, most: int = 2, bold: bool = True) -> str:
     """A name on so many lines at most, each of which fits."""
-    letters = max(1, int(inches / (_width("n" * 20, size, False) / 20)))
-    parts = textwrap.wrap(name, letters) or [""]
+    letters = max(1, int(inches / _width("n", size, bold)))
+    parts = textwrap.wrap(name, letters, break_long_words=False) or [""]
     parts = [*parts[: most - 1], " ".join(parts[most - 1 :])] if len(parts) > most else parts
-    return "\n".join(short(part, inches, size) for part in parts)
+    return "\n".join(short(part, inches, size, bold) for part in parts)
 
 
 def grid(figure: Any, n: int, columns: int) -> list[Axes]:

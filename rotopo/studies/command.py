@@ -22,7 +22,7 @@ def run(study: Callable[..., None], name: str, description: str, args: list[str]
         SystemExit: with status 2 after bad input, whose message is printed without a traceback;
             after a signal with 128 + its number.
     """
-    with endings.in_one_line(instead="before its end."):
+    with endings.in_one_line(instead="before its end: the same command goes on where it stopped."):
         _run(study, name, description, args)
 
 

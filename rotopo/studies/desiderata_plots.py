@@ -129,7 +129,7 @@ def losses(asked: dict[str, Tensor], others: dict[str, Tensor], log_ratios: Tens
         others: the same, of what they are compared with, small.
         log_ratios: Δ, nats [n].
     """
-    kinds = [(asked, 4, 9.5)] + ([(others, 8, 7.5)] if others else [])
+    kinds = [(asked, 4, 9.5)] + ([(others, 8, 7)] if others else [])
     heights = [
         math.ceil(len(own) / min(len(own), columns)) * (_ACROSS / max(columns, 4) + 0.25) + 0.3
         for own, columns, _ in kinds
@@ -151,6 +151,7 @@ def _surfaces(
 ) -> None:
     x = log_ratios.numpy()
     some = torch.arange(len(x))[_ARROWS // 2 :: _ARROWS]
+    large = columns <= 4
     for i, (axes, (name, values)) in enumerate(zip(panels, surfaces.items(), strict=True)):
         axes.contourf(x, x, values[0].numpy(), levels=24, cmap="viridis")
         down = -values[1:][:, some][:, :, some]
@@ -169,7 +170,8 @@ def _surfaces(
             pivot="mid",
         )
         axes.plot(x, x, color="white", linewidth=0.6, linestyle=":")
-        axes.set_title(lines(name, _ACROSS / columns - 0.4, size, most=3), fontsize=size)
+        title = lines(name, _ACROSS / columns - 0.4, size, most=3, bold=large)
+        axes.set_title(title, fontsize=size, fontweight="bold" if large else "normal")
         axes.set(xticks=[-4, 0, 4], yticks=[-4, 0, 4])
         axes.tick_params(labelsize=size - 1)
         axes.set_aspect("equal")
