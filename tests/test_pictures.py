@@ -20,6 +20,8 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 
+from rotopo.compare.frontiers import Frontier
+from rotopo.compare.results import AXES
 from rotopo.judge.judgement import read_judgement
 from rotopo.metrics.displacement import log_ratios
 from rotopo.metrics.runs import read_test, read_training
@@ -29,6 +31,7 @@ from rotopo.studies import desiderata_plots, noise, noise_plots
 from rotopo.studies import desiderata_tables as tables
 from rotopo.studies.surfaces import surface
 from rotopo.studies.tabular import Prompt, at_strength
+from tests.compare.test_compare import made_points
 from tests.drawn import faults
 from tests.report import report_inputs as inputs
 
@@ -159,6 +162,14 @@ def given(folder: Path, awkward: bool) -> dict[str, Any]:
         "kind": "groups",
         "rows": [(name, {"chosen": -scale, "rejected": -2 * scale}) for name in names],
         "unit": "nats per token",
+        "frontiers.arms": {
+            name: [Frontier(np.arange(5) * scale, numbers.normal(size=5)) for _ in range(3)]
+            for name in names
+        },
+        "at": [scale, 2 * scale],
+        "label": AXES["kl"],
+        "points": {name: [made_points(folder / "points", 1, 1, i)] for i, name in enumerate(names)},
+        "measure": "reverse_kl",
         "texts": ["some words of a text", "other words $5 and $6"],
         "colour": figures.CHOSEN,
     }

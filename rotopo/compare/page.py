@@ -2,12 +2,11 @@
 
 import importlib.metadata
 
-import numpy as np
-
+from rotopo.compare import plots
 from rotopo.compare.differences import Difference
 from rotopo.compare.results import AXES, Results, Row
 from rotopo.compare.settings import OUTCOMES, Comparison
-from rotopo.report.figures import GREY, SERIES, legend_below, panel
+from rotopo.report.figures import SERIES
 from rotopo.report.page import Cell, Panel, Picture, Section, Table, number, render, with_minus
 
 _TITLES = {
@@ -38,7 +37,7 @@ def page(comparison: Comparison, results: Results) -> str:
     )
     sections = [
         _differences(comparison, results),
-        _frontiers(comparison, results),
+        _frontiers(results),
         _over_training(comparison, results),
         _rates(comparison, results),
         _single_seeds(comparison, results),
@@ -98,15 +97,29 @@ def _differences(comparison: Comparison, results: Results) -> Section:
         "extrapolated. “Could tell”: the true difference that so many seeds would have found in 8 "
         "of 10 trials, before Holm."
     )
+    for axis in [axis for axis, at in results.levels.items() if not at]:
+        caption += (
+            f" The tuning runs have no {axis} in common: nothing is compared at an equal one."
+        )
     emphasis = [row.outcome == comparison.outcome for row in results.rows]
     return Section("Differences", [Table(caption, headers, cells, emphasis)])
 
 
-def _frontiers(comparison: Comparison, results: Results) -> Section:
+def _frontiers(results: Results) -> Section:
     parts = []
     for axis, label in AXES.items():
         outcomes = [o for o in dict.fromkeys(row.outcome for row in results.rows) if o != axis]
-        panels = [_frontier(results, axis, label, outcome) for outcome in outcomes]
+        panels = []
+        for outcome in outcomes:
+            arms = {
+                arm: [run.measured(outcome, axis).frontier() for run in by_seed.values()]
+                for arm, by_seed in results.runs.items()
+            }
+            figure = plots.frontiers(
+                arms, results.levels[axis], _colours(results), _title(outcome), label
+            )
+            alt = f"{OUTCOMES[outcome]} by {label}, a line for each run."
+            panels.append(Panel(figure, alt, tuple(arms)))
         parts.append(
             Picture(
                 f"At equal {'sequence KL' if axis == 'kl' else 'margin'}",
@@ -118,25 +131,6 @@ def _frontiers(comparison: Comparison, results: Results) -> Section:
     return Section("Frontiers", parts)
 
 
-def _frontier(results: Results, axis: str, label: str, outcome: str) -> Panel:
-    figure, axes = panel(_title(outcome))
-    for colour, (arm, by_seed) in zip(_colours(results), results.runs.items(), strict=True):
-        frontiers = [run.measured(outcome, axis).frontier() for run in by_seed.values()]
-        for one in frontiers:
-            axes.plot(one.distance, one.outcome, color=colour, linewidth=0.6, alpha=0.6)
-        low = max(one.distance[0] for one in frontiers)
-        high = min(one.distance[-1] for one in frontiers)
-        if high > low:
-            grid = np.linspace(low, high, 60)
-            mean = np.mean([[one.at(x) for x in grid] for one in frontiers], axis=0)
-            axes.plot(grid, mean, color=colour, linewidth=2.2, label=arm)
-    for level in results.levels[axis]:
-        axes.axvline(level, color=GREY, linewidth=0.7, linestyle=":")
-    axes.set_xlabel(label)
-    legend_below(figure)
-    return Panel(figure, f"{OUTCOMES[outcome]} by {label}, a line for each run.")
-
-
 def _over_training(comparison: Comparison, results: Results) -> Section:
     names = {
         "reverse_kl": "KL(π_θ ‖ π_ref), nats a response",
@@ -144,16 +138,15 @@ def _over_training(comparison: Comparison, results: Results) -> Section:
         "margin": "Margin h, nats",
         comparison.outcome: _title(comparison.outcome),
     }
-    panels = []
-    for name, title in names.items():
-        figure, axes = panel(title)
-        for colour, (arm, by_seed) in zip(_colours(results), results.runs.items(), strict=True):
-            for number_, run in enumerate(by_seed.values()):
-                label = arm if number_ == 0 else None
-                axes.plot(run.steps, run.means(name), color=colour, linewidth=1, label=label)
-        axes.set_xlabel("optimiser step")
-        legend_below(figure)
-        panels.append(Panel(figure, f"{title} by optimiser step, a line for each run."))
+    points = {arm: list(by_seed.values()) for arm, by_seed in results.runs.items()}
+    panels = [
+        Panel(
+            plots.over_steps(points, name, _colours(results), title),
+            f"{title} by optimiser step, a line for each run.",
+            tuple(points),
+        )
+        for name, title in names.items()
+    ]
     caption = (
         "Means over held-out pairs, and over responses drawn from the policy (for the KL of the "
         "reference beside the policy, from the reference), of whole next-token distributions "
@@ -244,5 +237,5 @@ def _interval_cell(found: Difference | None) -> Cell:
     return Cell(_interval(found).strip(" ()"), found.interval[0])
 
 
-def _colours(results: Results) -> list[tuple[str, str]]:
-    return [SERIES[i % len(SERIES)] for i in range(len(results.runs))]
+def _colours(results: Results) -> dict[str, str]:
+    return {arm: SERIES[i % len(SERIES)] for i, arm in enumerate(results.runs)}
