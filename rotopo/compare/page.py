@@ -7,7 +7,17 @@ from rotopo.compare.differences import Difference
 from rotopo.compare.results import AXES, Results, Row
 from rotopo.compare.settings import OUTCOMES, Comparison
 from rotopo.report.figures import SERIES
-from rotopo.report.page import Cell, Panel, Picture, Section, Table, number, render, with_minus
+from rotopo.report.page import (
+    Cell,
+    Panel,
+    Part,
+    Picture,
+    Section,
+    Table,
+    number,
+    render,
+    with_minus,
+)
 
 _TITLES = {
     "accuracy": "Accuracy",
@@ -82,10 +92,10 @@ def _differences(comparison: Comparison, results: Results) -> Section:
             Cell(_title(row.outcome), _title(row.outcome)),
             Cell(_place(row), f"{row.axis}{row.quarter}"),
             Cell(row.arm, row.arm),
-            number(row.difference and row.difference.mean, 4),
+            number(None if row.difference is None else row.difference.mean, 4),
             _interval_cell(row.difference),
             number(row.p_holm, 3),
-            number(row.difference and row.difference.smallest, 3),
+            number(None if row.difference is None else row.difference.smallest, 3),
             Cell(row.verdict, row.verdict),
         ]
         for row in results.rows
@@ -106,7 +116,7 @@ def _differences(comparison: Comparison, results: Results) -> Section:
 
 
 def _frontiers(results: Results) -> Section:
-    parts = []
+    parts: list[Part] = []
     for axis, label in AXES.items():
         outcomes = [o for o in dict.fromkeys(row.outcome for row in results.rows) if o != axis]
         panels = []
