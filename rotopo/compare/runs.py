@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import IO, Any
 
 from rotopo.compare.curves import Points
 from rotopo.compare.settings import Comparison
+from rotopo.endings import Ended
 from rotopo.errors import InputError
 from rotopo.progress import Progress
 from rotopo.run.continued import ContinuedRun, from_last_checkpoint
@@ -55,6 +56,7 @@ class Runs:
     def __init__(self, comparison: Comparison, output: Path) -> None:
         self.comparison = comparison
         self.output = output
+        self._processes: set[subprocess.Popen[bytes]] = set()
 
     def place(self, run: Run) -> ContinuedRun:
         """Where a run is, or will be."""
@@ -75,6 +77,7 @@ class Runs:
 
         Raises:
             InputError: one of them failed. Those at hand are finished before.
+            Ended: by a signal, with all that are at hand, each after its step.
         """
         missing = [run for run in runs if not self.place(run).is_done]
         slots: SimpleQueue[int] = SimpleQueue()
@@ -85,6 +88,12 @@ class Runs:
             try:
                 for future in Progress(as_completed(waiting), description, len(waiting)):
                     future.result()
+            except Ended as stop:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(self._processes):
+                    process.terminate()
+                stop.advice = "before its end; the same command goes on."
+                raise
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -100,9 +109,7 @@ class Runs:
             command += [f"--trainer.default_root_dir={place.folder}"]
             command += from_last_checkpoint(place.folder)
             with (place.folder / "log.txt").open("a", encoding="utf-8") as log:
-                status = subprocess.call(
-                    command, stdout=log, stderr=log, env=self._environment(slot)
-                )
+                status = self._status(command, log, self._environment(slot))
             if status:
                 last = (place.folder / "log.txt").read_text("utf-8").strip().splitlines()[-1:]
                 raise InputError(
@@ -112,6 +119,15 @@ class Runs:
             place.finish(asdict(run))
         finally:
             slots.put(slot)
+
+    def _status(self, command: list[str], log: IO[str], environment: dict[str, str]) -> int:
+        """Of a command, which a signal to this one ends too."""
+        with subprocess.Popen(command, stdout=log, stderr=log, env=environment) as process:
+            self._processes.add(process)
+            try:
+                return process.wait()
+            finally:
+                self._processes.discard(process)
 
     def _arguments(self, run: Run) -> list[str]:
         """Of ``rotopo fit``, but for what only says where the run is."""
