@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -21,6 +22,7 @@ def compare(
     rates: list[float],
     seeds: list[int],
     output: Path,
+    settings: dict[str, Any] | None = None,
     tuning_seed: int = 0,
     outcome: str = "accuracy",
     choose: Choice = Choice(),  # noqa: B008 (frozen)
@@ -43,6 +45,7 @@ def compare(
         rates: learning rates to try with every arm.
         seeds: of the runs that are compared.
         output: folder of the runs, the page and the tables.
+        settings: of all arms, laid over the base as another file is.
         tuning_seed: of the runs that choose a rate.
         outcome: what the arms are compared by in the first place: accuracy, margin, displacement,
             score or length.
@@ -63,7 +66,7 @@ def compare(
             f"a comparison takes {error.name}: pip install 'rotopo[report]'."
         ) from error
     comparison = Comparison(
-        base, arms, rates, seeds, tuning_seed, outcome, choose, measure, at_once
+        base, arms, rates, seeds, settings or {}, tuning_seed, outcome, choose, measure, at_once
     )
     runs = Runs(comparison, output)
     tuning = [

@@ -135,6 +135,7 @@ class Runs:
         own = int(hashlib.sha256(f"{run.arm} {run.seed}".encode()).hexdigest()[:7], 16)
         return [
             *(f"--config={file}" for file in comparison.base),
+            f"--config={json.dumps(comparison.settings)}",
             f"--config={json.dumps(comparison.arms[run.arm].settings)}",
             f"--model.optimizer.lr={run.rate}",
             f"--data.seed={run.seed}",

@@ -70,6 +70,7 @@ class Comparison:
         arms: by name. The first is the one that the others are compared with.
         rates: learning rates to try, the same number for every arm.
         seeds: of the runs that are compared.
+        settings: of all arms, laid over the base.
         tuning_seed: of the runs that choose a rate, which is none of the seeds.
         outcome: what the arms are compared by.
         choose: how a rate is chosen.
@@ -84,6 +85,7 @@ class Comparison:
     arms: dict[str, Arm]
     rates: list[float]
     seeds: list[int]
+    settings: dict[str, Any] = field(default_factory=dict)
     tuning_seed: int = 0
     outcome: str = "accuracy"
     choose: Choice = field(default_factory=Choice)

@@ -72,7 +72,13 @@ def test_an_arm_that_is_better_at_the_same_distance_is_ahead_however_fast_it_mov
 
     (tmp_path / "base.yaml").touch()
     settings = Comparison(
-        [tmp_path / "base.yaml"], dict.fromkeys(arms, Arm()), [0.1], [1, 2, 3, 4, 5], 0, "margin"
+        [tmp_path / "base.yaml"],
+        dict.fromkeys(arms, Arm()),
+        [0.1],
+        [1, 2, 3, 4, 5],
+        {},
+        0,
+        "margin",
     )
     html = page(settings, results)
     assert "at an equal √KL of 0.45: ahead of A, margin +" in html
