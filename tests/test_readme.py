@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import LoraConfig
 from torch.optim import AdamW
 
-from rotopo.cli import run
+from rotopo.cli import call, run
 from rotopo.data.module import PairwiseDataModule
 from rotopo.errors import InputError
 from rotopo.models.settings import PolicyConfig
@@ -51,6 +51,15 @@ def test_the_worked_example_trains(example, tiny_tokenizer):
     log = pd.read_csv(Path(cli.trainer.log_dir) / "metrics.csv")
     assert log["train/loss"].iloc[0] == pytest.approx(0.25)  # (0.5 − 0)² at the start
     assert log["val/rewards/accuracy"].notna().any()
+
+
+def test_the_comparison_beside_two_others_is_planned(example, monkeypatch, capsys):
+    ((_, settings),) = [b for b in blocks_of("Is A better than B?") if b[0] == "yaml"]
+    assert len(settings.splitlines()) < 25
+    (example / "comparison.yaml").write_text(settings)
+    monkeypatch.chdir(README.parent)
+    call("compare", [f"--config={example / 'comparison.yaml'}", "--dry_run=true"])
+    assert "6 runs choose rates (0 of them done), 9 are compared" in capsys.readouterr().out
 
 
 def test_its_class_has_at_most_15_lines(example):

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -11,7 +10,7 @@ from rotopo.compare.differences import smallest_difference
 from rotopo.compare.page import page
 from rotopo.compare.results import Try, as_table, chosen_rate, compared, outcomes_of, tried
 from rotopo.compare.runs import Run, Runs
-from rotopo.compare.settings import OUTCOMES, Arm, Choice, Comparison, Measures
+from rotopo.compare.settings import OUTCOMES, Arm, Choice, Comparison, Measures, Settings
 from rotopo.errors import InputError
 from rotopo.files import write_whole
 
@@ -22,7 +21,7 @@ def compare(
     rates: list[float],
     seeds: list[int],
     output: Path,
-    settings: dict[str, Any] | None = None,
+    settings: Settings | None = None,
     tuning_seed: int = 0,
     outcome: str = "accuracy",
     choose: Choice = Choice(),  # noqa: B008 (frozen)
@@ -74,6 +73,7 @@ def compare(
         for arm in arms
         for rate in comparison.rates_of(arm)
     ]
+    runs.check(tuning)
     if dry_run:
         print(_plan(comparison, runs, tuning))
         return

@@ -14,6 +14,8 @@ from typing import IO, Any
 
 from rotopo.compare.curves import Points
 from rotopo.compare.settings import Comparison
+from rotopo.described import read
+from rotopo.described.check import look_through
 from rotopo.endings import Ended
 from rotopo.errors import InputError
 from rotopo.progress import Progress
@@ -57,6 +59,17 @@ class Runs:
         self.comparison = comparison
         self.output = output
         self._processes: set[subprocess.Popen[bytes]] = set()
+
+    def check(self, runs: Sequence[Run]) -> None:
+        """Refuse what is misspelt in any arm before the first run begins.
+
+        Raises:
+            InputError: names the arm and the setting.
+        """
+        for run in {run.arm: run for run in runs}.values():
+            wrong, _ = look_through(["fit", *self._arguments(run)], read(), ["fit"])
+            if wrong:
+                raise InputError(f"arms.{run.arm}: {' '.join(wrong)}")
 
     def place(self, run: Run) -> ContinuedRun:
         """Where a run is, or will be."""

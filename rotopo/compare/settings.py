@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rotopo.errors import InputError
+
+# Without types for what is in it, of which the parser would make objects wherever it names a class.
+Settings = dict
 
 # Outcomes that can be read off a measured run, and whether more of it is better.
 OUTCOMES = {
@@ -45,7 +47,7 @@ class Measures:
     prompts: int = 50
     samples: int = 2
     max_new_tokens: int = 64
-    judge: Any = None
+    judge: str | Settings | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Arm:
         rates: learning rates to try; None takes the comparison's.
     """
 
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: Settings = field(default_factory=dict)
     rates: list[float] | None = None
 
 
@@ -85,7 +87,7 @@ class Comparison:
     arms: dict[str, Arm]
     rates: list[float]
     seeds: list[int]
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: Settings = field(default_factory=dict)
     tuning_seed: int = 0
     outcome: str = "accuracy"
     choose: Choice = field(default_factory=Choice)

@@ -155,6 +155,17 @@ def test_a_dry_run_says_what_it_would_take(comparison, capsys):
     assert "2 seeds tell a difference of 11.55 standard deviations" in said
 
 
+def test_what_is_misspelt_in_an_arm_is_said_before_anything_runs(comparison, capsys):
+    wrong = {"DPO": {}, "other": {"settings": {"model": {"init_args": {"bata": 0.1}}}}}
+    with pytest.raises(SystemExit):
+        call("compare", [f"--config={comparison}", f"--arms={json.dumps(wrong)}"])
+    said = capsys.readouterr().err
+    assert (
+        said == "rotopo: arms.other: model.bata: DPO has no setting 'bata'; did you mean 'beta'?\n"
+    )
+    assert not (comparison.parent / "out").exists()
+
+
 @pytest.mark.slow
 def test_a_comparison_that_is_killed_goes_on_and_ends_in_the_same_table(comparison, tmp_path):
     command = [sys.executable, "-m", "rotopo.cli", "compare", f"--config={comparison}"]
