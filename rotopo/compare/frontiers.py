@@ -1,5 +1,6 @@
 """A run's outcome by its distance from the reference, read off at fixed distances."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,8 @@ class Frontier:
     def at(self, level: float) -> float:
         """The outcome at a distance, linear between two points; not a number where the run has not
         been that far, or began farther: nothing is extrapolated."""
+        if not len(self.distance):  # a resample without any of the responses
+            return math.nan
         return float(np.interp(level, self.distance, self.outcome, np.nan, np.nan))
 
 
@@ -85,7 +88,8 @@ class Measured:
 
 
 def _mean(sums: np.ndarray, counts: np.ndarray, groups: np.ndarray | slice) -> np.ndarray:
-    return sums[:, groups].sum(1) / counts[groups].sum()
+    count = counts[groups].sum()
+    return sums[:, groups].sum(1) / count if count else np.full(len(sums), np.nan)
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,15 @@ def test_the_bootstrap_of_two_runs_covers_what_another_held_out_set_would_give()
     assert np.mean(alone) == pytest.approx(0.4, abs=0.05)
 
 
+def test_a_resample_without_responses_reaches_nothing():
+    """Responses to one of two groups: a quarter of the resamples have none."""
+    counts = np.array([4, 0])
+    one = Measured(np.array([[0.0, 0], [16, 0]]), counts, np.zeros((2, 2)), np.ones(2))
+    (found,) = pair_of_runs(one, one, [1.0])
+    assert found.reached == pytest.approx(0.75, abs=0.05)
+    assert found.interval == (0, 0)
+
+
 def test_a_level_that_few_resamples_reach_has_no_interval():
     one = Measured(np.array([[0.0] * 4, [0, 0, 0, 16.0]]), np.ones(4), np.zeros((2, 4)), np.ones(4))
     (at_end,) = pair_of_runs(one, one, [2.0])
