@@ -171,19 +171,19 @@ def _rates(comparison: Comparison, results: Results) -> Section:
             Cell(one.arm, one.arm),
             Cell(f"{one.rate:g}", one.rate),
             number(one.best, 4),
-            number(one.distance, 3),
+            number(one.kl, 3),
             number(one.step, 0),
             Cell("chosen" if one.chosen else "", "a" if one.chosen else "b"),
         ]
         for one in results.tries
     ]
     cap = comparison.choose.kl_cap
-    within = "" if cap is None else f", of those with a √KL of {cap:g} at most"
+    within = "" if cap is None else f", of those with a KL of {cap:g} nats at most"
     best = _title(comparison.choose.best).lower()
     table = Table(
         f"Seed {comparison.tuning_seed}, measured on the validation split: the rate with the best "
         f"{best} at any point after the start{within}. Every arm has as many tries.",
-        ["Arm", "Learning rate", f"Best {best}", "√KL there", "Step", ""],
+        ["Arm", "Learning rate", f"Best {best}", "KL there, nats", "Step", ""],
         cells,
         [one.chosen for one in results.tries],
     )

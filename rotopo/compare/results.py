@@ -25,7 +25,7 @@ class Try:
         best: the outcome that rates are chosen by, at its best point within the cap; None where
             there is no such point.
         step: that point's.
-        distance: √KL there.
+        kl: KL(π_θ ‖ π_ref) there, nats a response.
         chosen: whether it is the arm's best.
     """
 
@@ -33,23 +33,23 @@ class Try:
     rate: float
     best: float | None
     step: int | None
-    distance: float | None
+    kl: float | None
     chosen: bool = False
 
 
 def tried(arm: str, rate: float, points: Points, choice: Choice) -> Try:
     """How good a rate is: the best point, after the start, within the cap."""
-    distance = np.sqrt(np.maximum(points.means("reverse_kl"), 0))
+    kl = points.means("reverse_kl")
     outcome = points.means(choice.best)
     within = [
         n
         for n in range(len(outcome))
-        if points.steps[n] and (choice.kl_cap is None or distance[n] <= choice.kl_cap)
+        if points.steps[n] and (choice.kl_cap is None or kl[n] <= choice.kl_cap)
     ]
     if not within:
         return Try(arm, rate, None, None, None)
     best = max(within, key=lambda n: outcome[n])
-    return Try(arm, rate, float(outcome[best]), points.steps[best], float(distance[best]))
+    return Try(arm, rate, float(outcome[best]), points.steps[best], float(kl[best]))
 
 
 def chosen_rate(tries: Sequence[Try], cap: float | None) -> float:

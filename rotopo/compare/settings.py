@@ -24,7 +24,8 @@ class Choice:
 
     Args:
         best: the outcome, of the points within the cap the highest.
-        kl_cap: √KL(π_θ ‖ π_ref) of the points that count at most, in √nats; None counts all.
+        kl_cap: KL(π_θ ‖ π_ref) of the points that count at most, in nats a response; None counts
+            all.
     """
 
     best: str = "accuracy"

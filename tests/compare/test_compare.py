@@ -104,12 +104,12 @@ def test_the_rate_is_that_of_the_best_point_within_the_cap(tmp_path):
     free = [tried("A", rate, p, Choice("margin")) for rate, p in ((0.1, slow), (0.4, fast))]
     assert chosen_rate(free, None) == 0.4
     assert free[1].step == 30
-    capped = Choice("margin", 1.2)
+    capped = Choice("margin", 1.44)
     near = [tried("A", rate, p, capped) for rate, p in ((0.1, slow), (0.4, fast))]
-    assert chosen_rate(near, 1.2) == 0.1
+    assert chosen_rate(near, 1.44) == 0.1
     assert near[1].best is None
-    with pytest.raises(InputError, match=r"choose\.kl_cap is 1\.2: no point of A"):
-        chosen_rate(near[1:], 1.2)
+    with pytest.raises(InputError, match=r"choose\.kl_cap is 1\.44: no point of A"):
+        chosen_rate(near[1:], 1.44)
 
 
 @pytest.mark.parametrize(
