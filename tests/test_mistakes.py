@@ -62,6 +62,10 @@ def said(line: str) -> list[str]:
         (START + "--model rotopo.objectives.Dpo", "did you mean 'rotopo.objectives.DPO'?"),
         (START + "--model rotopo.objectivs.DPO", "there is no PairwiseModule"),
         (START + "--model.class_path SimpO", "did you mean 'SimPO'?"),
+        (
+            "fit --model.beta 1 --config configs/quickstart.yaml",
+            "model.beta: put --config FILE, or --model CLASS, in front of it",
+        ),
         (START + "--model.policy.dtyp auto", "PolicyConfig has no setting 'dtyp'"),
         (START + "--model.policy.adapter LoraConfg", "did you mean 'LoraConfig'?"),
         (START + "--model.policy.adapter.n_housholder 1", "did you mean 'n_householder'?"),
@@ -258,7 +262,7 @@ def test_the_command_ends_before_anything_is_imported(capsys, monkeypatch):
             "  Given value: ",
             "trainer.max_epochs: expected an int or null, found ''",
         ),
-        ("the following arguments are required: scores", "scores: has to be given"),
+        ("the following arguments are required: scores", "scores: missing"),
         ("unrecognized arguments: stray", "unrecognized arguments: stray"),
     ],
 )

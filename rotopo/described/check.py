@@ -69,9 +69,11 @@ class Check:
     def __init__(self, description: Description, command: str) -> None:
         self.description, self.command = description, command
         self.values = Values(description, command)
+        self._from_checkpoint = False  # whether settings may come from one
 
     def lines(self, args: Sequence[str]) -> list[str]:
         """What is wrong with the command's arguments, a line each."""
+        self._from_checkpoint = any(arg.startswith("--ckpt_path") for arg in args)
         self._arguments(list(args))
         named = {arg.partition("=")[0].partition(".")[0] for arg in args if arg[:1] == "-"}
         named |= {"--config"} if any(arg.endswith(FILES) for arg in args) else set()
@@ -155,6 +157,8 @@ class Check:
                 return
             there = inner(self.description, slot, name, takes)
             if there is None:
+                if place.path == "model" and not self._from_checkpoint:
+                    self._say(f"{path}: put --config FILE, or --model CLASS, in front of it")
                 return
             slot = there
 

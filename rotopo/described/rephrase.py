@@ -62,7 +62,7 @@ def rephrased(message: str) -> str:
     if kinds and (exact or given is not None):
         return f"{prefix}expected {' or '.join(kinds)}, found {_quoted(value)}"
     text = " ".join(_KEY.sub("", message).strip(": \n").split())
-    text = re.sub(r"the following arguments are required: (.*)", r"\1: has to be given", text)
+    text = re.sub(r"the following arguments are required: (.*)", r"\1: missing", text)
     return f"{prefix}{text}"
 
 
