@@ -8,7 +8,7 @@ import pandas as pd
 from rotopo.compare.curves import Points
 from rotopo.compare.differences import smallest_difference
 from rotopo.compare.page import page
-from rotopo.compare.results import Try, as_table, chosen_rate, compared, outcomes_of, tried
+from rotopo.compare.results import Try, as_table, chosen_rate, compared, tried
 from rotopo.compare.runs import Run, Runs
 from rotopo.compare.settings import OUTCOMES, Arm, Choice, Comparison, Measures, Settings
 from rotopo.errors import InputError
@@ -87,7 +87,8 @@ def compare(
     for run in final:
         measured[run.arm][run.seed] = runs.points(run)
     fixed = {r.arm: runs.points(r) for r in tuning if r.rate == best[r.arm]}
-    outcomes = outcomes_of(outcome, measure.judge is not None)
+    known = runs.points(final[0]).outcomes
+    outcomes = [outcome, *(name for name in known if name != outcome)]
     results = compared(tries, fixed, measured, outcomes)
     write_whole(output / "comparison.csv", pd.DataFrame(as_table(results)).to_csv(index=False))
     write_whole(output / "comparison.html", page(comparison, results))

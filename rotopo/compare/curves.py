@@ -1,13 +1,16 @@
 """A run's points, as they were written -> its distances and outcomes by group."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rotopo.compare.frontiers import Measured
+from rotopo.compare.settings import OUTCOMES
+from rotopo.metrics.texts import distinct, self_bleu, words
 
 
 class Points:
@@ -28,6 +31,14 @@ class Points:
         lines = [line for point in self._points for line in (*point["pairs"], *point["responses"])]
         self.groups = sorted({line["group"] for line in lines})
 
+    @property
+    def outcomes(self) -> list[str]:
+        """The outcomes that were measured, of :data:`rotopo.compare.settings.OUTCOMES`."""
+        point = self._points[0]
+        left_out = {"score"} if "score" not in point["responses"][0] else set()
+        left_out |= _WHOLE - point["whole"].keys()
+        return [name for name in OUTCOMES if name not in left_out]
+
     def measured(self, outcome: str, distance: str = "kl") -> Measured:
         """Distance and outcome by group.
 
@@ -45,6 +56,10 @@ class Points:
 
     def _of(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Sums by point and group [N, G], and how many values each group has [G]."""
+        if name in _WHOLE | _OF_TEXTS.keys():
+            # The same whatever groups are drawn.
+            values = np.array([[_single(point, name)] for point in self._points])
+            return np.repeat(values, len(self.groups), 1), np.ones(len(self.groups))
         place = {group: i for i, group in enumerate(self.groups)}
         rows = [list(_values(point, name)) for point in self._points]
         sums = np.zeros((len(rows), len(place)))
@@ -67,6 +82,21 @@ def _values(point: dict[str, Any], name: str) -> Iterable[tuple[str, float]]:
     return ((line["group"], _OF_PAIRS[name](line)) for line in point["pairs"])
 
 
+def _single(point: dict[str, Any], name: str) -> float:
+    if name in _WHOLE:
+        return point["whole"][name]
+    found = _OF_TEXTS[name]([words(line["text"]) for line in point["responses"]])
+    return np.nan if found is None else found
+
+
+# Single numbers of a point: measured as such, or of all its texts together.
+_WHOLE = {"effective_rank", "neuron_cosine", "perplexity"}
+_OF_TEXTS: dict[str, Callable[[list[list[str]]], float | None]] = {
+    "distinct_2": partial(distinct, n=2),
+    "self_bleu": self_bleu,
+}
+
+
 def _margin(line: dict[str, Any]) -> float:
     return line["chosen_log_ratio"] - line["rejected_log_ratio"]
 
@@ -77,8 +107,3 @@ _OF_PAIRS = {
     "margin": _margin,
     "displacement": lambda line: line["chosen_log_ratio"] / line["chosen_tokens"],
 }
-
-
-def all_reach(runs: Sequence[Points], distance: str) -> list[np.ndarray]:
-    """The distances of runs at their points."""
-    return [run.measured("accuracy", distance).frontier().distance for run in runs]

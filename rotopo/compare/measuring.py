@@ -9,11 +9,13 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from rotopo.compare.sequence_kl import drawn_responses, response_kls
-from rotopo.data.batch import Role
+from rotopo.data.batch import Role, collate
 from rotopo.data.messages import Message
 from rotopo.data.prompts import decoded
 from rotopo.errors import InputError
 from rotopo.files import to_json, write_whole
+from rotopo.metrics.geometry import effective_rank, merged_weights, neuron_cosine
+from rotopo.metrics.perplexity import perplexity
 from rotopo.metrics.yardstick import COLUMNS, columns
 from rotopo.models.log_probs import sum_of_role
 from rotopo.models.modes import evaluating
@@ -39,7 +41,10 @@ class Measuring(Callback):
     - ``responses``: drawn from the policy: ``group``, ``prompt`` (its number), ``text``,
       ``tokens``, the summed ``reverse_kl``, and ``score``, if there is a judge;
     - ``reference_responses``: drawn from the reference, once for all runs: ``group``, ``prompt``,
-      and the summed ``forward_kl``.
+      and the summed ``forward_kl``;
+    - ``whole``: single numbers: ``effective_rank`` of the last layer's hidden states on some
+      held-out pairs, ``neuron_cosine`` (both as :class:`rotopo.callbacks.Geometry` has them) and
+      ``perplexity``.
 
     A run that goes on after a kill measures again what comes after its checkpoint, to the same
     numbers. What is measured changes nothing of the training.
@@ -52,6 +57,9 @@ class Measuring(Callback):
         samples: responses to each.
         max_new_tokens: tokens of a response at most.
         seed: of the draws.
+        geometry_pairs: held-out pairs whose hidden states are measured; 0 leaves out effective rank
+            and neuron cosine.
+        text: a file of held-out text for the perplexity; None leaves it out.
         judge: what gives a response its score: a function (prompt, response) -> float by its dotted
             path, or a class path with its settings.
 
@@ -71,6 +79,8 @@ class Measuring(Callback):
         samples: int = 2,
         max_new_tokens: int = 64,
         seed: int = 0,
+        geometry_pairs: int = 8,
+        text: Path | None = None,
         judge: Judge | None = None,
     ) -> None:
         for name in ("points", "prompts", "samples", "max_new_tokens"):
@@ -85,6 +95,8 @@ class Measuring(Callback):
         self.samples = samples
         self.max_new_tokens = max_new_tokens
         self.seed = seed
+        self.geometry_pairs = geometry_pairs
+        self.text = text
         self.judge = judge
         self.steps: set[int] = set()
 
@@ -113,7 +125,9 @@ class Measuring(Callback):
         with torch.random.fork_rng(), trainer.precision_plugin.forward_context():
             with evaluating(policy.model):
                 pairs = self._pairs(policy, data)
+                whole = self._whole(policy, data)
             point = {"step": trainer.global_step, "pairs": pairs, **self._drawn(policy, data)}
+            point["whole"] = whole
         write_whole(self.folder / f"{trainer.global_step}.json", to_json(point))
 
     def _pairs(self, policy: Policy, data: Any) -> list[dict[str, Any]]:
@@ -168,6 +182,23 @@ class Measuring(Callback):
                 for place, kl in zip(places, forward.tolist(), strict=True)
             ],
         }
+
+    def _whole(self, policy: Policy, data: Any) -> dict[str, float]:
+        found = {}
+        if self.geometry_pairs:
+            rows = data.rows(self.split)
+            some = [rows[i] for i in range(min(self.geometry_pairs, len(rows)))]
+            batch = collate(some, data.pad_id, data.batching.layout, 1.0).to(policy.device)
+            states = policy.hidden_states(batch)
+            assert states is not None
+            found["effective_rank"] = float(effective_rank(states[-1]))
+            cosines = [float(neuron_cosine(w)) for w in merged_weights(policy.language_model)]
+            if cosines:
+                found["neuron_cosine"] = sum(cosines) / len(cosines)
+        if self.text is not None:
+            of_text = perplexity(policy, data.encoder.tokenizer, self.text)
+            found["perplexity"] = of_text["perplexity"]
+        return found
 
     def _groups(self, data: Any) -> dict[int, str]:
         pairs = data.pairs

@@ -25,6 +25,11 @@ _TITLES = {
     "displacement": "Chosen log-ratio",
     "score": "Judge's score",
     "length": "Length",
+    "distinct_2": "Distinct-2",
+    "self_bleu": "Self-BLEU",
+    "effective_rank": "Effective rank",
+    "neuron_cosine": "Neuron cosine",
+    "perplexity": "Perplexity",
 }
 
 
@@ -65,7 +70,11 @@ def _summary(comparison: Comparison, results: Results) -> list[tuple[str, str]]:
             lines.append((row.arm, f"{where}: {row.verdict}."))
             continue
         line = f"{where}: {row.verdict}"
-        line += " from" if row.verdict == "not told apart" else " of" * (row.verdict == "ahead")
+        line += (
+            " from"
+            if row.verdict == "not told apart"
+            else {"ahead": " of", "behind": ""}.get(row.verdict, " than")
+        )
         line += f" {row.against}, {_title(row.outcome).lower()} {_signed(found.mean)}"
         line += _interval(found)
         if row.verdict == "not told apart" and found.smallest is not None:

@@ -9,10 +9,12 @@ import numpy as np
 from rotopo.compare.curves import Points
 from rotopo.compare.differences import ALPHA, Difference, holm
 from rotopo.compare.frontiers import PairOfRuns, levels, pair_of_runs
-from rotopo.compare.settings import OUTCOMES, Choice
+from rotopo.compare.settings import Choice
 from rotopo.errors import InputError
 
 # What arms are equal in where they are compared.
+# Outcomes of which more is better; of the others it depends on what one wants.
+JUDGED = ("accuracy", "margin", "score")
 AXES = {"kl": "√KL(π_θ ‖ π_ref), √nats", "margin": "margin h, nats"}
 
 
@@ -104,9 +106,9 @@ class Row:
         if self.p_holm is None or self.p_holm > ALPHA:
             return "not told apart"
         more = self.difference.mean > 0
-        if self.outcome == "length":
-            return "longer" if more else "shorter"
-        return "ahead" if more else "behind"
+        if self.outcome in JUDGED:
+            return "ahead" if more else "behind"
+        return "higher" if more else "lower"
 
 
 @dataclass(frozen=True)
@@ -187,11 +189,6 @@ def _adjusted(family: list[Row]) -> list[Row]:
         p = next(adjusted) if row.difference and row.difference.p is not None else None
         made.append(Row(**{**vars(row), "p_holm": p}))
     return made
-
-
-def outcomes_of(primary: str, judged: bool) -> list[str]:
-    """The primary outcome first, then all others that are measured."""
-    return [primary, *(o for o in OUTCOMES if o != primary and (o != "score" or judged))]
 
 
 def as_table(results: Results) -> list[dict[str, Any]]:

@@ -8,13 +8,18 @@ from rotopo.errors import InputError
 # Without types for what is in it, of which the parser would make objects wherever it names a class.
 Settings = dict
 
-# Outcomes that can be read off a measured run, and whether more of it is better.
+# Outcomes that can be read off a measured run.
 OUTCOMES = {
     "accuracy": "held-out pairs with h > 0 (ties count half)",
     "margin": "h, the chosen's log-ratio less the rejected's, nats",
     "displacement": "log-ratio of the chosen response, nats a token",
     "score": "the judge's score of drawn responses",
     "length": "tokens of drawn responses",
+    "distinct_2": "distinct pairs of words by all pairs of words in drawn responses",
+    "self_bleu": "BLEU-4 of each drawn response against the others",
+    "effective_rank": "of the last layer's hidden states of held-out pairs",
+    "neuron_cosine": "mean |cos| between two neurons of an adapted weight",
+    "perplexity": "of the held-out text",
 }
 
 
@@ -41,6 +46,9 @@ class Measures:
         prompts: held-out prompts that are responded to.
         samples: responses to each.
         max_new_tokens: tokens of a response at most.
+        geometry_pairs: held-out pairs whose hidden states are measured; 0 leaves out effective rank
+            and neuron cosine.
+        text: a file of held-out text for the perplexity; None leaves it out.
         judge: gives responses their scores: a dotted path, or a class path with its settings.
     """
 
@@ -48,6 +56,8 @@ class Measures:
     prompts: int = 50
     samples: int = 2
     max_new_tokens: int = 64
+    geometry_pairs: int = 8
+    text: str | None = None
     judge: str | Settings | None = None
 
 
@@ -110,6 +120,8 @@ class Comparison:
                 raise InputError(f"{name} is {value!r}: it is one of {', '.join(OUTCOMES)}.")
             if value == "score" and self.measure.judge is None:
                 raise InputError(f"{name} is 'score': name a judge in measure.judge.")
+            if value == "perplexity" and self.measure.text is None:
+                raise InputError(f"{name} is 'perplexity': name a file in measure.text.")
         for file in self.base:
             if not file.is_file():
                 raise InputError(f"base: there is no file {file}.")

@@ -16,7 +16,7 @@ import yaml
 from rotopo.cli import call
 from rotopo.compare.curves import Points
 from rotopo.compare.page import page
-from rotopo.compare.results import Try, chosen_rate, compared, outcomes_of, tried
+from rotopo.compare.results import Try, chosen_rate, compared, tried
 from rotopo.compare.settings import Arm, Choice, Comparison
 from rotopo.errors import InputError
 from tests.small_run import save_config
@@ -44,9 +44,10 @@ def made_points(folder: Path, speed: float, slope: float, seed: int) -> Points:
                 for n, margin in enumerate(margins)
             ],
             "responses": [
-                {"group": str(n % 20), "tokens": 5, "text": "a", "reverse_kl": far**2}
+                {"group": str(n % 20), "tokens": 5, "text": "a b c d", "reverse_kl": far**2}
                 for n in range(40)
             ],
+            "whole": {},
             "reference_responses": [{"group": str(n), "forward_kl": far**2} for n in range(20)],
         }
         (folder / "points" / f"{step}.json").write_text(json.dumps(point))
@@ -62,7 +63,7 @@ def test_an_arm_that_is_better_at_the_same_distance_is_ahead_however_fast_it_mov
     }
     tuning = {arm: made_points(tmp_path / "t" / arm, *how, 0) for arm, how in arms.items()}
     tries = [Try(arm, 0.1, 0.5, 10, 1.0, chosen=True) for arm in arms]
-    results = compared(tries, tuning, runs, outcomes_of("margin", judged=False))
+    results = compared(tries, tuning, runs, ["margin", "accuracy", "distinct_2", "self_bleu"])
     said = {(r.axis, r.quarter, r.arm): r.verdict for r in results.rows if r.outcome == "margin"}
     assert {v for (axis, _, arm), v in said.items() if arm == "B"} == {"not told apart"}
     assert {v for (axis, _, arm), v in said.items() if arm == "C"} == {"ahead"}

@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 
 from rotopo.compare.curves import Points
+from rotopo.compare.settings import OUTCOMES
+from rotopo.data.batch import collate
 from rotopo.errors import InputError
+from rotopo.metrics.geometry import effective_rank
+from rotopo.models.modes import evaluating
 from tests.small_run import save_config
 from tests.test_training import assert_equal, fit, weights
 
@@ -30,8 +34,11 @@ def longer(prompt: list[dict], response: str) -> float:
 
 def test_points_of_a_run_whose_training_is_left_alone(config, tmp_path, capsys):
     plain = fit(config, "plain", "--trainer.max_epochs=2")
+    (text := tmp_path / "text.txt").write_text("a film of some wit and no heart " * 20)
     judge = "tests.compare.test_measuring.longer"
-    measured = fit(config, "with", "--trainer.max_epochs=2", measuring(tmp_path, judge=judge))
+    measured = fit(
+        config, "with", "--trainer.max_epochs=2", measuring(tmp_path, judge=judge, text=str(text))
+    )
     assert_equal(weights(measured), weights(plain), rtol=0, atol=0)
     points = Points(tmp_path)
     assert points.steps == [0, 1, 3, 6]
@@ -53,6 +60,19 @@ def test_points_of_a_run_whose_training_is_left_alone(config, tmp_path, capsys):
     ]
     assert [line["prompt"] for line in last["responses"]] == list(np.repeat(range(4), 2))
     assert all(1 <= line["tokens"] <= 5 for line in last["responses"])
+    assert points.outcomes == [*list(OUTCOMES)[:-1], "perplexity"]
+    assert points.means("perplexity")[0] == pytest.approx(points.means("perplexity")[-1], rel=0.5)
+    # As Geometry and Perplexity have them, of the same pairs and text.
+    module, data = measured.model, measured.datamodule
+    rows = data.rows("test")
+    batch = collate([rows[i] for i in range(8)], data.pad_id, data.batching.layout, 1.0)
+    with evaluating(module.language_model):
+        (state,) = module.backbone.hidden_states(batch)[-1:]
+    assert points.means("effective_rank")[-1] == pytest.approx(
+        float(effective_rank(state)), rel=1e-4
+    )
+    assert 1 < points.means("effective_rank")[-1] < 32
+    assert 0 < points.means("neuron_cosine")[-1] < 1
 
 
 def test_an_objective_without_a_reference_has_the_same_yardstick(config, tmp_path):
