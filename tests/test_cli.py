@@ -244,5 +244,5 @@ def test_the_console_script_ends_with_status_0(config):
         [command, "validate", "--config", str(config)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "val/rewards/accuracy" in done.stdout
+    assert "loss, nats" in done.stdout
     assert "object at" not in done.stdout + done.stderr
