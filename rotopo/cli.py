@@ -6,7 +6,7 @@ import traceback
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from rotopo import endings, threads
+from rotopo import endings, progress, threads
 from rotopo.described import read
 from rotopo.described.check import look_through
 from rotopo.described.rephrase import InPlainWords
@@ -66,6 +66,7 @@ def _main(args: list[str], own: bool) -> None:
         print(f"rotopo: the settings of {named} are known once it is imported", file=sys.stderr)
     if own:
         threads.begin()
+        progress.begin()
     from rotopo.refusals import fault
 
     try:

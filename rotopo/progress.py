@@ -6,7 +6,7 @@ A loop says so with ``for item in Progress(items, "Scoring"): ...``; :class:`Scr
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sized
 from typing import Any, Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -142,6 +142,17 @@ class _Watched:
 
 
 screen = Screen()
+
+
+def begin(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Where there is no terminal, leave out the bars of others, which a log would have as one
+    endless line (transformers', of a GGUF file's tensors). ``TQDM_DISABLE=0`` brings them back.
+
+    To be called by a program, not by a library, and before others are imported: tqdm reads its
+    settings once.
+    """
+    if not screen.is_terminal:
+        environment.setdefault("TQDM_DISABLE", "1")
 
 
 class Progress(Generic[T]):

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from rotopo.callbacks.progress import rounded, training_line, validation_line
-from rotopo.progress import Progress, between, duration, fitted, screen
+from rotopo.progress import Progress, begin, between, duration, fitted, screen
 
 METRICS = {
     "train/loss": 0.6931,
@@ -106,3 +106,12 @@ def test_what_others_print_takes_the_line_off(monkeypatch):
         assert not screen.drawn
     assert sys.stdout is sys.stderr is stream
     assert stream.getvalue() == "Scoring  0/3\r\x1b[Ka warning\n"
+
+
+def test_bars_of_others_are_left_out_of_a_log_unless_asked_for(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    environment: dict[str, str] = {}
+    begin(environment)
+    assert environment == {"TQDM_DISABLE": "1"}
+    begin(asked := {"TQDM_DISABLE": "0"})
+    assert asked == {"TQDM_DISABLE": "0"}

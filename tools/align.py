@@ -6,11 +6,12 @@ held-out prompts, and lets the reward models judge the responses. Run it again a
 interrupted, and it goes on where it stopped.
 """
 
-from rotopo import endings, threads
+from rotopo import endings, progress, threads
 
 if __name__ == "__main__":
     endings.begin()
     threads.begin()
+    progress.begin()
 
 import argparse
 import gc

@@ -5,11 +5,12 @@ Usage: tools/quickstart [--output DIR] [rotopo options, e.g. --data.train_pairs 
 configs/quickstart.yaml with fewer pairs, and without validation, of which the table has nothing.
 """
 
-from rotopo import endings, threads
+from rotopo import endings, progress, threads
 
 if __name__ == "__main__":
     endings.begin()
     threads.begin()
+    progress.begin()
     print("Starting; on two idle cores it takes some minutes in all.", flush=True)
 
 import argparse
