@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -599,7 +600,8 @@ def test_ctrl_c_of_two_ranks_is_one_message_and_they_go_on(laboratory, tmp_path)
     def ctrl_c(ranks: list[ForkServerProcess], root: Path) -> str:
         for _ in range(2):
             for process in ranks:
-                os.kill(process.pid, signal.SIGINT)
+                with suppress(ProcessLookupError):  # it has ended by the first
+                    os.kill(process.pid, signal.SIGINT)
             time.sleep(0.1)
         assert end(ranks, 30) == [130, 130], (root / "log.txt").read_text()
         log = (root / "log.txt").read_text()
@@ -609,7 +611,10 @@ def test_ctrl_c_of_two_ranks_is_one_message_and_they_go_on(laboratory, tmp_path)
 
     early, root, whole = (tmp_path / name for name in ("early", "run", "whole"))
     ranks = start(early)
-    time.sleep(0.5)
+    deadline = time.monotonic() + 60
+    while not (log := early / "log.txt").exists() or log.read_text().count("GLOBAL_RANK") < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     assert "before the first step" in ctrl_c(ranks, early)
 
     ranks = start(root)
