@@ -7,6 +7,7 @@ in pyproject.toml keeps such a release out.
 
 import argparse
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import is_dataclass
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -103,11 +104,15 @@ def arguments_of(kind: Any, made: bool = False) -> list[Argument]:
 
 
 def class_paths(kind: type) -> dict[str, type]:
-    """The classes of a kind that have been imported, by the paths that settings show."""
+    """The classes of a kind that have been imported, by the paths that settings show; but for those
+    that a library made as it ran, as Lightning does of an optimiser, and that no path leads to."""
     from jsonargparse._util import import_object
 
-    paths = jsonargparse_typehints.get_all_subclass_paths(kind, include_abstract=True)
-    return {path: import_object(path) for path in paths}
+    found: dict[str, type] = {}
+    for path in jsonargparse_typehints.get_all_subclass_paths(kind, include_abstract=True):
+        with suppress(AttributeError):
+            found[path] = import_object(path)
+    return found
 
 
 def class_path(kind: type) -> str:
