@@ -34,7 +34,8 @@ def compare(
     First every arm with every rate, on the tuning seed, measured on the validation split: so each
     arm's rate is chosen. Then every arm with every seed at its rate, measured on the test split.
     Runs are known by the hash of their settings: none is done twice, and a comparison that was
-    killed goes on. The page says who is ahead of the first arm, behind it, or not told apart, at
+    killed goes on. A source of pairs is known by its name: where its content changes, take another
+    output. The page says who is ahead of the first arm, behind it, or not told apart, at
     equal sequence KL and at equal margin; ``comparison.csv`` beside it has every number.
 
     Args:
@@ -46,8 +47,7 @@ def compare(
         output: folder of the runs, the page and the tables.
         settings: of all arms, laid over the base as another file is.
         tuning_seed: of the runs that choose a rate.
-        outcome: what the arms are compared by in the first place: accuracy, margin, displacement,
-            score or length.
+        outcome: what the arms are compared by in the first place: accuracy, margin, score ...
         choose: how a rate is chosen.
         measure: what is measured, and at how many points.
         at_once: runs side by side.

@@ -30,6 +30,7 @@ class Points:
         self.steps = [point["step"] for point in self._points]
         lines = [line for point in self._points for line in (*point["pairs"], *point["responses"])]
         self.groups = sorted({line["group"] for line in lines})
+        self._known: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     @property
     def outcomes(self) -> list[str]:
@@ -56,6 +57,11 @@ class Points:
 
     def _of(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Sums by point and group [N, G], and how many values each group has [G]."""
+        if name not in self._known:  # every arm is held against the first again
+            self._known[name] = self._summed(name)
+        return self._known[name]
+
+    def _summed(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         if name in _WHOLE | _OF_TEXTS.keys():
             # The same whatever groups are drawn.
             values = np.array([[_single(point, name)] for point in self._points])

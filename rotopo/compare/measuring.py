@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,9 @@ class Measuring(Callback):
         self.text = text
         self.judge = judge
         self.steps: set[int] = set()
+        self.groups: dict[int, str] = {}
+        # Of each prompt its group, its turns and its tokens.
+        self.asked: list[tuple[str, list[Message], list[int]]] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.world_size > 1:
@@ -107,6 +111,7 @@ class Measuring(Callback):
             raise InputError(f"Measuring is for policies, and {type(pl_module).__name__} is none.")
         if not data_of(trainer).has(self.split):
             raise InputError(f"data.{self.split} is 0: there is nothing to measure on.")
+        self._ask(data_of(trainer))
         total = int(trainer.estimated_stepping_batches)
         self.steps = {math.ceil(total * (n / self.points) ** 2) for n in range(1, self.points + 1)}
         if trainer.global_step == 0:
@@ -117,6 +122,19 @@ class Measuring(Callback):
     ) -> None:
         if trainer.global_step in self.steps and ends_step(trainer, batch_idx):
             self._measure(trainer, pl_module)
+
+    def _ask(self, data: Any) -> None:
+        """Choose the prompts."""
+        pairs = data.pairs
+        self.groups = pairs.parts[self.split].groups(pairs.of[self.split]["row"][:]) or {}
+        different = islice(pairs.different_prompts(self.split), self.prompts)
+        self.asked = [
+            (self._group(row), preference.prompt, pairs.prompt_tokens(preference))
+            for row, preference in different
+        ]
+
+    def _group(self, row: int) -> str:
+        return self.groups.get(row, str(row))
 
     @torch.no_grad()
     def _measure(self, trainer: Trainer, pl_module: Any) -> None:
@@ -132,7 +150,6 @@ class Measuring(Callback):
 
     def _pairs(self, policy: Policy, data: Any) -> list[dict[str, Any]]:
         rows = data.rows(self.split)
-        groups = self._groups(data)
         found: list[dict[str, Any]] = []
         for batch in data.batches(rows, range(len(rows))):
             batch = batch.to(policy.device)
@@ -145,17 +162,11 @@ class Measuring(Callback):
             values = torch.stack([*(c.double() for c in columns(log_probs)), *lengths], 1).tolist()
             for row, numbers in zip(batch.rows.tolist(), values, strict=True):
                 line = dict(zip(names, numbers, strict=True))
-                found.append({"row": row, "group": groups.get(row, str(row)), **line})
+                found.append({"row": row, "group": self._group(row), **line})
         return sorted(found, key=lambda line: line["row"])
 
     def _drawn(self, policy: Policy, data: Any) -> dict[str, Any]:
-        groups = self._groups(data)
-        asked = []
-        for row, preference in data.pairs.different_prompts(self.split):
-            tokens = data.pairs.prompt_tokens(preference)
-            asked.append((groups.get(row, str(row)), preference.prompt, tokens))
-            if len(asked) == self.prompts:
-                break
+        asked = self.asked
         places = [place for place in range(len(asked)) for _ in range(self.samples)]
         prompts = [asked[place][2] for place in places]
         encoder, most = data.encoder, self.max_new_tokens
@@ -199,7 +210,3 @@ class Measuring(Callback):
             of_text = perplexity(policy, data.encoder.tokenizer, self.text)
             found["perplexity"] = of_text["perplexity"]
         return found
-
-    def _groups(self, data: Any) -> dict[int, str]:
-        pairs = data.pairs
-        return pairs.parts[self.split].groups(pairs.of[self.split]["row"][:]) or {}

@@ -157,7 +157,8 @@ class Runs:
 
     def _measuring(self, run: Run) -> dict[str, Any]:
         measure = {k: v for k, v in asdict(self.comparison.measure).items() if v is not None}
-        return measure | {"split": "validation" if run.tuning else "test"}
+        # Draws of their own for each seed, so that their noise is in what varies from seed to seed.
+        return measure | {"split": "validation" if run.tuning else "test", "seed": run.seed}
 
     def _environment(self, slot: int) -> dict[str, str]:
         """Runs side by side share the cores, and each has a GPU of its own where there are."""

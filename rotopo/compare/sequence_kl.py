@@ -12,11 +12,13 @@ from collections.abc import Sequence
 
 import torch
 
-from rotopo.data.batch import Layout, Role, TokenizedRow, collate, collate_prompts
+from rotopo.data.batch import Layout, Role, TokenizedRow, collate
 from rotopo.data.tokens import PairEncoder
+from rotopo.errors import InputError
 from rotopo.models.log_probs import given
 from rotopo.models.modes import evaluating
 from rotopo.models.policy import Policy
+from rotopo.models.samples import in_parts, responses_to
 from rotopo.models.settings import Sampling
 
 
@@ -26,7 +28,6 @@ def drawn_responses(
     max_new_tokens: int,
     encoder: PairEncoder,
     seed: int = 0,
-    at_once: int = 64,
 ) -> list[list[int]]:
     """A response of the policy to each prompt, at temperature 1 from the whole distribution.
 
@@ -36,20 +37,16 @@ def drawn_responses(
         max_new_tokens: tokens of a response at most.
         encoder: how prompts became tokens.
         seed: of the draws; each response has random numbers of its own, by the seed and its place.
-        at_once: how many prompts are responded to together.
 
     Returns:
         token ids, with the end-of-turn token where a response ended.
     """
     sampling = Sampling(max_new_tokens, temperature=1.0, seed=seed)
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
     drawn: list[list[int]] = [[] for _ in prompts]
-    for start in range(0, len(order), at_once):
-        part = order[start : start + at_once]
-        batch = collate_prompts([prompts[i] for i in part], encoder.pad_id, part)
-        responses = policy.generate(batch.to(policy.device), sampling, encoder.stop_ids)
-        for i, ids in zip(part, responses, strict=True):
-            drawn[i] = ids + [encoder.end_of_turn_id] * (len(ids) < max_new_tokens)
+    for part in in_parts(prompts):
+        responses = responses_to(policy, prompts, part, sampling, encoder)
+        for place, response in zip(part, responses, strict=True):
+            drawn[place] = response
     return drawn
 
 
@@ -76,6 +73,9 @@ def response_kls(
         KL(π_ref ‖ π_θ) and KL(π_θ ‖ π_ref), nats, float64 on the CPU [n, 2]. The mean of the first
         estimates the forward KL where the responses are the reference's, that of the second the
         reverse KL where they are the policy's.
+
+    Raises:
+        InputError: policy and reference have other vocabularies.
     """
     rows = [
         TokenizedRow(prompt, [response], [Role.CHOSEN], number)
@@ -91,8 +91,11 @@ def response_kls(
             part, rows = rows[-n:], rows[:-n]
             batch = collate(part, pad_id, layout, 1.0).to(policy.device)
             tokens = given(policy(batch, compared=True).tokens, "tokens")
-            kls = torch.stack(
-                [given(tokens.forward_kl, "forward_kl"), given(tokens.reverse_kl, "reverse_kl")], 1
-            )
+            if tokens.forward_kl is None or tokens.reverse_kl is None:
+                raise InputError(
+                    "policy.reference has another vocabulary than the policy: there is no KL "
+                    "between their distributions."
+                )
+            kls = torch.stack([tokens.forward_kl, tokens.reverse_kl], 1)
             found.index_add_(0, batch.rows[tokens.pair].cpu(), kls.double().cpu())
     return found

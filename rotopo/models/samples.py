@@ -75,9 +75,7 @@ def draw(
     folder = cache_dir / digest.hexdigest()[:32]
     folder.mkdir(parents=True, exist_ok=True)
 
-    # Prompts of similar lengths together: less padding; and equal ones, which are read once.
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
-    parts = [order[i : i + _PROMPTS_AT_ONCE] for i in range(0, len(order), _PROMPTS_AT_ONCE)]
+    parts = in_parts(prompts)
     files = [folder / f"{number}.json" for number in range(len(parts))]
     # One rank decides for all, since files come while others look.
     missing = ranks.of_first([n for n in range(len(parts)) if not files[n].exists()])
@@ -88,12 +86,7 @@ def draw(
     whose = "the reference" if reference else "the policy"
     hidden = not mine or ranks.number() > 0
     for number in Progress(mine, f"Sampling {whose}", hidden=hidden):
-        batch = collate_prompts([prompts[i] for i in parts[number]], encoder.pad_id, parts[number])
-        responses = policy.generate(
-            batch.to(policy.device), sampling, encoder.stop_ids, reference=reference
-        )
-        most = sampling.max_new_tokens
-        ended = [ids + [encoder.end_of_turn_id] * (len(ids) < most) for ids in responses]
+        ended = responses_to(policy, prompts, parts[number], sampling, encoder, reference)
         write_whole(files[number], json.dumps(ended))
     ranks.wait()
 
@@ -116,3 +109,28 @@ def draw(
                 f"{file} is damaged: remove it, and these responses are drawn again. ({error})"
             ) from error
     return samples, folder
+
+
+def in_parts(prompts: Sequence[list[int]]) -> list[list[int]]:
+    """Places of the prompts that are responded to together: of similar lengths, which is less
+    padding, and equal ones, which are read once."""
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
+    return [order[i : i + _PROMPTS_AT_ONCE] for i in range(0, len(order), _PROMPTS_AT_ONCE)]
+
+
+def responses_to(
+    policy: Policy,
+    prompts: Sequence[list[int]],
+    places: Sequence[int],
+    sampling: Sampling,
+    encoder: PairEncoder,
+    reference: bool = False,
+) -> list[list[int]]:
+    """Responses to the prompts at some places, with the end-of-turn token where they ended; see
+    :func:`draw`."""
+    batch = collate_prompts([prompts[i] for i in places], encoder.pad_id, places)
+    responses = policy.generate(
+        batch.to(policy.device), sampling, encoder.stop_ids, reference=reference
+    )
+    most = sampling.max_new_tokens
+    return [ids + [encoder.end_of_turn_id] * (len(ids) < most) for ids in responses]
