@@ -94,7 +94,7 @@ def compare(
     write_whole(output / "comparison.html", page(comparison, results))
     for row in results.rows:
         if row.outcome == outcome:
-            print(f"{row.arm} at {row.axis} {row.level:.3g}: {row.verdict}")
+            print(f"{row.arm} at an equal {row.place}: {row.verdict}")
     print(f"In {output}: comparison.html, comparison.csv")
 
 

@@ -64,7 +64,7 @@ def _summary(comparison: Comparison, results: Results) -> list[tuple[str, str]]:
     """In words, of the primary outcome."""
     lines = []
     for row in _of(results, comparison.outcome):
-        where = f"at an equal {_place(row)}"
+        where = f"at an equal {row.place}"
         found = row.difference
         if found is None:
             lines.append((row.arm, f"{where}: {row.verdict}."))
@@ -99,7 +99,7 @@ def _differences(comparison: Comparison, results: Results) -> Section:
     cells = [
         [
             Cell(_title(row.outcome), _title(row.outcome)),
-            Cell(_place(row), f"{row.axis}{row.quarter}"),
+            Cell(row.place, f"{row.axis}{row.quarter}"),
             Cell(row.arm, row.arm),
             number(None if row.difference is None else row.difference.mean, 4),
             _interval_cell(row.difference),
@@ -210,7 +210,7 @@ def _single_seeds(comparison: Comparison, results: Results) -> Section:
             text = "–" if interval is None else f"{_signed(interval[0])} to {_signed(interval[1])}"
             cells.append(
                 [
-                    Cell(_place(row), f"{row.axis}{row.quarter}"),
+                    Cell(row.place, f"{row.axis}{row.quarter}"),
                     Cell(row.arm, row.arm),
                     Cell(str(seed), seed),
                     number(pair.difference, 4),
@@ -234,10 +234,6 @@ def _of(results: Results, outcome: str) -> list[Row]:
 
 def _title(outcome: str) -> str:
     return _TITLES[outcome]
-
-
-def _place(row: Row) -> str:
-    return f"{'√KL' if row.axis == 'kl' else 'margin'} of {row.level:.3g}"
 
 
 def _signed(value: float) -> str:

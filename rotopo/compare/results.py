@@ -99,6 +99,11 @@ class Row:
     pairs: list[PairOfRuns]
 
     @property
+    def place(self) -> str:
+        """Where the arms are compared, in words."""
+        return f"{'√KL' if self.axis == 'kl' else 'margin'} of {self.level:.3g}"
+
+    @property
     def verdict(self) -> str:
         """In a few words."""
         if self.difference is None:
